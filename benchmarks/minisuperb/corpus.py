@@ -1,0 +1,309 @@
+"""Synthesise a miniature corpus in the shape of LibriSpeech, with phone and word alignments.
+
+    python -m benchmarks.minisuperb.corpus --out DIR
+
+makes, with espeak-ng and without a network,
+
+    DIR/LibriSpeech/{train-clean-100,dev-clean}/<speaker>/<chapter>/*.flac and .trans.txt    16 kHz mono
+    DIR/keywords/{train,dev}/<word>/<speaker>.flac                                           one word each
+    DIR/align/{train-clean-100,dev-clean,keywords}.jsonl                                     one line per utterance
+    DIR/corpus.json                                                                          settings; written last
+
+A line of ``align`` holds ``id``, ``speaker``, ``text``, ``path`` (from DIR), ``num_samples``, ``phones`` and ``words``, the
+last two as ``[start, end, label]`` with times in seconds. Speakers and sentences of dev-clean do not occur in training.
+The same settings and the same espeak-ng give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import tempfile
+from argparse import ArgumentError
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from jsonargparse import ActionYesNo, ArgumentParser
+from tqdm import tqdm
+
+from benchmarks.minisuperb.espeak import Espeak, load_espeak
+from benchmarks.minisuperb.sentences import KEYWORDS, draw_sentences
+from distillation.errors import UserError, command
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_RATE = 16_000
+TRAIN, DEV = "train-clean-100", "dev-clean"
+MARKER = "corpus.json"
+FIRST_SPEAKER, FIRST_CHAPTER = 100, 1000
+# espeak-ng carries hidden state (noise, phase) from one utterance to the next. A fixed number of fresh processes, whatever
+# the number of cores, makes the corpus depend on its settings alone.
+NUM_SHARDS = 4
+_VARIANTS = (
+    "f1 f4 Annie adam benjamin m1 m2 m3 m4 m5 m6 m7 m8 klatt klatt2 klatt3 klatt4 Andrea Alex Andy linda steph Michael belinda ed "
+    "boris rob caleb paul shelby anika Reed"
+).split()
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """What decides the content of a corpus.
+
+    Args:
+        train_speakers: speakers of train-clean-100.
+        train_utterances: sentences of each of them, 2.9 s on average, 97 % of them 2 s or longer.
+        dev_speakers: other speakers, of dev-clean.
+        dev_utterances: sentences of each of them.
+        keywords: whether every speaker also says every keyword once.
+        seed: of speakers, sentences and recording conditions.
+    """
+
+    train_speakers: int = 40
+    train_utterances: int = 100
+    dev_speakers: int = 10
+    dev_utterances: int = 30
+    keywords: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("train_speakers", "train_utterances", "dev_speakers", "dev_utterances"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}: it must not be negative")
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A synthetic speaker: a voice of espeak-ng at its own vocal tract length, pitch and pace."""
+
+    id: int
+    split: str
+    voice: str
+    warp: float
+    """Factor on all frequencies: below 1 for a longer vocal tract."""
+    pitch: float
+    pitch_range: float
+    rate: float
+    """Words per minute."""
+    sentences: list[str] = field(repr=False)
+
+
+@dataclass
+class Rendered:
+    """Finished speech at 16 kHz: ``samples`` [N] in [-1, 1]; alignments as [start, end, label] in seconds."""
+
+    samples: np.ndarray
+    phones: list[list]
+    words: list[list]
+
+
+def is_silence(phone: str) -> bool:
+    """Whether an espeak-ng phone name is a pause (``_``, ``_:``, ``;``, ...)."""
+    return not phone.strip("_:;!")
+
+
+def _draw_speakers(settings: CorpusSettings) -> list[Speaker]:
+    rng = np.random.default_rng([settings.seed, 0])
+    num_train, num_all = settings.train_speakers, settings.train_speakers + settings.dev_speakers
+    num_train_sentences = num_train * settings.train_utterances
+    sentences = draw_sentences(num_train_sentences + settings.dev_speakers * settings.dev_utterances, rng)
+    variants = rng.permutation([_VARIANTS[i % len(_VARIANTS)] for i in range(num_all)])
+    speakers = []
+    for i in range(num_all):
+        split, num = (TRAIN, settings.train_utterances) if i < num_train else (DEV, settings.dev_utterances)
+        first = i * num if i < num_train else num_train_sentences + (i - num_train) * num
+        warp, pitch, pitch_range, rate = (float(rng.uniform(*x)) for x in ((0.86, 1.16), (20, 80), (30, 70), (140, 200)))
+        voice = f"en-us+{variants[i]}"
+        own = sentences[first : first + num]
+        speakers.append(Speaker(FIRST_SPEAKER + i, split, voice, warp, pitch, pitch_range, rate, own))
+    return speakers
+
+
+def _resample_and_colour(samples: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Resample [N] from ``rate`` Hz to 16 kHz through a smooth random channel, in one Fourier transform."""
+    size = 1024 * (len(samples) // 1024 + 2)  # at least 1024 zeros at the end, so that the channel does not wrap around
+    size_out = 2 * round(size * SAMPLE_RATE / rate / 2)
+    spectrum = np.fft.rfft(samples, size)
+    out = np.zeros(size_out // 2 + 1, np.complex128)
+    num = min(len(spectrum), len(out))
+    out[:num] = spectrum[:num]
+    # cosines over log frequency, finer ones weaker: an overall tilt of some dB with gentle bumps
+    position = np.log2(1 + 15 * np.linspace(0, 1, len(out))) / 4
+    gain = sum(rng.normal(0, 3 / k) * np.cos(np.pi * (k * position + rng.uniform())) for k in (1, 2, 3))
+    out *= 10 ** (gain / 20)
+    coloured = np.fft.irfft(out, size_out) * (size_out / size)
+    return coloured[: round(len(samples) * size_out / size)].astype(np.float32)
+
+
+def _render(espeak: Espeak, speaker: Speaker, text: str, rng: np.random.Generator) -> Rendered:
+    """Let ``speaker`` say ``text`` over a random channel, loudness and background noise."""
+    rate = speaker.rate / speaker.warp * rng.uniform(0.9, 1.1)  # resampling by the warp speeds up: undo that
+    pitch = np.clip(speaker.pitch + rng.uniform(-8, 8), 0, 99)
+    espeak.set_voice(speaker.voice, int(np.clip(rate, 90, 350)), int(pitch), int(speaker.pitch_range))
+    speech = espeak.say(text)
+    source_rate = espeak.sample_rate * speaker.warp
+    samples = _resample_and_colour(speech.samples, source_rate, rng)
+    samples *= 10 ** (rng.uniform(-12, -2) / 20) / max(1e-4, np.abs(samples).max())
+    voiced = samples[np.abs(samples) > 1e-3]
+    white = rng.standard_normal(len(samples) + 1).astype(np.float32)
+    noise = white[1:] + np.float32(rng.uniform(0, 0.95)) * white[:-1]
+    snr_db = rng.uniform(10, 35)
+    noise *= np.sqrt(np.mean(voiced**2) / np.mean(noise**2) / 10 ** (snr_db / 10))
+    samples = np.clip(samples + noise, -1, 1)
+
+    duration = len(samples) / SAMPLE_RATE
+    starts = [min(start / source_rate, duration) for start, _ in speech.phones]
+    phones = [
+        [round(start, 4), round(end, 4), name.strip("',") or "_"]
+        for start, end, (_, name) in zip(starts, [*starts[1:], duration], speech.phones, strict=True)
+    ]
+    words = []
+    word_starts = [min(start / source_rate, duration) for start, _ in speech.words]
+    for start, limit, (_, word) in zip(word_starts, [*word_starts[1:], duration], speech.words, strict=True):
+        ends = [end for begin, end, name in phones if start <= begin < limit and not is_silence(name)]
+        words.append([round(start, 4), round(min(max(ends, default=limit), limit), 4), word])
+    return Rendered(samples, phones, words)
+
+
+def _write_speaker(espeak: Espeak, out: Path, speaker: Speaker, settings: CorpusSettings) -> dict[str, list[dict]]:
+    """Write the audio and transcripts of one speaker; return its alignment rows by file name."""
+    rng = np.random.default_rng([settings.seed, speaker.id])
+    chapter = FIRST_CHAPTER + speaker.id - FIRST_SPEAKER
+    folder = out / "LibriSpeech" / speaker.split / str(speaker.id) / str(chapter)
+    jobs = [(speaker.split, f"{speaker.id}-{chapter}-{i:04d}", folder, t) for i, t in enumerate(speaker.sentences)]
+    folder.mkdir(parents=True)
+    transcript = "".join(f"{name} {text.upper()}\n" for _, name, _, text in jobs)
+    (folder / f"{speaker.id}-{chapter}.trans.txt").write_text(transcript)
+    if settings.keywords:
+        part = out / "keywords" / ("train" if speaker.split == TRAIN else "dev")
+        jobs += [("keywords", str(speaker.id), part / word, word) for word in KEYWORDS]
+    rows: dict[str, list[dict]] = {}
+    for kind, name, folder, text in jobs:
+        rendered = _render(espeak, speaker, text, rng)
+        path = folder / f"{name}.flac"
+        folder.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, rendered.samples, SAMPLE_RATE, subtype="PCM_16")
+        row = {
+            "id": name if kind != "keywords" else f"{text}-{name}",
+            "speaker": speaker.id,
+            "text": text,
+            "path": path.relative_to(out).as_posix(),
+            "num_samples": len(rendered.samples),
+            "phones": rendered.phones,
+            "words": rendered.words,
+        }
+        rows.setdefault(kind, []).append(row)
+    return rows
+
+
+_speakers_done = None  # a shared counter, set in every worker process
+
+
+def _start_worker(counter) -> None:
+    global _speakers_done
+    _speakers_done = counter
+
+
+def _write_shard(out: Path, speakers: list[Speaker], settings: CorpusSettings) -> dict[str, list[dict]]:
+    espeak = load_espeak()
+    rows: dict[str, list[dict]] = {}
+    for speaker in speakers:
+        for kind, more in _write_speaker(espeak, out, speaker, settings).items():
+            rows.setdefault(kind, []).extend(more)
+        with _speakers_done.get_lock():
+            _speakers_done.value += 1
+    return rows
+
+
+def _synthesise(out: Path, settings: CorpusSettings) -> None:
+    """Write a whole corpus into the new folder ``out``."""
+    speakers = _draw_speakers(settings)
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["benchmarks.minisuperb.corpus"])  # import once, not once per shard
+    counter = context.Value("i", 0)
+    rows: dict[str, list[dict]] = {TRAIN: [], DEV: []}
+    with (
+        tqdm(total=len(speakers), desc="synthesis", unit="speaker") as bar,
+        ProcessPoolExecutor(
+            min(NUM_SHARDS, os.cpu_count() or 1), context, _start_worker, (counter,), max_tasks_per_child=1
+        ) as pool,
+    ):
+        parts = [part for i in range(NUM_SHARDS) if (part := speakers[i::NUM_SHARDS])]
+        shards = [pool.submit(_write_shard, out, part, settings) for part in parts]
+        pending: set[Future] = set(shards)
+        while pending:
+            _, pending = wait(pending, timeout=0.3, return_when=FIRST_COMPLETED)
+            bar.update(counter.value - bar.n)
+        for shard in shards:
+            for kind, more in shard.result().items():
+                rows.setdefault(kind, []).extend(more)
+    (out / "align").mkdir()
+    for kind, some in rows.items():
+        some.sort(key=lambda row: (row["speaker"], row["id"]))
+        (out / "align" / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    num_samples = {kind: sum(row["num_samples"] for row in some) for kind, some in rows.items()}
+    marker = {
+        "settings": asdict(settings),
+        "synthesiser": f"espeak-ng {load_espeak().version}",
+        "utterances": {kind: len(some) for kind, some in rows.items()},
+        "hours": {kind: round(num / SAMPLE_RATE / 3600, 4) for kind, num in num_samples.items()},
+    }
+    (out / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+
+
+def make_corpus(out: str | Path, settings: CorpusSettings | None = None) -> dict:
+    """Make the corpus ``settings`` asks for in the folder ``out``, or find it there; return its marker ``corpus.json``.
+
+    Raises:
+        UserError: ``out`` holds something else, or a corpus of other settings; or espeak-ng is missing.
+    """
+    out, settings = Path(out), settings or CorpusSettings()
+    if (out / MARKER).is_file():
+        marker = json.loads((out / MARKER).read_text())
+        for name, value in asdict(settings).items():
+            if (there := marker["settings"].get(name)) != value:
+                raise UserError(
+                    f"{out} holds a corpus made with {name} {there}, not {value}: choose another --out or remove it"
+                )
+        logger.info("%s: the corpus is already there", out)
+        return marker
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a corpus made here: choose another --out")
+    load_espeak()  # fail before anything is written
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        folder = Path(scratch) / "corpus"
+        folder.mkdir()
+        _synthesise(folder, settings)
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    marker = json.loads((out / MARKER).read_text())
+    logger.info("%s: %s utterances, %s hours", out, marker["utterances"], marker["hours"])
+    return marker
+
+
+@command
+def main() -> None:
+    """Parse the command line and run."""
+    parser = ArgumentParser(description=__doc__, exit_on_error=False)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the corpus")
+    parser.add_class_arguments(CorpusSettings, skip={"keywords"})
+    # By hand: from the signature it would not be a switch but want the word "false".
+    parser.add_argument("--keywords", action=ActionYesNo(no_prefix="no-"), default=True, help="also isolated words")
+    try:
+        options = parser.parse_args().as_dict()
+    except ArgumentError as error:
+        raise UserError(f"{error} (--help lists the flags)") from None
+    make_corpus(options.pop("out"), CorpusSettings(**options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Step 1: distil the teacher into a student and prune it jointly; or train a fixed student where nothing is pruned.
+
+    python distill.py --config conf/dphubert_base.yaml --data.tsv_dir data
+
+Leaves in exp_dir: config.yaml, ckpts/last.ckpt, metrics.csv, TensorBoard events. Run again to resume.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from distillation.architecture import format_architecture
+from distillation.build import build_run, load_teacher, update_count
+from distillation.config import parse_recipe, save_resolved
+from distillation.errors import command
+from distillation.sparsity import make_prunable
+from lightning import AudioDataModule, build_trainer, fit
+from wav2vec2 import load_model, prune, save_model
+
+logger = logging.getLogger(__name__)
+
+
+@command
+def main() -> None:
+    """Run the stage."""
+    recipe, resolved = parse_recipe(description=__doc__ or "")
+    teacher = load_teacher(recipe)
+    student = make_prunable(teacher if recipe.student_ckpt is None else load_model(recipe.student_ckpt), recipe.pruning)
+    data = AudioDataModule(recipe.data, recipe.seed, recipe.trainer.batches_per_update)
+    max_steps = update_count(recipe.optim, data)
+    trainer = build_trainer(recipe, recipe.optim, max_steps)
+    module = build_run(recipe, recipe.optim, max_steps, student, teacher, pruning=recipe.pruning, resolved=resolved)
+    save_resolved(resolved, recipe.exp_dir)
+    fit(module, data, trainer, recipe.exp_dir)
+    if not trainer.is_global_zero:
+        return
+    if not recipe.pruning.units:
+        save_model(recipe.exp_dir / "final.pth", student, module.objectives.head_state())
+        logger.info("wrote %s", recipe.exp_dir / "final.pth")
+        return
+    _, found = prune(student)
+    num_params = float(student.get_num_params())
+    sparsity = 1 - num_params / sum(p.numel() for p in teacher.parameters())
+    print(format_architecture(teacher.config, found))
+    print(f"expected: {num_params:,.0f} parameters, sparsity {sparsity:.4f}; target {recipe.pruning.target_sparsity}")
+
+
+if __name__ == "__main__":
+    main()

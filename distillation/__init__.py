@@ -1,0 +1,1 @@
+"""Data, losses, objectives, sparsity, schedules, checkpoints and configuration of the training stages."""

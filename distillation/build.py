@@ -1,0 +1,94 @@
+"""From a recipe to the objects of a run. Nothing below this level sees a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from distillation.config import Recipe
+from distillation.data import BatchStream, select_utterances
+from distillation.errors import UserError
+from distillation.objectives import Objectives, Teacher
+from distillation.optim import OptimConfig
+from distillation.sparsity import Lagrangian, PruningConfig
+from wav2vec2 import Wav2Vec2Model, load_model
+
+if TYPE_CHECKING:
+    from lightning import AudioDataModule, DistillModule
+
+logger = logging.getLogger(__name__)
+
+
+def load_teacher(recipe: Recipe) -> Wav2Vec2Model:
+    """The dense teacher, checked against what the recipe is written for. Seeds what is drawn at random after it.
+
+    Raises:
+        UserError: another depth or width.
+    """
+    model = load_model(recipe.teacher_ckpt)
+    for name, wanted, found in (
+        ("layers", recipe.teacher_layers, model.num_layers),
+        ("width", recipe.teacher_width, model.embed_dim),
+    ):
+        if wanted is not None and wanted != found:
+            raise UserError(
+                f"{recipe.teacher_ckpt}: {name} {found}, but the recipe is for a teacher of {name} {wanted}: "
+                f"choose the recipe for this model, or set --teacher_{name} and --objective to match"
+            )
+    torch.manual_seed(recipe.seed)
+    return model
+
+
+def update_count(optim: OptimConfig, data: AudioDataModule) -> int:
+    """Updates of one step: as many as the recipe says, or as its epochs hold."""
+    if optim.max_epochs is None:
+        return optim.max_steps
+    stream = BatchStream(select_utterances(data.train_manifest, data.config), data.config, seed=data.seed)
+    num_batches = stream.first_of(optim.max_epochs)
+    steps = max(1, num_batches // data.batches_per_update)
+    logger.info("%d epochs are %d updates of %d micro-batches", optim.max_epochs, steps, data.batches_per_update)
+    return steps
+
+
+def build_run(
+    recipe: Recipe,
+    optim: OptimConfig,
+    max_steps: int,
+    student: Wav2Vec2Model,
+    teacher: Wav2Vec2Model,
+    *,
+    pruning: PruningConfig | None,
+    resolved: str,
+) -> DistillModule:
+    """The training module of one step.
+
+    Args:
+        recipe: what to run.
+        optim: of this step.
+        max_steps: its updates.
+        student: masked (step 1) or dense.
+        teacher: dense.
+        pruning: None for a step without a sparsity term.
+        resolved: YAML of the recipe, kept in checkpoints.
+    """
+    from lightning import DistillModule  # Lightning takes seconds to import, and --help does not need it
+
+    lagrangian = None
+    if pruning is not None and pruning.units:
+        before = sum(p.numel() for p in teacher.parameters())
+        lagrangian = Lagrangian(before, pruning.target_sparsity, pruning.warmup_steps)
+    objectives = Objectives(recipe.objective, student, teacher)
+    dtypes = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    return DistillModule(
+        student,
+        Teacher(teacher, dtypes[recipe.trainer.teacher_precision]),
+        objectives,
+        dataclasses.replace(optim, max_steps=max_steps, max_epochs=None),
+        lagrangian,
+        pruning,
+        recipe.seed,
+        resolved,
+    )

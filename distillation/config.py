@@ -1,0 +1,208 @@
+"""Recipes: dataclasses that are the YAML files and the command line at once.
+
+A recipe names another as its ``base`` and holds only what differs. Flags override recipes, unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import jsonargparse
+import yaml
+
+from distillation.data import DataConfig
+from distillation.errors import UserError
+from distillation.objectives import ObjectiveConfig
+from distillation.optim import OptimConfig
+from distillation.sparsity import PruningConfig
+from wav2vec2.checkpoint import replacing
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+RECIPES = Path(__file__).parent.parent / "conf"
+MAX_RECIPE_BYTES = 1_000_000
+
+
+@dataclass
+class TrainerConfig:
+    """Machine, precision and bookkeeping."""
+
+    accelerator: Literal["gpu", "cpu", "auto"] = "gpu"
+    """Where to train; gpu is an error where there is none."""
+
+    devices: int | Literal["auto"] = "auto"
+    """Processes per node, one per GPU; auto takes all GPUs, or one CPU process."""
+
+    num_nodes: int = 1
+    """Machines."""
+
+    precision: Literal["bf16-mixed", "16-mixed", "32-true"] = "bf16-mixed"
+    """Of the training step; masks and losses are float32 in any case."""
+
+    teacher_precision: Literal["same", "float32", "bfloat16"] = "same"
+    """Of the teacher's forward pass."""
+
+    batches_per_update: int = 4
+    """Micro-batches averaged in one update over all processes; fewer processes accumulate more."""
+
+    log_every: int = 50
+    """Updates between two rows of metrics; each row is the mean since the one before."""
+
+    validate_every: int = 1000
+    """Updates between two validations."""
+
+    checkpoint_every: int = 500
+    """Updates between two checkpoints."""
+
+    checkpoint_minutes: float = 15.0
+    """Minutes after which a checkpoint is written in any case."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_nodes", "batches_per_update", "log_every", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.devices != "auto" and self.devices < 1:
+            raise UserError(f"trainer.devices is {self.devices}: it must be at least 1, or auto")
+
+
+@dataclass
+class Recipe:
+    """Everything that defines a run."""
+
+    base: str | None = None
+    """Recipe that this one builds on, relative to its own folder."""
+
+    teacher_ckpt: Path = Path("pretrained/hubert-base-ls960.hf.pth")
+    """The teacher, a .pth file made by one of the converters."""
+
+    teacher_layers: int | None = 12
+    """Transformer layers of the teacher that the recipe is written for; null for any."""
+
+    teacher_width: int | None = 768
+    """Transformer width of the teacher that the recipe is written for; null for any."""
+
+    student_ckpt: Path | None = None
+    """Model to start from; distill.py starts from the teacher when there is none."""
+
+    exp_dir: Path = Path("exp/dphubert_base")
+    """Folder of the run."""
+
+    seed: int = 2022
+    """Of data order, crops, dropout and masks."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Audio."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What to train towards."""
+
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    """What to prune in step 1."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Step 1."""
+
+    final: OptimConfig | None = field(default_factory=lambda: OptimConfig(max_steps=25000, lr=1e-4, warmup_steps=5000))
+    """Step 2; null for none."""
+
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Machine and bookkeeping."""
+
+
+def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[Recipe, str]:
+    """Recipe from a command line, and its resolved YAML.
+
+    Raises:
+        UserError: an unknown recipe, key or value.
+    """
+    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False, default_env=False)
+    parser.add_argument("--config", action="config", help="Recipe, one of conf/*.yaml or your own.")
+    parser.add_class_arguments(Recipe, fail_untyped=True)
+    namespace = parse_arguments(parser, _expand_bases(sys.argv[1:] if argv is None else argv))
+    namespace.pop("config", None)
+    namespace.base = None
+    resolved = parser.dump(namespace, skip_none=False)
+    return Recipe(**vars(parser.instantiate_classes(namespace))), resolved
+
+
+def parse_arguments(parser: jsonargparse.ArgumentParser, argv: list[str]) -> jsonargparse.Namespace:
+    """Parse a command line.
+
+    Args:
+        parser: made with ``exit_on_error=False``.
+        argv: the words after the program's name.
+
+    Raises:
+        UserError: an unknown flag or key, or a value that does not fit.
+    """
+    try:
+        return parser.parse_args(argv)
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise UserError(_one_line(error)) from None
+
+
+def _one_line(error: BaseException) -> str:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())
+
+
+def _expand_bases(argv: list[str]) -> list[str]:
+    """Put ``--config base`` before every ``--config recipe`` that names one."""
+    expanded: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            expanded.append(word)
+            continue
+        path = value if equals else next(words, None)
+        if path is None:
+            raise UserError("--config needs the path of a recipe")
+        for recipe in recipe_chain(Path(path)):
+            expanded += ["--config", str(recipe)]
+    return expanded
+
+
+def recipe_chain(path: Path) -> list[Path]:
+    """A recipe and those it builds on, the root first.
+
+    Raises:
+        UserError: a file is missing or no YAML mapping, or the bases form a circle.
+    """
+    chain: list[Path] = []
+    current: Path | None = path
+    while current is not None:
+        if not current.is_file():
+            known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+            raise UserError(f"{current}: no such recipe; those in conf/ are {known}")
+        if any(current.samefile(other) for other in chain):
+            raise UserError(f"{current}: is its own base")
+        chain.append(current)
+        if current.stat().st_size > MAX_RECIPE_BYTES:
+            raise UserError(f"{current}: over {MAX_RECIPE_BYTES} bytes, not a recipe")
+        try:
+            content = yaml.safe_load(current.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+            raise UserError(f"{current}: not valid YAML: {_one_line(error)}") from None
+        if content is None:
+            content = {}
+        if not isinstance(content, dict):
+            raise UserError(f"{current}: a recipe is a mapping of settings, found a {type(content).__name__}")
+        base = content.get("base")
+        if base is not None and not isinstance(base, str):
+            raise UserError(f"{current}: base is {base!r}, it must be the name of a recipe")
+        current = None if base is None else current.parent / base
+    return chain[::-1]
+
+
+def save_resolved(resolved: str, exp_dir: Path) -> None:
+    """Write the resolved recipe beside the run."""
+    with replacing(exp_dir / "config.yaml") as temporary:
+        temporary.write_text(resolved, encoding="utf-8")

@@ -1,0 +1,198 @@
+"""From utterance lists to batches of waveforms: reading in worker processes, and the loaders.
+
+A file that cannot be read never raises in a worker: its row is left out and the reason travels with the batch, where
+the trainer decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from distillation.audio import AudioError, read_crop
+from distillation.batching import (
+    BatchStream,
+    Crop,
+    DataConfig,
+    MicroBatch,
+    Selection,
+    ValidationBatches,
+    plan_epoch,
+    select_utterances,
+)
+from distillation.manifest import Manifest, read_tsv
+
+__all__ = [
+    "AudioDataset",
+    "Batch",
+    "BatchStream",
+    "Crop",
+    "DataConfig",
+    "Manifest",
+    "MicroBatch",
+    "Selection",
+    "ValidationBatches",
+    "make_train_loader",
+    "make_valid_loader",
+    "plan_epoch",
+    "read_tsv",
+    "select_utterances",
+]
+
+logger = logging.getLogger(__name__)
+
+# One core decodes FLAC several hundred times faster than real time; more readers than this only cost memory.
+MAX_AUTO_WORKERS = 8
+
+
+@dataclass
+class Batch:
+    """Waveforms of one forward pass. B is 0 when no file of the batch could be read."""
+
+    waveforms: Tensor
+    """[B, N] float32, full scale 1, zero after the end of a row."""
+
+    lengths: Tensor | None
+    """[B] int64, samples per row; None when every row is full."""
+
+    number: int
+    """Number of the micro-batch over all epochs and ranks."""
+
+    files: list[str]
+    """Path of each row."""
+
+    errors: list[str]
+    """One line per file that was left out."""
+
+    seconds: float
+    """Seconds of audio, without padding."""
+
+    read_seconds: float
+    """Time that one worker took to read the batch, for the loader's share of the step."""
+
+    def pin_memory(self) -> Batch:
+        """Copy in page-locked memory; called by the loader."""
+        lengths = None if self.lengths is None else self.lengths.pin_memory()
+        return replace(self, waveforms=self.waveforms.pin_memory(), lengths=lengths)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Copy on another device."""
+        lengths = None if self.lengths is None else self.lengths.to(device, non_blocking=non_blocking)
+        return replace(self, waveforms=self.waveforms.to(device, non_blocking=non_blocking), lengths=lengths)
+
+
+class AudioDataset(Dataset[Batch]):
+    """Reads micro-batches of one manifest: ``dataset[MicroBatch(number, crops)]`` is a `Batch`."""
+
+    def __init__(self, manifest: Manifest, sample_rate: int) -> None:
+        self.manifest = manifest
+        self.sample_rate = sample_rate
+
+    def __getitem__(self, item: MicroBatch) -> Batch:
+        begin = time.perf_counter()
+        rows: list[Tensor] = []
+        files: list[str] = []
+        errors: list[str] = []
+        for crop in item.crops:
+            path = self.manifest.file(crop.index)
+            try:
+                rows.append(torch.from_numpy(read_crop(path, crop.start, crop.num_frames, self.sample_rate)))
+                files.append(str(path))
+            except AudioError as error:
+                errors.append(str(error))
+        waveforms, lengths = _pad(rows)
+        seconds = sum(map(len, rows)) / self.sample_rate
+        return Batch(waveforms, lengths, item.number, files, errors, seconds, time.perf_counter() - begin)
+
+
+def make_train_loader(
+    manifest: Manifest,
+    config: DataConfig,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+    pin_memory: bool = False,
+    ranks_per_node: int | None = None,
+) -> DataLoader[Batch]:
+    """Endless loader of one rank's training batches; its ``sampler`` is the `BatchStream`.
+
+    Args:
+        manifest: training utterances.
+        config: how to choose and batch them.
+        seed: of the order and the crops, the same on every rank.
+        rank: this process, from 0.
+        world_size: number of processes.
+        start: micro-batches that all ranks together have used before.
+        pin_memory: deliver batches in page-locked memory, for a GPU.
+        ranks_per_node: processes that share this machine's cores; None: all of them.
+
+    Raises:
+        UserError: no utterance has a usable length, or one is longer than a batch.
+    """
+    selection = select_utterances(manifest, config)
+    if rank == 0:
+        logger.info("training data, %s", selection.summary)
+    stream = BatchStream(selection, config, seed=seed, rank=rank, world_size=world_size, start=start)
+    num_workers = _num_workers(config, ranks_per_node or world_size)
+    return _make_loader(manifest, config, stream, num_workers, pin_memory)
+
+
+def make_valid_loader(
+    manifest: Manifest,
+    config: DataConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    ranks_per_node: int | None = None,
+) -> DataLoader[Batch]:
+    """Loader of one rank's share of the validation data, the same in every pass. Arguments as `make_train_loader`."""
+    selection = select_utterances(manifest, config)
+    if rank == 0:
+        logger.info("validation data, %s", selection.summary)
+    batches = ValidationBatches(selection, config, rank=rank, world_size=world_size)
+    num_workers = min(_num_workers(config, ranks_per_node or world_size), len(batches))
+    return _make_loader(manifest, config, batches, num_workers, pin_memory)
+
+
+def _make_loader(
+    manifest: Manifest,
+    config: DataConfig,
+    sampler: BatchStream | ValidationBatches,
+    num_workers: int,
+    pin_memory: bool,
+) -> DataLoader[Batch]:
+    return DataLoader(
+        AudioDataset(manifest, config.sample_rate),
+        sampler=sampler,
+        batch_size=None,  # the sampler's items are whole batches
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        # The loader draws a number for its workers, which ignore it: not from the generator that draws the masks.
+        generator=torch.Generator(),
+    )
+
+
+def _num_workers(config: DataConfig, ranks_per_node: int) -> int:
+    if config.num_workers != "auto":
+        return config.num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_AUTO_WORKERS, cores // ranks_per_node - 1))
+
+
+def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    if not rows:
+        return torch.zeros(0, 0), None
+    lengths = torch.tensor([len(row) for row in rows])
+    if bool((lengths == lengths[0]).all()):
+        return torch.stack(rows), None
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths

@@ -1,0 +1,116 @@
+"""Optimizer groups and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from distillation.errors import UserError
+from distillation.sparsity import Lagrangian, PruningConfig
+
+
+@dataclass
+class OptimConfig:
+    """Length and learning rates of one step. Updates are optimizer steps, whatever the accumulation."""
+
+    max_steps: int = 50000
+    """Updates."""
+
+    max_epochs: int | None = None
+    """Length in passes over the data instead; max_steps is then not used."""
+
+    lr: float = 2e-4
+    """Peak learning rate of the weights and heads."""
+
+    warmup_steps: int = 15000
+    """Updates of linear warm-up from 0."""
+
+    warmup_ratio: float | None = None
+    """Warm-up as a share of all updates instead; warmup_steps is then not used."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """After the warm-up: linear decay to 0, half a cosine to 0, or no decay."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW moment decay rates."""
+
+    eps: float = 1e-8
+    """AdamW epsilon."""
+
+    weight_decay: float = 0.0
+    """AdamW weight decay of weights; biases and norm parameters have none."""
+
+    clip: float | None = 10.0
+    """Largest norm of the whole gradient; null for no clipping."""
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise UserError(f"max_steps is {self.max_steps}: it must be at least 1")
+        if self.max_epochs is not None and self.max_epochs < 1:
+            raise UserError(f"max_epochs is {self.max_epochs}: it must be at least 1, or null")
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"warmup_ratio is {self.warmup_ratio}: it must lie in [0, 1]")
+        if self.warmup_steps < 0:
+            raise UserError(f"warmup_steps is {self.warmup_steps}: it must be at least 0")
+        if self.lr <= 0:
+            raise UserError(f"lr is {self.lr}: it must be positive")
+
+    def resolved_warmup(self, max_steps: int) -> int:
+        """Updates of warm-up in a run of ``max_steps`` updates."""
+        return self.warmup_steps if self.warmup_ratio is None else round(self.warmup_ratio * max_steps)
+
+
+def lr_factor(step: int, warmup_steps: int, max_steps: int, schedule: str) -> float:
+    """Share of the peak rate at update ``step`` = 0 .. max_steps - 1.
+
+    Reaches 1 at the end of the warm-up and would reach 0 just after the last update, so that no update is wasted on a
+    rate of 0 (the released system's first and last are).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    remaining = (max_steps - step) / max(1, max_steps - warmup_steps)
+    remaining = min(1.0, max(0.0, remaining))
+    if schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * remaining))
+    return remaining
+
+
+def param_groups(
+    module: nn.Module, lagrangian: Lagrangian | None, optim: OptimConfig, pruning: PruningConfig | None
+) -> list[dict]:
+    """Optimizer groups: weights (decayed or not), mask parameters, and the maximised multipliers.
+
+    Every trainable parameter is in exactly one group.
+    """
+    multipliers = [] if lagrangian is None else list(lagrangian.parameters())
+    masks, decayed, plain = [], [], []
+    norms = (nn.LayerNorm, nn.GroupNorm)
+    norm_params = {p for m in module.modules() if isinstance(m, norms) for p in m.parameters()}
+    for name, p in module.named_parameters():
+        if not p.requires_grad or any(p is m for m in multipliers):
+            continue
+        if name.endswith("log_alpha"):
+            masks.append(p)
+        elif p.dim() < 2 or p in norm_params:
+            plain.append(p)
+        else:
+            decayed.append(p)
+    groups = [
+        {"name": "weights", "params": decayed, "lr": optim.lr, "weight_decay": optim.weight_decay},
+        {"name": "biases_norms", "params": plain, "lr": optim.lr, "weight_decay": 0.0},
+    ]
+    if lagrangian is not None and pruning is not None:
+        groups += [
+            {"name": "log_alpha", "params": masks, "lr": pruning.lr_masks, "weight_decay": 0.0},
+            {"name": "lambda", "params": multipliers, "lr": pruning.lr_lagrangian, "weight_decay": 0.0,
+             "maximize": True},
+        ]  # fmt: skip
+    grouped = [p for group in groups for p in group["params"]]
+    trainable = {p for p in module.parameters() if p.requires_grad}
+    assert len(grouped) == len(set(grouped)) and set(grouped) == trainable, "a parameter is in no group, or in two"
+    return [group for group in groups if group["params"]]

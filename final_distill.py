@@ -1,0 +1,48 @@
+"""Step 2: distil the pruned student again, without a sparsity term.
+
+    python final_distill.py --config conf/dphubert_base.yaml --student_ckpt E/pruned.pth --exp_dir E/final
+
+Leaves final.pth in exp_dir, beside what step 1 leaves in its own. Run again to resume.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from distillation.build import build_run, load_teacher, update_count
+from distillation.config import parse_recipe, save_resolved
+from distillation.errors import UserError, command
+from lightning import AudioDataModule, build_trainer, fit
+from wav2vec2 import save_model
+from wav2vec2.checkpoint import load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@command
+def main() -> None:
+    """Run the stage."""
+    recipe, resolved = parse_recipe(description=__doc__ or "")
+    if recipe.final is None:
+        raise UserError("this recipe has no step 2 (final: null): the pruned model is its result")
+    if recipe.student_ckpt is None:
+        raise UserError("name the pruned model with --student_ckpt, e.g. E/pruned.pth from prune.py")
+    teacher = load_teacher(recipe)
+    student = load_checkpoint(recipe.student_ckpt)
+    if student.model.masks():
+        raise UserError(f"{recipe.student_ckpt}: still has masks; make a dense model of it with prune.py")
+    data = AudioDataModule(recipe.data, recipe.seed, recipe.trainer.batches_per_update)
+    max_steps = update_count(recipe.final, data)
+    trainer = build_trainer(recipe, recipe.final, max_steps)
+    module = build_run(recipe, recipe.final, max_steps, student.model, teacher, pruning=None, resolved=resolved)
+    if not module.objectives.load_head_state(student.heads, recipe.student_ckpt):
+        logger.warning("%s holds no distillation heads: they start afresh", recipe.student_ckpt)
+    save_resolved(resolved, recipe.exp_dir)
+    fit(module, data, trainer, recipe.exp_dir)
+    if trainer.is_global_zero:
+        save_model(recipe.exp_dir / "final.pth", student.model, module.objectives.head_state())
+        logger.info("wrote %s", recipe.exp_dir / "final.pth")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Make the dense model that step 1 found.
+
+    python prune.py --distilled_ckpt E/ckpts/last.ckpt [--out E/pruned.pth]
+
+By default the highest-ranked units are kept that give exactly the target size (to within one unit); --faithful keeps
+the rounding per layer of the released system.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import jsonargparse
+import yaml
+
+from distillation.architecture import format_architecture
+from distillation.config import parse_arguments
+from distillation.errors import UserError, command
+from wav2vec2 import prune, save_model
+from wav2vec2.checkpoint import model_from_state, read_torch_file
+from wav2vec2.pruning import survivors_for_size
+
+logger = logging.getLogger(__name__)
+STUDENT = "student."
+
+
+def run(
+    distilled_ckpt: Path, out: Path | None = None, faithful: bool = False, target_sparsity: float | None = None
+) -> None:
+    """Prune the student of a checkpoint.
+
+    Args:
+        distilled_ckpt: checkpoint of step 1, E/ckpts/last.ckpt.
+        out: model to write; E/pruned.pth by default.
+        faithful: keep the released system's rounding per layer instead of hitting the target size.
+        target_sparsity: share of the teacher's parameters to remove; the recipe's by default.
+    """
+    out = out if out is not None else distilled_ckpt.parent.parent / "pruned.pth"
+    checkpoint = read_torch_file(distilled_ckpt)
+    if "student_config" not in checkpoint or "num_params_before" not in checkpoint:
+        raise UserError(f"{distilled_ckpt}: not a checkpoint of step 1 with pruning (made by distill.py)")
+    state = {k.removeprefix(STUDENT): v for k, v in checkpoint["state_dict"].items() if k.startswith(STUDENT)}
+    student = model_from_state(checkpoint["student_config"], state, source=distilled_ckpt)
+    recipe = yaml.safe_load(checkpoint["recipe"])
+    target = recipe["pruning"]["target_sparsity"] if target_sparsity is None else target_sparsity
+    if not 0 <= target < 1:
+        raise UserError(f"--target_sparsity {target}: it must lie in [0, 1)")
+    before = int(checkpoint["num_params_before"])
+
+    by_rule, config = prune(student)
+    num_expected, num_by_rule = float(student.get_num_params()), sum(p.numel() for p in by_rule.parameters())
+    logger.info(
+        "expected %s parameters (sparsity %.4f), the eval rule gives %s (%.4f), target %.4f",
+        f"{num_expected:,.0f}", 1 - num_expected / before, f"{num_by_rule:,}", 1 - num_by_rule / before, target,
+    )  # fmt: skip
+    model = by_rule
+    if not faithful:
+        try:
+            model, config = prune(student, survivors_for_size(student, round((1 - target) * before)))
+        except ValueError as error:
+            raise UserError(f"{distilled_ckpt}: {error}; set another --target_sparsity, or --faithful") from None
+        logger.info("kept the highest-ranked units that give the target size; --faithful keeps the rule's")
+    num_params = sum(p.numel() for p in model.parameters())
+    save_model(out, model, checkpoint["heads"])
+    print(format_architecture(checkpoint["student_config"], config))
+    print(f"{num_params:,} parameters, sparsity {1 - num_params / before:.4f} -> {out}")
+
+
+@command
+def main() -> None:
+    """Run the stage."""
+    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser.add_function_arguments(run)
+    run(**vars(parse_arguments(parser, sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

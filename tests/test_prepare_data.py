@@ -1,0 +1,214 @@
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import prepare_data
+from distillation.manifest import read_tsv
+
+SCRIPT = Path(__file__).parents[1] / "prepare_data.py"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, caplog):
+    """Run the script in this process: what it printed, or with ``code`` 2 its single error line."""
+    caplog.set_level(logging.INFO)
+
+    def run_main(*args, code=0):
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, args)])
+        caplog.clear()
+        if code == 0:
+            prepare_data.main()
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as stop:
+            prepare_data.main()
+        captured = capsys.readouterr()
+        errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert stop.value.code == code and len(errors) == 1 and captured.err.endswith(f"{errors[0]}\n")
+        return captured.out + errors[0]
+
+    return run_main
+
+
+def write(path, num_frames=4000, rate=16000, channels=1, scale=0.3):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sound = scale * np.sin(np.arange(num_frames) / 5)
+    soundfile.write(path, np.stack([sound] * channels, 1), rate)
+
+
+def files(out):
+    return sorted(path.name for path in out.iterdir()) if out.exists() else []
+
+
+@pytest.fixture
+def librispeech(tmp_path):
+    """A corpus whose root has a misleading name, inside a folder of another misleading name."""
+    root = tmp_path / "train-clean-100" / "dev-train"
+    parts = ("train-clean-100", "train-clean-360", "train-other-500", "dev-clean", "dev-other", "test-clean")
+    for k, part in enumerate(parts):
+        for chapter in (2, 1):
+            write(root / part / "7" / f"{chapter}" / f"7-{chapter}-dev-clean.flac", 4000 + 100 * k + chapter)
+        (root / part / "7" / "1" / "7-1.trans.txt").write_text("train")
+        (root / part / "7" / "1" / "._7-1.flac").write_text("not audio")
+    return root
+
+
+def test_librispeech_lists(run, librispeech, tmp_path):
+    out = tmp_path / "out"
+    run("--data", librispeech, "--out", out)
+    assert files(out) == ["train100.tsv", "train960.tsv", "valid.tsv"]
+    lists = {name: read_tsv(out / name) for name in files(out)}
+    assert all(manifest.root == librispeech for manifest in lists.values())
+    assert lists["train100.tsv"].paths == [f"train-clean-100/7/{c}/7-{c}-dev-clean.flac" for c in (1, 2)]
+    assert lists["train100.tsv"].num_frames.tolist() == [4001, 4002]
+    assert [name.split("/")[0] for name in lists["train960.tsv"].paths] == [
+        part for part in ("train-clean-100", "train-clean-360", "train-other-500") for _ in range(2)
+    ]
+    assert lists["train960.tsv"].num_frames.tolist() == [4001, 4002, 4101, 4102, 4201, 4202]
+    assert [name.split("/")[0] for name in lists["valid.tsv"].paths] == ["dev-clean"] * 2 + ["dev-other"] * 2
+
+
+def test_parent_of_librispeech_with_parts_missing(run, caplog, librispeech, tmp_path):
+    parent = tmp_path / "corpora"
+    (parent / "LibriSpeech").mkdir(parents=True)
+    for part in ("train-clean-100", "dev-other"):
+        (parent / "LibriSpeech" / part).symlink_to(librispeech / part)
+    (librispeech / "train-clean-100" / "loop").symlink_to(parent / "LibriSpeech" / "train-clean-100")
+    run("--data", parent, "--out", tmp_path / "out")
+    assert files(tmp_path / "out") == ["train100.tsv", "valid.tsv"]
+    assert "train960.tsv is not written" in caplog.text and "no train-clean-360, train-other-500" in caplog.text
+    assert len(read_tsv(tmp_path / "out" / "train100.tsv")) == 2
+    manifest = read_tsv(tmp_path / "out" / "valid.tsv")
+    assert manifest.root == parent / "LibriSpeech" and len(manifest) == 2
+
+
+def test_speakers_are_held_out_whole(run, tmp_path):
+    for speaker in range(25):
+        for k in range(3):
+            write(tmp_path / "data" / "wavs" / f"s{speaker}" / f"{k}.wav", 4000 + 10 * speaker + k)
+    for seed in (0, 0, 1):
+        run("--data", tmp_path / "data", "--out", tmp_path / f"out{seed}", "--valid_fraction", 0.1, "--seed", seed)
+    lists = {
+        seed: [read_tsv(tmp_path / f"out{seed}" / f"{name}.tsv") for name in ("train", "valid")] for seed in (0, 1)
+    }
+    for train, valid in lists.values():
+        assert len(train) + len(valid) == 75 and not set(train.paths) & set(valid.paths)
+        speakers = [{name.split("/")[1] for name in manifest.paths} for manifest in (train, valid)]
+        assert not speakers[0] & speakers[1] and len(speakers[1]) == 2
+        assert train.paths == sorted(train.paths)
+    assert lists[0][1].paths != lists[1][1].paths
+
+
+@pytest.mark.parametrize("layout", ["flat", "one folder", "two large folders"])
+def test_files_are_held_out_where_folders_cannot(run, tmp_path, layout):
+    folders = {"flat": ["."], "one folder": ["a"], "two large folders": ["a", "b"]}[layout]
+    for folder in folders:
+        for k in range(20):
+            write(tmp_path / "data" / folder / f"{k}.wav")
+    run("--data", tmp_path / "data", "--out", tmp_path / "out", "--valid_fraction", 0.1)
+    train, valid = (read_tsv(tmp_path / "out" / f"{name}.tsv") for name in ("train", "valid"))
+    assert len(valid) == 2 * len(folders)
+    assert len(train) == 18 * len(folders) and not set(train.paths) & set(valid.paths)
+
+
+def test_own_validation_folder_and_other_formats(run, tmp_path):
+    write(tmp_path / "data" / "a.ogg", 16000)
+    write(tmp_path / "data" / "b.FLAC", 5000)
+    write(tmp_path / "valid" / "c.wav", 6000)
+    run("--data", tmp_path / "data", "--valid", tmp_path / "valid", "--out", tmp_path / "out")
+    train, valid = (read_tsv(tmp_path / "out" / f"{name}.tsv") for name in ("train", "valid"))
+    assert (train.paths, train.num_frames.tolist()) == (["a.ogg", "b.FLAC"], [16000, 5000])
+    assert (valid.root, valid.paths) == (tmp_path / "valid", ["c.wav"])
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(22050, 1), (16000, 2)])
+def test_other_rates_and_stereo_are_refused(run, tmp_path, rate, channels):
+    write(tmp_path / "data" / "a.flac")
+    for name in ("c", "b"):
+        write(tmp_path / "data" / f"{name}.flac", rate=rate, channels=channels)
+    error = run("--data", tmp_path / "data", "--out", tmp_path / "out", "--skip_broken", code=2)
+    assert f"{tmp_path / 'data' / 'b.flac'} has {rate} Hz and {channels} channel(s)" in error
+    assert "2 of 3 files differ" in error
+    assert files(tmp_path / "out") == []
+
+
+def test_unreadable_files(run, tmp_path):
+    for k in range(4):
+        write(tmp_path / "data" / f"{k}.flac")
+    (tmp_path / "data" / "2.flac").write_text("no audio")
+    error = run("--data", tmp_path / "data", "--out", tmp_path / "out", code=2)
+    assert f"{tmp_path / 'data' / '2.flac'}: unreadable" in error and "(1 such files)" in error
+    assert files(tmp_path / "out") == []
+    run("--data", tmp_path / "data", "--out", tmp_path / "out", "--skip_broken")
+    listed = [name for list_ in ("train", "valid") for name in read_tsv(tmp_path / "out" / f"{list_}.tsv").paths]
+    assert sorted(listed) == ["0.flac", "1.flac", "3.flac"]
+
+
+def test_check_reports_and_skips_what_cannot_be_used(run, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    for k in range(6):
+        write(data / f"{k}.flac", 20000)
+    write(data / "silent.flac", scale=0)
+    write(data / "clipped.flac", scale=3)
+    good = (data / "0.flac").read_bytes()
+    (data / "cut.flac").write_bytes(good[: len(good) // 2])
+    (data / "text.flac").write_text("no audio")
+    soundfile.write(data / "nan.wav", np.full(4000, np.nan, dtype=np.float32), 16000, subtype="FLOAT")
+    run("--data", data, "--out", tmp_path / "unchecked", "--skip_broken")  # headers alone do not show it
+    assert "cut.flac" in (tmp_path / "unchecked" / "train.tsv").read_text()
+
+    printed = run("--data", data, "--out", out, "--check", code=2)
+    assert "5 files have problems" in printed and "the 3 unusable ones" in printed
+    assert files(out) == ["broken.tsv"]
+    rows = dict(line.split("\t")[:2] for line in (out / "broken.tsv").read_text().splitlines())
+    assert rows == {
+        f"{data / name}": kind
+        for name, kind in {
+            "text.flac": "unreadable",
+            "clipped.flac": "clipped",
+            "cut.flac": "unreadable",
+            "nan.wav": "NaN or infinite",
+            "silent.flac": "silent",
+        }.items()
+    }
+    table = [line.split()[:2] for line in printed.splitlines()]
+    assert ["unreadable", "2"] in table and ["silent", "1"] in table
+
+    run("--data", data, "--out", out, "--check", "--skip_broken")
+    listed = [name for list_ in ("train", "valid") for name in read_tsv(out / f"{list_}.tsv").paths]
+    assert sorted(listed) == [*(f"{k}.flac" for k in range(6)), "clipped.flac", "silent.flac"]
+    for name in ("silent.flac", "clipped.flac", "cut.flac", "text.flac", "nan.wav"):
+        (data / name).unlink()
+    run("--data", data, "--out", out, "--check")
+    assert files(out) == ["train.tsv", "valid.tsv"]
+
+
+def test_command_line_mistakes(run, tmp_path):
+    write(tmp_path / "data" / "a.flac")
+    (tmp_path / "none").mkdir()
+    data, out = ("--data", tmp_path / "data"), ("--out", tmp_path / "out")
+    assert "unrecognized arguments: --bogus" in run(*data, *out, "--bogus", 1, code=2)
+    assert "required: out" in run(*data, code=2)
+    assert "gone is not a folder" in run("--data", tmp_path / "gone", *out, code=2)
+    assert "--valid" in run(*data, *out, "--valid", tmp_path / "gone", code=2)
+    assert "holds no audio files" in run("--data", tmp_path / "none", *out, code=2)
+    assert "--valid_fraction 1.5" in run(*data, *out, "--valid_fraction", 1.5, code=2)
+    assert "use --valid" in run(*data, *out, code=2)
+    assert files(tmp_path / "out") == []
+    assert "cannot write" in run(*data, "--valid", tmp_path / "data", "--out", tmp_path / "data" / "a.flac", code=2)
+
+
+def test_as_a_program(tmp_path):
+    for k in range(3):
+        write(tmp_path / "data" / f"{k}.flac")
+    command = [sys.executable, SCRIPT, "--data", tmp_path / "data", "--out"]
+    done = subprocess.run([*command, tmp_path / "out"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and files(tmp_path / "out") == ["train.tsv", "valid.tsv"]
+    write(tmp_path / "data" / "stereo.flac", channels=2)
+    failed = subprocess.run([*command, tmp_path / "out2"], capture_output=True, text=True, timeout=100)
+    assert failed.returncode == 2 and failed.stdout == "" and files(tmp_path / "out2") == []
+    assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1

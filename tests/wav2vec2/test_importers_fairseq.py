@@ -1,0 +1,381 @@
+"""Files in the layouts of fairseq and unilm, written by stand-ins for their classes, read without either package.
+
+The weights are those of tiny transformers models under fairseq's names, so the outputs can be compared.
+"""
+
+import argparse
+import enum
+import os
+import pickle
+import re
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import HubertConfig, HubertModel, PreTrainedModel, Wav2Vec2Config, Wav2Vec2Model, WavLMConfig, WavLMModel
+
+from wav2vec2.checkpoint import CheckpointError, model_from_state
+from wav2vec2.importers import import_fairseq, load_pickled
+
+SIZE = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 36,
+    "conv_dim": (16, 20, 20),
+    "conv_kernel": (10, 3, 3),
+    "conv_stride": (5, 2, 2),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+GROUP = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
+LAYER = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+BUCKETS = {"num_buckets": 16, "max_bucket_distance": 30}
+TEACHERS = {
+    "hubert": (HubertModel, HubertConfig, GROUP),
+    "hubert large": (HubertModel, HubertConfig, LAYER),
+    "wav2vec2": (Wav2Vec2Model, Wav2Vec2Config, GROUP),
+    "wavlm": (WavLMModel, WavLMConfig, GROUP | BUCKETS),
+    "wavlm large": (WavLMModel, WavLMConfig, LAYER | BUCKETS),
+}
+RENAMES = [
+    (r"masked_spec_embed", "mask_emb"),
+    (r"(feature_extractor\.conv_layers\.\d+)\.conv\.", r"\1.0."),
+    (r"feature_projection\.layer_norm\.", "layer_norm."),
+    (r"feature_projection\.projection\.", "post_extract_proj."),
+    (r"encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original0", "encoder.pos_conv.0.weight_g"),
+    (r"encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original1", "encoder.pos_conv.0.weight_v"),
+    (r"encoder\.pos_conv_embed\.conv\.", "encoder.pos_conv.0."),
+    (r"(encoder\.layers\.\d+)\.layer_norm\.", r"\1.self_attn_layer_norm."),
+    (r"\.attention\.rel_attn_embed\.", ".self_attn.relative_attention_bias."),
+    (r"\.attention\.gru_rel_pos_linear\.", ".self_attn.grep_linear."),
+    (r"\.attention\.gru_rel_pos_const", ".self_attn.grep_a"),
+    (r"\.attention\.", ".self_attn."),
+    (r"\.feed_forward\.intermediate_dense\.", ".fc1."),
+    (r"\.feed_forward\.output_dense\.", ".fc2."),
+]
+
+
+def teacher(kind: str) -> PreTrainedModel:
+    model_class, config_class, options = TEACHERS[kind]
+    torch.manual_seed(0)
+    model = model_class(config_class(**(SIZE | options))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1) * 0.5)
+    return model
+
+
+def fairseq_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    norm = "2.1" if model.config.feat_extract_norm == "layer" else "2"
+    rules = [*RENAMES, (r"(feature_extractor\.conv_layers\.\d+)\.layer_norm\.", rf"\1.{norm}.")]
+    state = {}
+    for name, tensor in model.state_dict().items():
+        for pattern, target in rules:
+            name = re.sub(pattern, target, name)
+        state[name] = tensor
+    return state
+
+
+def model_settings(model: PreTrainedModel) -> dict[str, typing.Any]:
+    config = model.config
+    settings = {
+        "extractor_mode": "layer_norm" if config.feat_extract_norm == "layer" else "default",
+        "conv_feature_layers": "[(16,10,5)] + [(20, 3, 2)] * 2",
+        "conv_bias": config.conv_bias,
+        "encoder_layers": 2,
+        "encoder_embed_dim": 24,
+        "encoder_ffn_embed_dim": 36,
+        "encoder_attention_heads": 3,
+        "activation_fn": "gelu",
+        "layer_norm_first": config.do_stable_layer_norm,
+        "dropout": 0.1,
+        "attention_dropout": 0.2,
+        "activation_dropout": 0.3,
+        "dropout_input": 0.4,
+        "encoder_layerdrop": 0.05,
+        "conv_pos": 16,
+        "conv_pos_groups": 4,
+    }
+    if hasattr(config, "num_buckets"):
+        settings |= {"relative_position_embedding": True, "num_buckets": 16, "max_distance": 30, "gru_rel_pos": True}
+    return settings
+
+
+def task_settings(model: PreTrainedModel) -> dict[str, typing.Any]:
+    return {"normalize": model.config.feat_extract_norm == "layer", "sample_rate": 16000}
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> typing.Iterator[types.SimpleNamespace]:
+    """Stand-ins for the classes that fairseq and omegaconf leave in files, importable only while a file is written."""
+
+    def module(name: str, **members: typing.Any) -> None:
+        made = types.ModuleType(name)
+        for key, member in members.items():
+            if isinstance(member, type):
+                member.__module__, member.__qualname__ = name, key
+            setattr(made, key, member)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    class Node:
+        def __init__(self, **state: typing.Any) -> None:
+            self.__dict__.update(state)
+
+    class ContainerMetadata(Node):
+        pass
+
+    class AnyNode(Node):
+        pass
+
+    class EnumNode(Node):
+        pass
+
+    class DictConfig(Node):
+        pass
+
+    class ListConfig(Node):
+        pass
+
+    class Wav2Vec2Config:
+        pass
+
+    class Dictionary(Node):
+        pass
+
+    class Choices(enum.Enum):
+        default = "default"
+        layer_norm = "layer_norm"
+
+    module("omegaconf")
+    module("omegaconf.base", ContainerMetadata=ContainerMetadata)
+    module("omegaconf.nodes", AnyNode=AnyNode, EnumNode=EnumNode)
+    module("omegaconf.dictconfig", DictConfig=DictConfig)
+    module("omegaconf.listconfig", ListConfig=ListConfig)
+    module("fairseq")
+    module("fairseq.dataclass.constants", Choices=Choices)
+    module("fairseq.models.wav2vec.wav2vec2", Wav2Vec2Config=Wav2Vec2Config)
+    module("fairseq.data.dictionary", Dictionary=Dictionary)
+
+    def omega(value: typing.Any, parent: typing.Any = None, key: str = "") -> typing.Any:
+        annotation = typing.Dict[str, typing.Any]  # noqa: UP006: the old spelling is what these files contain
+        meta = ContainerMetadata(ref_type=annotation, object_type=Wav2Vec2Config, optional=True, key=key, flags={})
+        if isinstance(value, dict):
+            node = DictConfig(_metadata=meta, _parent=parent)
+            node._content = {name: omega(item, node, name) for name, item in value.items()}
+            return node
+        if isinstance(value, list):
+            node = ListConfig(_metadata=meta, _parent=parent)
+            node._content = [omega(item, node) for item in value]
+            return node
+        if key == "extractor_mode":
+            return EnumNode(_metadata=meta, _parent=parent, _val=Choices(value))
+        return AnyNode(_metadata=meta, _parent=parent, _val=value)
+
+    yield types.SimpleNamespace(omega=omega, dictionary=lambda: Dictionary(symbols=["a", "b"], indices={"a": 0}))
+    # Nothing that was read may have imported them again.
+    monkeypatch.undo()
+    assert not any(name.startswith(("fairseq", "omegaconf")) for name in sys.modules)
+
+
+def namespace(**settings: typing.Any) -> argparse.Namespace:
+    return argparse.Namespace(**settings)
+
+
+def layout_args(original: PreTrainedModel, foreign: types.SimpleNamespace) -> dict[str, typing.Any]:
+    args = namespace(arch="wav2vec2", **model_settings(original), **task_settings(original))
+    heads = {"quantizer.vars": torch.ones(1, 2), "project_q.weight": torch.ones(2, 2), "final_proj.bias": torch.ones(2)}
+    return {"args": args, "model": fairseq_state(original) | heads, "optimizer_history": [{"num_updates": 3}]}
+
+
+def layout_cfg(original: PreTrainedModel, foreign: types.SimpleNamespace) -> dict[str, typing.Any]:
+    cfg = {"_name": None, "model": {"_name": "hubert"} | model_settings(original), "task": task_settings(original)}
+    heads = {"label_embs_concat": torch.ones(5, 2), "final_proj.weight": torch.ones(2, 24), "final_proj.bias": torch.ones(2)}
+    task_state = {"dictionaries": [foreign.dictionary()]}
+    return {"args": None, "cfg": cfg, "model": fairseq_state(original) | heads, "task_state": task_state}
+
+
+def layout_omegaconf(original: PreTrainedModel, foreign: types.SimpleNamespace) -> dict[str, typing.Any]:
+    checkpoint = layout_cfg(original, foreign)
+    settings = checkpoint["cfg"] | {"common": {"fp16": True, "tags": ["a", "b"], "seed": "${missing}"}}
+    return checkpoint | {"cfg": foreign.omega(settings)}
+
+
+def layout_fine_tuned(original: PreTrainedModel, foreign: types.SimpleNamespace) -> dict[str, typing.Any]:
+    inner = {"model": {"_name": "hubert"} | model_settings(original), "task": {"normalize": False}}
+    model = {"_name": "hubert_ctc", "w2v_path": "x.pt", "normalize": "${task.normalize}", "dropout": 0.0, "w2v_args": inner}
+    cfg = foreign.omega({"model": model, "task": task_settings(original)})
+    state = {f"w2v_encoder.w2v_model.{name}": tensor for name, tensor in fairseq_state(original).items()}
+    return {"cfg": cfg, "model": state | {"w2v_encoder.proj.weight": torch.ones(5, 24)}}
+
+
+def layout_fine_tuned_args(original: PreTrainedModel, foreign: types.SimpleNamespace) -> dict[str, typing.Any]:
+    inner = namespace(arch="wav2vec2", **model_settings(original))
+    args = namespace(arch="wav2vec_ctc", w2v_args=inner, **task_settings(original))
+    state = {f"w2v_encoder.w2v_model.{name}": tensor for name, tensor in fairseq_state(original).items()}
+    return {"args": args, "model": state | {"w2v_encoder.proj.bias": torch.ones(5)}}
+
+
+def layout_unilm(original: PreTrainedModel, foreign: types.SimpleNamespace) -> dict[str, typing.Any]:
+    return {"cfg": model_settings(original) | {"normalize": task_settings(original)["normalize"]}, "model": fairseq_state(original)}
+
+
+CASES = [
+    ("wav2vec2", layout_args, {"quantizer.vars", "project_q.weight", "final_proj.bias"}),
+    ("hubert", layout_cfg, {"label_embs_concat", "final_proj.weight", "final_proj.bias"}),
+    ("hubert large", layout_omegaconf, {"label_embs_concat", "final_proj.weight", "final_proj.bias"}),
+    ("hubert large", layout_fine_tuned, {"w2v_encoder.proj.weight"}),
+    ("wav2vec2", layout_fine_tuned_args, {"w2v_encoder.proj.bias"}),
+    ("wavlm", layout_unilm, set()),
+    ("wavlm large", layout_unilm, set()),
+]
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(("kind", "layout", "heads"), CASES)
+def test_layouts_import_with_equal_outputs(
+    kind: str, layout: Callable, heads: set[str], zipped: bool, foreign: types.SimpleNamespace, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    original = teacher(kind)
+    path = tmp_path / "teacher.pt"
+    torch.save(layout(original, foreign), path, _use_new_zipfile_serialization=zipped)
+    monkeypatch.undo()  # from here on fairseq and omegaconf cannot be imported
+
+    found = import_fairseq(load_pickled(path))
+    assert set(found.dropped) == heads
+    assert torch.equal(found.mask_embedding, original.masked_spec_embed)
+    large = original.config.feat_extract_norm == "layer"
+    assert found.config["normalize_waveform"] is large
+    names = ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout", "layer_drop")
+    assert [found.config[f"encoder_{name}"] for name in names] == [0.4, 0.2, 0.3, 0.1, 0.05]
+
+    model = model_from_state(found.config, found.state_dict, source=path)
+    waveform = torch.randn(1, 3000)
+    inputs = torch.nn.functional.layer_norm(waveform, waveform.shape, eps=1e-7) if large else waveform
+    with torch.no_grad():
+        expected = original(inputs, output_hidden_states=True)
+        hidden, _ = model.extract_features(waveform)
+        output, _ = model(waveform)
+    for ours, theirs in zip(hidden[1:], expected.hidden_states[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(output, expected.last_hidden_state, atol=2e-5, rtol=1e-5)
+
+
+def test_normalisation_can_be_overridden() -> None:
+    checkpoint = {"cfg": {"model": {"_name": "hubert"} | model_settings(teacher("hubert")), "task": {}}, "model": {}}
+    assert import_fairseq(checkpoint).config["normalize_waveform"] is False
+    assert import_fairseq(checkpoint, normalize_waveform=True).config["normalize_waveform"] is True
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "message"),
+    [
+        ({"layer_type": "conformer"}, {}, "layer_type='conformer' is not supported"),
+        ({"pos_conv_depth": 5}, {}, "pos_conv_depth=5 is not supported"),
+        ({"activation_fn": "relu"}, {}, "activation_fn='relu'"),
+        ({"relative_position_embedding": True, "gru_rel_pos": False}, {}, "gru_rel_pos=False"),
+        ({"_name": "data2vec_audio"}, {}, "'data2vec_audio' is not supported; valid: wav2vec2, hubert"),
+        ({"_name": "hubert_ctc"}, {}, "does not hold the settings of the pre-trained one"),
+        ({"extractor_mode": "none"}, {}, "'none' is not supported; valid: default, layer_norm"),
+        ({"encoder_layers": None}, {}, "no 'encoder_layers'"),
+        ({"conv_feature_layers": "__import__('os').system('true')"}, {}, "is not a list of (channels, kernel, stride)"),
+        ({"conv_feature_layers": "[(512, 10, 5)] * 1000000000"}, {}, "is not a list of (channels, kernel, stride)"),
+        ({"conv_feature_layers": "[(512, 10)]"}, {}, "is not a list of (channels, kernel, stride)"),
+        ({}, {"sample_rate": 8000}, "8000 Hz; only 16000 Hz"),
+    ],
+)
+def test_other_architectures_are_refused_by_name(model: dict, task: dict, message: str) -> None:
+    settings = {"_name": "hubert"} | model_settings(teacher("hubert")) | model
+    with pytest.raises(CheckpointError) as error:
+        import_fairseq({"cfg": {"model": settings, "task": task}, "model": {}})
+    assert message in str(error.value)
+
+
+def test_unknown_tensors_and_other_files_are_refused() -> None:
+    original = teacher("hubert")
+    cfg = {"model": {"_name": "hubert"} | model_settings(original), "task": {}}
+    with pytest.raises(CheckpointError, match=r"'encoder\.layers\.0\.adapter\.weight'"):
+        import_fairseq({"cfg": cfg, "model": {"encoder.layers.0.adapter.weight": torch.ones(1)}})
+    for other in ({"state_dict": {}}, [1, 2], {"model": {}}):
+        with pytest.raises(CheckpointError):
+            import_fairseq(other)
+
+
+class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, call: Callable, *args: typing.Any) -> None:
+        self.call, self.args = call, args
+
+    def __reduce__(self) -> tuple:
+        return self.call, self.args
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (os.system, f"{os.name}.system"),
+        (exec, "builtins.exec"),
+        (eval, "builtins.eval"),
+        (subprocess.check_call, "subprocess.check_call"),
+        (getattr, "builtins.getattr"),
+    ],
+)
+def test_code_in_a_pickle_is_refused_and_not_run(call: Callable, named: str, zipped: bool, tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    command: typing.Any = f"touch {witness}"
+    if call in (exec, eval):
+        command = f"open({str(witness)!r}, 'w')"
+    args = ([].append, "__self__") if call is getattr else (command,)
+    path = tmp_path / "evil.pt"
+    torch.save({"cfg": {}, "model": Evil(call, *args)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError) as error:
+        load_pickled(path)
+    assert "refused, nothing was run" in str(error.value) and named in str(error.value)
+    assert "\n" not in str(error.value) and not witness.exists()
+
+
+def test_hidden_calls_are_refused(tmp_path: Path) -> None:
+    """Protocol 4 can put the name of a function on the stack, where a scan does not see it."""
+    path, witness = tmp_path / "evil.pt", tmp_path / "witness"
+    torch.save({"model": Evil(os.system, f"touch {witness}")}, path, pickle_protocol=4)
+    with pytest.raises(CheckpointError, match="STACK_GLOBAL"):
+        load_pickled(path)
+    assert not witness.exists()
+
+
+def test_a_plain_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    path, witness = tmp_path / "evil.pt", tmp_path / "witness"
+    path.write_bytes(pickle.dumps(Evil(os.system, f"touch {witness}"), protocol=2))
+    with pytest.raises(CheckpointError):
+        load_pickled(path)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
+def test_a_truncated_download_gives_one_line(share: float, zipped: bool, foreign, tmp_path: Path) -> None:
+    path = tmp_path / "teacher.pt"
+    torch.save(layout_cfg(teacher("hubert"), foreign), path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(CheckpointError, match="download it again") as error:
+        load_pickled(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_and_foreign_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_pickled(tmp_path / "none.pt")
+    page = tmp_path / "page.pt"
+    page.write_text("<html>Not found</html>")
+    with pytest.raises(CheckpointError, match="not a PyTorch checkpoint|not a checkpoint"):
+        load_pickled(page)

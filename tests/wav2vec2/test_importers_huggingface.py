@@ -1,0 +1,186 @@
+"""Tiny transformers models with random weights import with the same hidden states in every layer."""
+
+import pytest
+import torch
+from transformers import (
+    HubertConfig,
+    HubertForCTC,
+    HubertModel,
+    PreTrainedModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForPreTraining,
+    Wav2Vec2Model,
+    WavLMConfig,
+    WavLMModel,
+)
+
+from wav2vec2.checkpoint import CheckpointError, model_from_state
+from wav2vec2.importers import import_huggingface
+
+SIZE = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 36,
+    "conv_dim": (16, 20, 20),
+    "conv_kernel": (10, 3, 2),
+    "conv_stride": (5, 2, 2),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "vocab_size": 7,
+    "num_codevectors_per_group": 4,
+    "codevector_dim": 8,
+    "proj_codevector_dim": 8,
+}
+BASE = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
+LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+KINDS = {
+    "hubert base": (HubertModel, HubertConfig, BASE),
+    "hubert large": (HubertModel, HubertConfig, LARGE),
+    "hubert group norm with bias": (HubertModel, HubertConfig, BASE | {"conv_bias": True}),
+    "hubert odd positional kernel": (HubertModel, HubertConfig, BASE | {"num_conv_pos_embeddings": 15}),
+    "wav2vec2 base": (Wav2Vec2Model, Wav2Vec2Config, BASE),
+    "wav2vec2 xls-r": (Wav2Vec2Model, Wav2Vec2Config, LARGE | {"num_hidden_layers": 5, "intermediate_size": 48}),
+    "wav2vec2 layer norm without bias, post-norm": (
+        Wav2Vec2Model,
+        Wav2Vec2Config,
+        {"feat_extract_norm": "layer", "do_stable_layer_norm": False, "conv_bias": False},
+    ),
+    # Few buckets and a short distance, so that the logarithmic and the last bucket are in use.
+    "wavlm base": (WavLMModel, WavLMConfig, BASE | {"num_buckets": 16, "max_bucket_distance": 30}),
+    "wavlm large": (WavLMModel, WavLMConfig, LARGE | {"num_buckets": 16, "max_bucket_distance": 30}),
+}
+
+
+def tiny(model_class: type[PreTrainedModel], config_class: type, **options: object) -> PreTrainedModel:
+    """Random weights of ordinary size everywhere; the libraries' own start hides biases, norms and position."""
+    torch.manual_seed(0)
+    model = model_class(config_class(**(SIZE | options))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1) * 0.5)
+    return model
+
+
+def imported(model: PreTrainedModel, state: dict | None = None, **kwargs: object):
+    found = import_huggingface(model.config.to_dict(), model.state_dict() if state is None else state, **kwargs)
+    return found, model_from_state(found.config, found.state_dict, source="test")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_agrees_with_transformers(kind: str) -> None:
+    model_class, config_class, options = KINDS[kind]
+    original = tiny(model_class, config_class, **options)
+    _, model = imported(original, normalize_waveform=False)
+    lengths = torch.tensor([2400, 1555])
+    waveforms = torch.randn(2, 2400)
+    waveforms[1, 1555:] = 0
+    with torch.no_grad():
+        hidden, frames = model.extract_features(waveforms, lengths)
+        output, _ = model(waveforms, lengths)
+        if options["feat_extract_norm"] == "layer":
+            mask = (torch.arange(2400) < lengths[:, None]).long()
+            batch = original(waveforms, attention_mask=mask, output_hidden_states=True)
+            rows = [(batch.hidden_states, batch.last_hidden_state, i) for i in range(2)]
+        else:  # transformers' group norm lets padding into the statistics: run each row alone
+            alone = [original(w[None, :n], output_hidden_states=True) for w, n in zip(waveforms, lengths, strict=True)]
+            rows = [(result.hidden_states, result.last_hidden_state, 0) for result in alone]
+        projected = [
+            original.feature_projection(original.feature_extractor(w[None, :n]).transpose(1, 2))
+            for w, n in zip(waveforms, lengths, strict=True)
+        ]
+    assert len(hidden) == original.config.num_hidden_layers + 1
+    for row, (states, last, index) in enumerate(rows):
+        n = int(frames[row])
+        reference = projected[row][0] if isinstance(projected[row], tuple) else projected[row]
+        torch.testing.assert_close(hidden[0][row, :n], reference[0], atol=2e-5, rtol=1e-5)
+        for layer in range(1, len(hidden)):
+            torch.testing.assert_close(hidden[layer][row, :n], states[layer][index, :n], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(output[row, :n], last[index, :n], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spelling", ["parametrizations", "weight_g"])
+def test_both_spellings_of_weight_norm(spelling: str) -> None:
+    original = tiny(HubertModel, HubertConfig, **BASE)
+    state = dict(original.state_dict())
+    if spelling == "weight_g":
+        stem = "encoder.pos_conv_embed.conv."
+        state[stem + "weight_g"] = state.pop(stem + "parametrizations.weight.original0")
+        state[stem + "weight_v"] = state.pop(stem + "parametrizations.weight.original1")
+    _, model = imported(original, state)
+    expected = original.encoder.pos_conv_embed.conv.parametrizations.weight.original1
+    assert torch.equal(model.encoder.transformer.pos_conv_embed.conv.weight_v, expected)
+
+
+def test_half_precision_becomes_float32() -> None:
+    original = tiny(HubertModel, HubertConfig, **BASE).half()
+    found, model = imported(original)
+    assert {tensor.dtype for tensor in found.state_dict.values()} == {torch.float32}
+    assert next(model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "heads"),
+    [
+        (HubertForCTC, HubertConfig, {"lm_head.weight", "lm_head.bias"}),
+        (Wav2Vec2ForPreTraining, Wav2Vec2Config, {"quantizer.codevectors", "project_hid.weight", "project_q.bias"}),
+    ],
+)
+def test_heads_are_dropped_by_name_and_the_mask_embedding_kept(model_class, config_class, heads) -> None:
+    original = tiny(model_class, config_class, **BASE)
+    found, _ = imported(original)
+    backbone = original.base_model
+    assert heads <= set(found.dropped)
+    assert len(found.dropped) + len(found.state_dict) + 1 == len(original.state_dict())
+    assert torch.equal(found.mask_embedding, backbone.masked_spec_embed)
+
+
+def test_every_tensor_is_used_exactly_once() -> None:
+    original = tiny(WavLMModel, WavLMConfig, **BASE)
+    state = dict(original.state_dict())
+    with pytest.raises(CheckpointError, match=r"'encoder\.layers\.0\.attention\.k_proj\.wieght'"):
+        imported(original, state | {"encoder.layers.0.attention.k_proj.wieght": torch.ones(1)})
+    with pytest.raises(CheckpointError, match="are the same tensor"):
+        imported(original, state | {"encoder.pos_conv_embed.conv.weight_g": torch.ones(1)})
+    del state["encoder.layers.1.attention.gru_rel_pos_const"]
+    with pytest.raises(CheckpointError, match=r"layers\.1\.attention\.gru_rel_pos_const"):
+        imported(original, state)
+    with pytest.raises(CheckpointError, match="floating-point"):
+        imported(original, state | {"encoder.layer_norm.weight": torch.ones(24, dtype=torch.int64)})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"model_type": "data2vec-audio"}, "'data2vec-audio' is not supported; valid: hubert, wav2vec2, wavlm"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"conv_pos_batch_norm": True}, "conv_pos_batch_norm=True"),
+        ({"feat_proj_layer_norm": False}, "feat_proj_layer_norm=False"),
+        ({"adapter_attn_dim": 16}, "adapter_attn_dim=16"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps=1e-06"),
+        ({"feat_extract_norm": "batch"}, "'batch' is not supported; valid: group, layer"),
+        ({"num_attention_heads": 7}, "7 attention heads do not divide the width 768"),
+    ],
+)
+def test_other_architectures_and_options_are_refused(option: dict, message: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        import_huggingface(HubertConfig().to_dict() | option, {})
+    assert message in str(error.value)
+
+
+def test_config_follows_the_source() -> None:
+    options = {"feat_proj_dropout": 0.1, "attention_dropout": 0.2, "activation_dropout": 0.3, "hidden_dropout": 0.4}
+    config = Wav2Vec2Config(**options, layerdrop=0.5, hidden_size=1280, num_hidden_layers=48, num_attention_heads=16)
+    flat = import_huggingface(config.to_dict(), {}).config
+    assert flat["encoder_head_dim"] == 80 and flat["encoder_num_heads"] == [16] * 48
+    names = ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout", "layer_drop")
+    assert [flat[f"encoder_{name}"] for name in names] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert flat["normalize_waveform"] is False and flat["aux_num_out"] is None
+    assert import_huggingface(config.to_dict() | {"feat_extract_norm": "layer"}, {}).config["normalize_waveform"] is True
+
+
+def test_hubert_base_has_the_dropouts_of_its_released_conversion() -> None:
+    published = {"feat_proj_dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1, "hidden_dropout": 0.1}
+    flat = import_huggingface(HubertConfig(**published, layerdrop=0.1).to_dict(), {}).config
+    names = ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout", "layer_drop")
+    assert [flat[f"encoder_{name}"] for name in names] == [0.1, 0.1, 0.0, 0.1, 0.05]

@@ -1,0 +1,209 @@
+"""Self-attention with prunable heads, plain and with WavLM's gated relative position bias.
+
+Shapes: B batch, T frames, D width, H heads (h of them live), E head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .hardconcrete import Alive, Gate, Gates, HardConcrete, scale, select
+
+HEAD_DROP_RATE = 0.01  # initial probability that a head is dropped (released DPHuBERT)
+LAYER_DROP_RATE = 0.01  # the same for a whole attention or feed-forward block
+
+
+def probability_any(alive: Tensor) -> Tensor:
+    """P(at least one unit exists) = 1 - prod(1 - p); 0 for a group without units."""
+    return 1 - (1 - alive).prod()
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; q, k, v and output projections as in torchaudio, masks over heads and the block.
+
+    Args:
+        embed_dim: D.
+        num_heads: H, may differ per layer.
+        head_dim: E.
+        dropout: on the attention weights.
+        prune_heads: give each head a gate.
+        prune_layer: give the block a gate.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, head_dim: int, dropout: float, prune_heads: bool, prune_layer: bool
+    ) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.head_dim, self.dropout = embed_dim, num_heads, head_dim, dropout
+        if num_heads > 0:
+            self.k_proj = nn.Linear(embed_dim, num_heads * head_dim)
+            self.v_proj = nn.Linear(embed_dim, num_heads * head_dim)
+            self.q_proj = nn.Linear(embed_dim, num_heads * head_dim)
+            self.out_proj = nn.Linear(num_heads * head_dim, embed_dim)
+        prune_heads, prune_layer = prune_heads and num_heads > 0, prune_layer and num_heads > 0
+        self.hard_concrete_for_heads = HardConcrete(num_heads, HEAD_DROP_RATE) if prune_heads else None
+        self.hard_concrete_for_layer = HardConcrete(1, LAYER_DROP_RATE) if prune_layer else None
+
+    def is_alive(self, gates: Gates) -> bool:
+        """Whether anything of the block exists under these gates."""
+        heads, layer = gates.get(self.hard_concrete_for_heads), gates.get(self.hard_concrete_for_layer)
+        num_heads = self.num_heads if heads is None else heads.num_live
+        return num_heads > 0 and (layer is None or layer.num_live > 0)
+
+    def forward(self, x: Tensor, valid: Tensor | None, position_bias: Tensor | None, gates: Gates) -> Tensor:
+        """Attend over the live heads, of which there is at least one.
+
+        Args:
+            x: [B, T, D].
+            valid: bool [B, 1, 1, T], False on padding; None when nothing is padded.
+            position_bias: [H, T, T] of WavLM, shared by all layers; None otherwise.
+            gates: as drawn for this pass.
+
+        Returns:
+            [B, T, D].
+        """
+        heads, layer = gates.get(self.hard_concrete_for_heads), gates.get(self.hard_concrete_for_layer)
+        batch, num_frames, _ = x.shape
+        q, k, v = (self._project(x, linear, heads) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        mask = self._attention_mask(x, valid, position_bias, heads)
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        x = x.transpose(1, 2).reshape(batch, num_frames, -1)
+        weight: Tensor = self.out_proj.weight
+        if heads is not None:
+            weight = weight.view(self.embed_dim, self.num_heads, self.head_dim)
+            weight = scale(select(weight, heads, 1), heads, 1).flatten(1)
+        return F.linear(x, scale(weight, layer, 0), scale(self.out_proj.bias, layer, 0))
+
+    def _project(self, x: Tensor, linear: nn.Linear, heads: Gate | None) -> Tensor:
+        weight: Tensor = linear.weight
+        bias: Tensor = linear.bias
+        if heads is not None and heads.index is not None:
+            weight = select(weight.view(self.num_heads, self.head_dim, -1), heads, 0).flatten(0, 1)
+            bias = select(bias.view(self.num_heads, self.head_dim), heads, 0).flatten()
+        return F.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _attention_mask(
+        self, x: Tensor, valid: Tensor | None, position_bias: Tensor | None, heads: Gate | None
+    ) -> Tensor | None:
+        return valid
+
+    def num_params(self, alive: Alive) -> Tensor | int:
+        """Expected parameters: biases shared by the heads exist while any head does."""
+        if self.num_heads == 0:
+            return 0
+        per_head = 4 * self.embed_dim * self.head_dim + 3 * self.head_dim
+        shared = self._num_shared_params()
+        if self.hard_concrete_for_heads is None:
+            total: Tensor | int = self.num_heads * per_head + shared
+        else:
+            heads = alive(self.hard_concrete_for_heads)
+            total = heads.sum() * per_head + probability_any(heads) * shared
+        if self.hard_concrete_for_layer is not None:
+            total = total * alive(self.hard_concrete_for_layer).sum()
+        return total
+
+    def _num_shared_params(self) -> int:
+        return self.embed_dim
+
+    def probability_alive(self, alive: Alive) -> Tensor | int:
+        """P(the block exists)."""
+        result: Tensor | int = int(self.num_heads > 0)
+        if self.hard_concrete_for_heads is not None:
+            result = probability_any(alive(self.hard_concrete_for_heads))
+        if self.hard_concrete_for_layer is not None:
+            result = result * alive(self.hard_concrete_for_layer).sum()
+        return result
+
+
+class WavLMSelfAttention(SelfAttention):
+    """Self-attention whose position bias is gated by the input (WavLM, https://arxiv.org/abs/2110.13900, section III).
+
+    Args:
+        embed_dim: D.
+        total_num_heads: heads of the unpruned layer; the position bias and the gate constant keep that many.
+        remaining_heads: which of them this layer has.
+        dropout: on the attention weights.
+        num_buckets: buckets of the position embedding; only layer 0 has one, shared by all layers.
+        max_distance: frames beyond which all distances share a bucket.
+        has_position_embedding: True for layer 0.
+        prune_heads: give each head a gate.
+        prune_layer: give the block a gate.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        total_num_heads: int,
+        remaining_heads: list[int],
+        dropout: float,
+        num_buckets: int,
+        max_distance: int,
+        has_position_embedding: bool,
+        prune_heads: bool,
+        prune_layer: bool,
+    ) -> None:
+        super().__init__(
+            embed_dim, len(remaining_heads), embed_dim // total_num_heads, dropout, prune_heads, prune_layer
+        )
+        self.total_num_heads, self.remaining_heads = total_num_heads, list(remaining_heads)
+        self.num_buckets, self.max_distance = num_buckets, max_distance
+        self.rel_attn_embed = nn.Embedding(num_buckets, total_num_heads) if has_position_embedding else None
+        if self.num_heads > 0:
+            self.gru_rel_pos_linear = nn.Linear(self.head_dim, 8)
+            self.gru_rel_pos_const = nn.Parameter(torch.ones(1, total_num_heads, 1, 1))
+
+    def position_bias(self, num_frames: int) -> Tensor:
+        """Bias [H, T, T] of every pair of frames, computed once per forward pass for all layers and rows.
+
+        It depends on the distance alone, so 2 T - 1 embeddings are looked up and laid out as a Toeplitz matrix.
+        """
+        assert self.rel_attn_embed is not None
+        distance = torch.arange(1 - num_frames, num_frames, device=self.rel_attn_embed.weight.device)
+        by_distance = self.rel_attn_embed(self._bucket(distance)).t()  # [H, 2T - 1], key minus query
+        frames = torch.arange(num_frames, device=distance.device)
+        return by_distance[:, frames[None, :] - frames[:, None] + num_frames - 1]
+
+    def _bucket(self, distance: Tensor) -> Tensor:
+        """T5's buckets: half of them per sign, exact up to a quarter of all, logarithmic up to ``max_distance``."""
+        half = self.num_buckets // 2
+        exact = half // 2
+        magnitude = distance.abs()
+        # divide, then multiply: the other order rounds some distances into the neighbouring bucket
+        log_ratio = torch.log(magnitude.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = exact + (log_ratio * (half - exact)).long()
+        bucket = torch.where(magnitude < exact, magnitude, far.clamp(max=half - 1))
+        return bucket + (distance > 0) * half
+
+    def _attention_mask(
+        self, x: Tensor, valid: Tensor | None, position_bias: Tensor | None, heads: Gate | None
+    ) -> Tensor | None:
+        if position_bias is None:  # a released model that lost it along with all heads of layer 0
+            return valid
+        live = None
+        if self.num_heads < self.total_num_heads or (heads is not None and heads.index is not None):
+            live = torch.tensor(self.remaining_heads, device=x.device)
+            live = live if heads is None or heads.index is None else live.index_select(0, heads.index)
+        by_head = x.unflatten(-1, (self.total_num_heads, self.head_dim)).transpose(1, 2)  # [B, H, T, E]
+        const: Tensor = self.gru_rel_pos_const
+        if live is not None:
+            by_head, const, position_bias = (
+                by_head.index_select(1, live),
+                const.index_select(1, live),
+                position_bias.index_select(0, live),
+            )
+        gate = self.gru_rel_pos_linear(by_head).unflatten(-1, (2, 4)).sum(-1).sigmoid()
+        update, reset = gate.chunk(2, dim=-1)
+        bias = (update * (reset * const - 1) + 2) * position_bias  # [B, h, T, T]
+        return bias if valid is None else bias.masked_fill(~valid, -math.inf)
+
+    def _num_shared_params(self) -> int:
+        return (
+            self.embed_dim
+            + sum(p.numel() for p in self.gru_rel_pos_linear.parameters())
+            + self.gru_rel_pos_const.numel()
+        )

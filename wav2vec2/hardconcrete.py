@@ -1,0 +1,194 @@
+"""Hard Concrete masks (Louizos et al., ICLR 2018, https://arxiv.org/abs/1712.01312) and the live units they leave.
+
+A unit whose gate is exactly 0 does not exist, in training and in eval: masked layers run on their live units only.
+
+    mask = HardConcrete(n=3072, drop_rate=0.5)
+    gate = draw_gates([mask], training=True)[mask]
+    y = linear(x, weight.index_select(0, gate.index))[..., :] * gate.value    # what a masked layer does
+
+Shapes: n units in a group, m of them live.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+BETA = 2 / 3  # temperature; this and the stretch limits as in Louizos et al., section 4
+LIMIT_LOW, LIMIT_HIGH = -0.1, 1.1
+EPS = 1e-6  # uniform noise stays this far from 0 and 1
+EVAL_SHARPNESS = 0.8  # eval value sigmoid(log_alpha / beta * 0.8): "magical number" of Wang et al., EMNLP 2020 (flop)
+INIT_STD = 0.01
+
+
+@dataclass
+class Gate:
+    """The live units of one group."""
+
+    index: Tensor | None  # [m] int64, ascending; None when all n units are live
+    value: Tensor | None  # [m] what each live unit is multiplied by; None for 1
+    num_live: int  # m
+
+
+class HardConcrete(nn.Module):
+    """One gate per prunable unit, with the learned parameter ``log_alpha`` [n].
+
+    Args:
+        n: number of units.
+        drop_rate: initial probability that a unit is dropped; ``log_alpha ~ N(log((1 - p) / p), 0.01)``.
+        min_live: 1 if the highest ranked unit always survives (a conv layer without channels is no network), else 0.
+    """
+
+    def __init__(self, n: int, drop_rate: float, min_live: int = 0) -> None:
+        super().__init__()
+        if not 0 < drop_rate < 1:
+            raise ValueError(f"the initial drop rate of a mask must lie between 0 and 1, got {drop_rate}")
+        self.min_live = min_live
+        self.log_alpha = nn.Parameter(torch.empty(n))
+        self.reset(drop_rate)
+
+    def reset(self, drop_rate: float) -> None:
+        """Start again at an initial probability of being dropped."""
+        nn.init.normal_(self.log_alpha, math.log((1 - drop_rate) / drop_rate), INIT_STD)
+
+    def __len__(self) -> int:
+        return self.log_alpha.numel()
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"n={len(self)}"
+
+
+# Maps a mask to the probability [n] (or the 0/1 choice) that each of its units exists.
+Alive = Callable[[HardConcrete], Tensor]
+Gates = dict[HardConcrete | None, Gate]
+
+
+def alive_probability(log_alpha: Tensor) -> Tensor:
+    """P(gate > 0) per unit; its sum is the expected number of live units (L0, eq. 12 of the paper)."""
+    return torch.sigmoid(log_alpha - BETA * math.log(-LIMIT_LOW / LIMIT_HIGH))
+
+
+def alive_probabilities(masks: Iterable[HardConcrete]) -> Alive:
+    """P(gate > 0) of every unit of ``masks`` in float64, so that counts of 10^8 parameters are exact to the unit."""
+    by_mask: dict[HardConcrete, Tensor] = {}
+    masks = list(masks)
+    if masks:
+        flat = alive_probability(torch.cat([mask.log_alpha for mask in masks]).double())
+        by_mask = dict(zip(masks, flat.split([len(mask) for mask in masks])))
+    return by_mask.__getitem__
+
+
+def expected_live(mask: HardConcrete, alive: Tensor) -> Tensor:
+    """Expected number of live units, a unit that always survives included."""
+    return alive.sum() + (1 - alive).prod() if mask.min_live else alive.sum()
+
+
+def sample(log_alpha: Tensor) -> Tensor:
+    """One training sample of the gates [n] in [0, 1], exactly 0 with probability 1 - P(gate > 0)."""
+    noise = torch.empty_like(log_alpha).uniform_(EPS, 1 - EPS)
+    soft = torch.sigmoid((torch.logit(noise) + log_alpha) / BETA)
+    return (soft * (LIMIT_HIGH - LIMIT_LOW) + LIMIT_LOW).clamp(0, 1)
+
+
+def eval_values(log_alpha: Tensor) -> Tensor:
+    """The deterministic value [n] that a unit has in eval, if it survives."""
+    return torch.sigmoid(log_alpha / BETA * EVAL_SHARPNESS)
+
+
+@torch.no_grad()
+def eval_survivors(log_alpha: Tensor) -> Tensor:
+    """Which units [n] (bool, on the CPU) survive in eval: the round(n - L0) lowest ones do not."""
+    log_alpha = log_alpha.cpu().double()  # the same survivors on every device and in every precision
+    num_dropped = round(log_alpha.numel() - alive_probability(log_alpha).sum().item())
+    survives = torch.ones_like(log_alpha, dtype=torch.bool)
+    # a stable sort, so that ties are broken the same way on every machine
+    survives[log_alpha.argsort(stable=True)[:num_dropped]] = False
+    return survives
+
+
+def draw_gates(
+    masks: Collection[HardConcrete], training: bool, survivors: dict[HardConcrete, Tensor] | None = None
+) -> Gates:
+    """Draw the gates of all masks at once: samples in training, the deterministic ones in eval.
+
+    Everything is drawn on the masks' device from its default random generator; one transfer brings the live/dead bits
+    to the host, one takes the indices back.
+
+    Args:
+        masks: the groups of units.
+        training: sample, or take the eval values.
+        survivors: bool [n] per mask, instead of the eval rule of the published system (pruning to an exact size).
+    """
+    masks = list(masks)
+    if not masks:
+        return {}
+    sizes = [len(mask) for mask in masks]
+    log_alpha = torch.cat([mask.log_alpha for mask in masks])
+    if log_alpha.dtype in (torch.float16, torch.bfloat16):
+        log_alpha = log_alpha.float()
+    host_log_alpha = None
+    if training:
+        value = sample(log_alpha)
+        alive = (value > 0).cpu()
+    else:
+        value = eval_values(log_alpha)
+        host_log_alpha = log_alpha.detach().cpu()
+        chosen = [
+            eval_survivors(part) if survivors is None else survivors[mask].cpu()
+            for mask, part in zip(masks, host_log_alpha.split(sizes))
+        ]
+        alive = torch.cat(chosen)
+
+    counts = []
+    for position, (mask, part) in enumerate(zip(masks, alive.split(sizes))):  # views: writing to part writes to alive
+        count = int(part.sum())
+        if count < mask.min_live:
+            if host_log_alpha is None:
+                host_log_alpha = log_alpha.detach().cpu()
+            ranked = host_log_alpha.split(sizes)[position].argsort(stable=True, descending=True)
+            part[ranked[: mask.min_live]] = True
+            count = int(part.sum())
+        counts.append(count)
+    live = alive.nonzero().squeeze(1)
+    starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+    offsets = torch.repeat_interleave(starts, torch.tensor(counts), output_size=len(live))
+    flat, local = torch.stack([live, live - offsets]).to(log_alpha.device, non_blocking=True).unbind()
+    values = value.index_select(0, flat).split(counts)
+    return {
+        mask: Gate(index if count < size else None, gate_value, count)
+        for mask, size, count, index, gate_value in zip(masks, sizes, counts, local.split(counts), values)
+    }
+
+
+def touch(x: Tensor, *modules: nn.Module | None) -> Tensor:
+    """Return ``x``, with every trainable parameter of the modules in its graph and a gradient of exactly zero.
+
+    A block without live units must still give its parameters gradients: ranks draw different masks, and DDP waits for
+    the same parameters on all of them.
+    """
+    if not torch.is_grad_enabled():
+        return x
+    empty = torch.empty(0, dtype=torch.int64, device=x.device)
+    parameters = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        return x
+    return x + torch.stack([p.index_select(0, empty).sum() for p in parameters]).sum().to(x.dtype)
+
+
+def select(weight: Tensor, gate: Gate | None, dim: int) -> Tensor:
+    """The live slices of ``weight`` along ``dim``; the weight itself when all are live."""
+    return weight if gate is None or gate.index is None else weight.index_select(dim, gate.index)
+
+
+def scale(weight: Tensor, gate: Gate | None, dim: int) -> Tensor:
+    """Fold the gate's values into the live slices of a weight that follows the gated units."""
+    if gate is None or gate.value is None:
+        return weight
+    shape = [1] * weight.dim()
+    shape[dim] = -1
+    return weight * gate.value.to(weight.dtype).view(shape)

@@ -1,0 +1,9 @@
+"""Read models of other toolkits into this one: pure functions on plain config and state dicts; torch alone needed."""
+
+from .fairseq import import_fairseq
+from .huggingface import import_huggingface
+from .mapping import ImportedModel, naming
+from .pickles import load_pickled
+from .torchaudio import import_torchaudio
+
+__all__ = ["ImportedModel", "import_fairseq", "import_huggingface", "import_torchaudio", "load_pickled", "naming"]

@@ -1,0 +1,325 @@
+"""The prunable wav2vec 2.0 / HuBERT / WavLM model: one class for full, masked and pruned networks.
+
+Shapes: B batch, N samples at 16 kHz, T frames at 50 Hz, D Transformer width, L layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import SelfAttention, WavLMSelfAttention
+from .feature_extractor import ConvLayerBlock, FeatureExtractor, FeatureProjection, valid_frames
+from .hardconcrete import Alive, Gates, HardConcrete, alive_probabilities, draw_gates
+from .transformer import ConvolutionalPositionalEmbedding, Encoder, EncoderLayer, FeedForward, Transformer
+
+NORMALIZE_EPS = 1e-7  # added to the waveform's variance, as transformers does; 1e-5 changes quiet audio
+# keys of the flat config that a HuBERT or a WavLM model does not have
+ABSENT = {
+    "encoder_num_heads",
+    "encoder_head_dim",
+    "encoder_total_num_heads",
+    "encoder_remaining_heads",
+    "encoder_num_buckets",
+    "encoder_max_distance",
+}
+
+
+def normalize(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
+    """Zero mean and unit variance per row [B, N] over its valid samples; padding stays zero."""
+    if lengths is None:
+        variance, mean = torch.var_mean(waveforms, dim=-1, correction=0, keepdim=True)
+        return (waveforms - mean) * torch.rsqrt(variance + NORMALIZE_EPS)
+    valid = valid_frames(lengths, waveforms.shape[-1]).to(waveforms.dtype)
+    count = lengths.clamp(min=1)[:, None]
+    mean = (waveforms * valid).sum(-1, keepdim=True) / count
+    variance = ((waveforms - mean).square() * valid).sum(-1, keepdim=True) / count
+    return (waveforms - mean) * torch.rsqrt(variance + NORMALIZE_EPS) * valid
+
+
+class Wav2Vec2Model(nn.Module):
+    """Build it with :func:`wav2vec2_model`, load it with :func:`wav2vec2.load_model`."""
+
+    def __init__(
+        self,
+        normalize_waveform: bool,
+        feature_extractor: FeatureExtractor,
+        encoder: Encoder,
+        aux: nn.Linear | None,
+        config: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.normalize_waveform = normalize_waveform
+        self.feature_extractor = feature_extractor
+        self.encoder = encoder
+        self.aux = aux
+        self.config = config  # flat: ``wav2vec2_model(**model.config)`` builds this network
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers L."""
+        return len(self.encoder.transformer.layers)
+
+    @property
+    def embed_dim(self) -> int:
+        """Transformer width D."""
+        return self.encoder.feature_projection.projection.out_features
+
+    def masks(self) -> dict[str, HardConcrete]:
+        """Every Hard Concrete mask by its module path, in forward order. Empty for a dense model."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, HardConcrete)}
+
+    def draw_gates(self) -> Gates:
+        """One sample of every mask in training, the deterministic gates in eval."""
+        return draw_gates(self.masks().values(), self.training)
+
+    def output_length(self, lengths: Tensor) -> Tensor:
+        """Frames [B] from samples [B]."""
+        return self.feature_extractor.output_length(lengths)
+
+    def extract_features(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None = None,
+        num_layers: int | None = None,
+        gates: Gates | None = None,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """All hidden states, as used for distillation and by SUPERB.
+
+        Args:
+            waveforms: [B, N], zero padded.
+            lengths: [B] valid samples; None when nothing is padded.
+            num_layers: stop after that many layers.
+            gates: masks to use; by default they are drawn.
+
+        Returns:
+            L + 1 tensors [B, T, D] (index 0 is the Transformer's input, before the positional convolution; the final
+            layer norm of pre-norm models is not applied, as in torchaudio) and the valid frames [B], or None.
+        """
+        return self._hidden_states(waveforms, lengths, num_layers, gates, layer_drop=0.0)
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The last layer's output [B, T, D], normalised in pre-norm models, through ``aux`` where there is one.
+
+        Same arguments as :meth:`extract_features`; unlike there, layers drop out in training.
+        """
+        transformer = self.encoder.transformer
+        layer_drop = transformer.layer_drop if self.training else 0.0
+        states, frames = self._hidden_states(waveforms, lengths, None, None, layer_drop)
+        x = transformer.layer_norm(states[-1]) if transformer.layer_norm_first else states[-1]
+        return x if self.aux is None else self.aux(x), frames
+
+    def _hidden_states(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None,
+        num_layers: int | None,
+        gates: Gates | None,
+        layer_drop: float,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        if waveforms.dim() != 2:
+            raise ValueError(f"waveforms must be [batch, samples], got shape {tuple(waveforms.shape)}")
+        if gates is None:
+            gates = self.draw_gates()
+        if self.normalize_waveform:
+            waveforms = normalize(waveforms, lengths)
+        features, frames = self.feature_extractor(waveforms, lengths, gates)
+        gate_in = self.feature_extractor.conv_layers[-1].hard_concrete
+        return self.encoder.hidden_states(features, frames, gates, gate_in, num_layers, layer_drop), frames
+
+    def get_num_params(self, alive: Alive | None = None) -> Tensor:
+        """Expected number of parameters (masks themselves excluded) as a float64 scalar.
+
+        Differentiable in every ``log_alpha``; equal to the counted parameters of the pruned model when every unit is
+        certain to live or to be dropped.
+
+        Args:
+            alive: probability of each unit of a mask; by default what the masks say.
+        """
+        if alive is None:
+            alive = alive_probabilities(self.masks().values())
+        extractor, encoder = self.feature_extractor, self.encoder
+        total = extractor.num_params(alive) + encoder.feature_projection.num_params(extractor.num_live(alive)[-1])
+        total = total + encoder.transformer.num_params(alive)
+        if self.aux is not None:
+            total = total + sum(p.numel() for p in self.aux.parameters())
+        device = extractor.dummy_weight.device
+        return total if isinstance(total, Tensor) else torch.tensor(total, dtype=torch.float64, device=device)
+
+
+def _check_config(config: dict[str, Any], is_wavlm: bool) -> None:
+    """Refuse values that would build a model which cannot run. Makes lists of the per-layer entries."""
+    names = ["encoder_use_attention", "encoder_use_feed_forward", "encoder_ff_interm_features"]
+    names += ["encoder_total_num_heads", "encoder_remaining_heads"] if is_wavlm else ["encoder_num_heads"]
+    needed = ["encoder_num_buckets", "encoder_max_distance"] if is_wavlm else ["encoder_head_dim"]
+    if missing := [name for name in (*names, *needed) if config.get(name) is None]:
+        raise ValueError(f"{', '.join(missing)}: missing")
+    num_layers, width, groups = (config[f"encoder_{name}"] for name in ("num_layers", "embed_dim", "pos_conv_groups"))
+    for name in names:
+        config[name] = list(config[name])
+        if len(config[name]) != num_layers:
+            raise ValueError(f"{name} has {len(config[name])} entries for {num_layers} layers")
+    if config["extractor_mode"] not in ("group_norm", "layer_norm"):
+        raise ValueError(f"extractor_mode must be group_norm or layer_norm, got {config['extractor_mode']!r}")
+    conv_layers = [tuple(layer) for layer in config["extractor_conv_layer_config"]]
+    config["extractor_conv_layer_config"] = conv_layers
+    if not conv_layers or any(len(layer) != 3 or min(layer) < 1 for layer in conv_layers):
+        raise ValueError(f"extractor_conv_layer_config must list (channels, kernel, stride), got {conv_layers}")
+    if groups < 1 or width % groups:
+        raise ValueError(f"encoder_pos_conv_groups is {groups}, which does not divide the width {width}")
+    for name in ("encoder_attention_dropout", "encoder_layer_drop"):
+        if not 0 <= config[name] <= 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {config[name]}")
+    if not is_wavlm:
+        if min([config["encoder_head_dim"] - 1, *config["encoder_num_heads"]]) < 0:
+            raise ValueError("encoder_head_dim must be positive, and encoder_num_heads not negative")
+        return
+    totals, remaining = config["encoder_total_num_heads"], config["encoder_remaining_heads"]
+    if len(set(totals)) > 1 or any(total < 1 or width % total for total in totals):
+        raise ValueError(f"encoder_total_num_heads must be one divisor of the width {width}, got {totals}")
+    for total, heads in zip(totals, remaining):
+        if sorted(set(heads) & set(range(total))) != list(heads):
+            raise ValueError(f"encoder_remaining_heads must ascend from 0 to {total - 1}, got {list(heads)}")
+    buckets, distance = config["encoder_num_buckets"], config["encoder_max_distance"]
+    if buckets < 4 or distance <= buckets // 4:
+        raise ValueError(f"{buckets} encoder_num_buckets do not go with an encoder_max_distance of {distance}")
+
+
+def wav2vec2_model(
+    *,
+    extractor_mode: str,
+    extractor_conv_layer_config: Sequence[Sequence[int]],
+    extractor_conv_bias: bool,
+    encoder_embed_dim: int,
+    encoder_projection_dropout: float,
+    encoder_pos_conv_kernel: int,
+    encoder_pos_conv_groups: int,
+    encoder_num_layers: int,
+    encoder_use_attention: Sequence[bool],
+    encoder_use_feed_forward: Sequence[bool],
+    encoder_num_heads: Sequence[int] | None = None,
+    encoder_head_dim: int | None = None,
+    encoder_total_num_heads: Sequence[int] | None = None,
+    encoder_remaining_heads: Sequence[Sequence[int]] | None = None,
+    encoder_num_buckets: int | None = None,
+    encoder_max_distance: int | None = None,
+    encoder_attention_dropout: float,
+    encoder_ff_interm_features: Sequence[int],
+    encoder_ff_interm_dropout: float,
+    encoder_dropout: float,
+    encoder_layer_norm_first: bool,
+    encoder_layer_drop: float,
+    aux_num_out: int | None,
+    normalize_waveform: bool,
+    extractor_prune_conv_channels: bool = False,
+    encoder_prune_attention_heads: bool = False,
+    encoder_prune_attention_layer: bool = False,
+    encoder_prune_feed_forward_intermediate: bool = False,
+    encoder_prune_feed_forward_layer: bool = False,
+) -> Wav2Vec2Model:
+    """Build a model with random weights from a flat config, the ``config`` of a ``.pth`` file.
+
+    Args:
+        extractor_mode: "group_norm" (on the first conv layer) or "layer_norm" (on every one).
+        extractor_conv_layer_config: (channels, kernel, stride) per conv layer.
+        extractor_conv_bias: bias of the conv layers.
+        encoder_embed_dim: Transformer width D.
+        encoder_projection_dropout: after the feature projection.
+        encoder_pos_conv_kernel: frames that the positional convolution sees.
+        encoder_pos_conv_groups: its groups.
+        encoder_num_layers: L.
+        encoder_use_attention: per layer, whether it has an attention block.
+        encoder_use_feed_forward: per layer, whether it has a feed-forward block.
+        encoder_num_heads: heads per layer.
+        encoder_head_dim: width of a head.
+        encoder_total_num_heads: WavLM only, heads per layer before pruning.
+        encoder_remaining_heads: WavLM only, which of these each layer has.
+        encoder_num_buckets: WavLM only, buckets of the relative positions.
+        encoder_max_distance: WavLM only, frames beyond which they share one.
+        encoder_attention_dropout: on the attention weights.
+        encoder_ff_interm_features: FFN units per layer.
+        encoder_ff_interm_dropout: after the FFN activation.
+        encoder_dropout: after attention, FFN and positional convolution.
+        encoder_layer_norm_first: pre-norm (Large) or post-norm (Base).
+        encoder_layer_drop: probability of skipping a layer in ``forward`` in training.
+        aux_num_out: width of a linear output layer, or None.
+        normalize_waveform: zero mean and unit variance before the first layer.
+        extractor_prune_conv_channels: mask the conv channels.
+        encoder_prune_attention_heads: mask the heads.
+        encoder_prune_attention_layer: mask whole attention blocks.
+        encoder_prune_feed_forward_intermediate: mask the FFN units.
+        encoder_prune_feed_forward_layer: mask whole feed-forward blocks.
+
+    Raises:
+        ValueError: a value out of range, or lists whose length is not ``encoder_num_layers``.
+    """
+    config = {name: copy.deepcopy(value) for name, value in locals().items() if name not in ABSENT or value is not None}
+    is_wavlm = encoder_remaining_heads is not None
+    _check_config(config, is_wavlm)
+
+    conv_layers = []
+    in_channels = 1
+    for i, (channels, kernel_size, stride) in enumerate(extractor_conv_layer_config):
+        norm = extractor_mode if extractor_mode == "layer_norm" or i == 0 else "none"
+        conv_layers.append(
+            ConvLayerBlock(
+                in_channels, channels, kernel_size, stride, extractor_conv_bias, norm, extractor_prune_conv_channels
+            )
+        )
+        in_channels = channels
+
+    def attention(i: int) -> SelfAttention:
+        prune = (encoder_prune_attention_heads, encoder_prune_attention_layer)
+        if not is_wavlm:
+            assert encoder_num_heads is not None and encoder_head_dim is not None
+            return SelfAttention(
+                encoder_embed_dim, encoder_num_heads[i], encoder_head_dim, encoder_attention_dropout, *prune
+            )
+        assert encoder_total_num_heads is not None and encoder_remaining_heads is not None
+        assert encoder_num_buckets is not None and encoder_max_distance is not None
+        return WavLMSelfAttention(
+            encoder_embed_dim,
+            encoder_total_num_heads[i],
+            list(encoder_remaining_heads[i]),
+            encoder_attention_dropout,
+            encoder_num_buckets,
+            encoder_max_distance,
+            i == 0,
+            *prune,
+        )
+
+    def feed_forward(i: int) -> FeedForward:
+        return FeedForward(
+            encoder_embed_dim,
+            encoder_ff_interm_features[i],
+            encoder_ff_interm_dropout,
+            encoder_dropout,
+            encoder_prune_feed_forward_intermediate,
+            encoder_prune_feed_forward_layer,
+        )
+
+    layers = [
+        EncoderLayer(
+            attention(i) if encoder_use_attention[i] else None,
+            encoder_dropout,
+            encoder_layer_norm_first,
+            feed_forward(i) if encoder_use_feed_forward[i] else None,
+            encoder_embed_dim,
+        )
+        for i in range(encoder_num_layers)
+    ]
+    transformer = Transformer(
+        ConvolutionalPositionalEmbedding(encoder_embed_dim, encoder_pos_conv_kernel, encoder_pos_conv_groups),
+        encoder_dropout,
+        layers,
+        encoder_layer_norm_first,
+        encoder_layer_drop,
+        encoder_embed_dim,
+    )
+    encoder = Encoder(FeatureProjection(in_channels, encoder_embed_dim, encoder_projection_dropout), transformer)
+    aux = None if aux_num_out is None else nn.Linear(encoder_embed_dim, aux_num_out)
+    return Wav2Vec2Model(normalize_waveform, FeatureExtractor(conv_layers), encoder, aux, config)

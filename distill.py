@@ -31,7 +31,7 @@ def main() -> None:
     trainer = build_trainer(recipe, recipe.optim, max_steps)
     module = build_run(recipe, recipe.optim, max_steps, student, teacher, pruning=recipe.pruning, resolved=resolved)
     save_resolved(resolved, recipe.exp_dir)
-    fit(module, data, trainer, recipe.exp_dir)
+    fit(module, data, trainer, recipe)
     if not trainer.is_global_zero:
         return
     if not recipe.pruning.units:
@@ -39,7 +39,7 @@ def main() -> None:
         logger.info("wrote %s", recipe.exp_dir / "final.pth")
         return
     _, found = prune(student)
-    num_params = float(student.get_num_params())
+    num_params = student.get_num_params().item()
     sparsity = 1 - num_params / sum(p.numel() for p in teacher.parameters())
     print(format_architecture(teacher.config, found))
     print(f"expected: {num_params:,.0f} parameters, sparsity {sparsity:.4f}; target {recipe.pruning.target_sparsity}")

@@ -23,14 +23,16 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Run the stage."""
     recipe, resolved = parse_recipe(description=__doc__ or "")
-    if recipe.final is None:
-        raise UserError("this recipe has no step 2 (final: null): the pruned model is its result")
     if recipe.student_ckpt is None:
         raise UserError("name the pruned model with --student_ckpt, e.g. E/pruned.pth from prune.py")
     teacher = load_teacher(recipe)
     student = load_checkpoint(recipe.student_ckpt)
     if student.model.masks():
         raise UserError(f"{recipe.student_ckpt}: still has masks; make a dense model of it with prune.py")
+    if recipe.final is None:
+        save_model(recipe.exp_dir / "final.pth", student.model, student.heads)
+        logger.info("no step 2 in this recipe: %s is the pruned model", recipe.exp_dir / "final.pth")
+        return
     data = AudioDataModule(recipe.data, recipe.seed, recipe.trainer.batches_per_update)
     max_steps = update_count(recipe.final, data)
     trainer = build_trainer(recipe, recipe.final, max_steps)
@@ -38,7 +40,7 @@ def main() -> None:
     if not module.objectives.load_head_state(student.heads, recipe.student_ckpt):
         logger.warning("%s holds no distillation heads: they start afresh", recipe.student_ckpt)
     save_resolved(resolved, recipe.exp_dir)
-    fit(module, data, trainer, recipe.exp_dir)
+    fit(module, data, trainer, recipe)
     if trainer.is_global_zero:
         save_model(recipe.exp_dir / "final.pth", student.model, module.objectives.head_state())
         logger.info("wrote %s", recipe.exp_dir / "final.pth")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import read_torch_file, replacing
 
 logger = logging.getLogger(__name__)
+# Lightning's own advice on the console; what a user must know is logged here or raised
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", module="pytorch_lightning")
 
 
 def seed_micro_batch(seed: int, number: int) -> None:
@@ -95,7 +99,6 @@ class DistillModule(pl.LightningModule):
         if self.lagrangian is not None:
             num_params = self.student.get_num_params()
             total = total + self.lagrangian(num_params, self.global_step)
-            metrics["sparsity/expected"] = self.lagrangian.sparsity(num_params).detach()
         metrics["train/loss"] = total.detach()
         self.means.add(metrics, batch.seconds)
         return total
@@ -142,7 +145,9 @@ class DistillModule(pl.LightningModule):
         seconds = metrics.pop("seconds")
         metrics["speed/audio_seconds_per_second"] = seconds / max(1e-9, self.means.elapsed())
         if self.lagrangian is not None:
-            metrics["sparsity/target"] = self.lagrangian.target(self.global_step - 1)
+            with torch.no_grad():
+                metrics["sparsity/expected"] = self.lagrangian.sparsity(self.student.get_num_params()).item()
+            metrics["sparsity/target"] = self.lagrangian.target(self.global_step)
             metrics["lagrangian/lambda1"] = self.lagrangian.lambda1.item()
             metrics["lagrangian/lambda2"] = self.lagrangian.lambda2.item()
         for group in self.trainer.optimizers[0].param_groups:
@@ -354,8 +359,9 @@ def build_trainer(recipe: Recipe, optim: OptimConfig, max_steps: int) -> pl.Trai
     )
 
 
-def fit(module: DistillModule, data: AudioDataModule, trainer: pl.Trainer, exp_dir: Path) -> None:
+def fit(module: DistillModule, data: AudioDataModule, trainer: pl.Trainer, recipe: Recipe) -> None:
     """Train to the end, from ``ckpts/last.ckpt`` where there is one."""
+    exp_dir, validate_every = recipe.exp_dir, recipe.trainer.validate_every
     last = exp_dir / "ckpts" / "last.ckpt"
     resume = last if last.is_file() else None
     if resume is not None:
@@ -366,3 +372,5 @@ def fit(module: DistillModule, data: AudioDataModule, trainer: pl.Trainer, exp_d
             module.load_state_dict(read_torch_file(resume)["state_dict"])
             return
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    if trainer.max_steps % validate_every:  # the last weights are always validated
+        trainer.validate(module, data, verbose=False)

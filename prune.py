@@ -26,17 +26,8 @@ logger = logging.getLogger(__name__)
 STUDENT = "student."
 
 
-def run(
-    distilled_ckpt: Path, out: Path | None = None, faithful: bool = False, target_sparsity: float | None = None
-) -> None:
-    """Prune the student of a checkpoint.
-
-    Args:
-        distilled_ckpt: checkpoint of step 1, E/ckpts/last.ckpt.
-        out: model to write; E/pruned.pth by default.
-        faithful: keep the released system's rounding per layer instead of hitting the target size.
-        target_sparsity: share of the teacher's parameters to remove; the recipe's by default.
-    """
+def run(distilled_ckpt: Path, out: Path | None, faithful: bool, target_sparsity: float | None) -> None:
+    """Prune the student of a checkpoint; the arguments are the flags."""
     out = out if out is not None else distilled_ckpt.parent.parent / "pruned.pth"
     checkpoint = read_torch_file(distilled_ckpt)
     if "student_config" not in checkpoint or "num_params_before" not in checkpoint:
@@ -50,7 +41,7 @@ def run(
     before = int(checkpoint["num_params_before"])
 
     by_rule, config = prune(student)
-    num_expected, num_by_rule = float(student.get_num_params()), sum(p.numel() for p in by_rule.parameters())
+    num_expected, num_by_rule = student.get_num_params().item(), sum(p.numel() for p in by_rule.parameters())
     logger.info(
         "expected %s parameters (sparsity %.4f), the eval rule gives %s (%.4f), target %.4f",
         f"{num_expected:,.0f}", 1 - num_expected / before, f"{num_by_rule:,}", 1 - num_by_rule / before, target,
@@ -72,7 +63,10 @@ def run(
 def main() -> None:
     """Run the stage."""
     parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
-    parser.add_function_arguments(run)
+    parser.add_argument("--distilled_ckpt", type=Path, required=True, help="Checkpoint of step 1, E/ckpts/last.ckpt.")
+    parser.add_argument("--out", type=Path | None, help="Model to write. (default: E/pruned.pth)")
+    parser.add_argument("--faithful", action="store_true", help="Keep the released system's rounding per layer.")
+    parser.add_argument("--target_sparsity", type=float | None, help="Share of the teacher's parameters to remove.")
     run(**vars(parse_arguments(parser, sys.argv[1:])))
 
 

@@ -5,6 +5,7 @@ A recipe names another as its ``base`` and holds only what differs. Flags overri
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,9 @@ class Recipe:
     teacher_ckpt: Path = Path("pretrained/hubert-base-ls960.hf.pth")
     """The teacher, a .pth file made by one of the converters."""
 
+    teacher_id: str = "facebook/hubert-base-ls960"
+    """Hub id (or local folder) that the shell recipes convert teacher_ckpt from, where it does not exist yet."""
+
     teacher_layers: int | None = 12
     """Transformer layers of the teacher that the recipe is written for; null for any."""
 
@@ -121,11 +125,20 @@ def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[
     parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False, default_env=False)
     parser.add_argument("--config", action="config", help="Recipe, one of conf/*.yaml or your own.")
     parser.add_class_arguments(Recipe, fail_untyped=True)
-    namespace = parse_arguments(parser, _expand_bases(sys.argv[1:] if argv is None else argv))
+    argv, recipes = _expand_bases(sys.argv[1:] if argv is None else argv)
+    try:
+        namespace = parse_arguments(parser, argv)
+    except UserError as error:
+        for recipe in recipes:  # is it a file or the command line?
+            try:
+                parse_arguments(parser, ["--config", recipe])
+            except UserError as its_own:
+                raise UserError(f"{recipe}: {its_own}") from None
+        raise error from None
     namespace.pop("config", None)
     namespace.base = None
-    resolved = parser.dump(namespace, skip_none=False)
-    return Recipe(**vars(parser.instantiate_classes(namespace))), resolved
+    resolved = parser.dump(namespace, skip_unset=False)
+    return Recipe(**vars(parser.instantiate(namespace))), resolved
 
 
 def parse_arguments(parser: jsonargparse.ArgumentParser, argv: list[str]) -> jsonargparse.Namespace:
@@ -150,12 +163,18 @@ def _one_line(error: BaseException) -> str:
         if isinstance(cause, UserError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())
+    message = " ".join(str(error).split())
+    # an optional section fails as a union of types: keep the key and the reason
+    union = re.search(
+        r"""Parser key "([^"]+)".*?(Option '[^']+' is not accepted|Expected an? <class '[^']+'>[^-]*)""", message
+    )
+    return f"{union[1]}: {union[2].strip()}" if union else message
 
 
-def _expand_bases(argv: list[str]) -> list[str]:
-    """Put ``--config base`` before every ``--config recipe`` that names one."""
+def _expand_bases(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Put ``--config base`` before every ``--config recipe`` that names one; also return all recipes."""
     expanded: list[str] = []
+    recipes: list[str] = []
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
@@ -167,7 +186,8 @@ def _expand_bases(argv: list[str]) -> list[str]:
             raise UserError("--config needs the path of a recipe")
         for recipe in recipe_chain(Path(path)):
             expanded += ["--config", str(recipe)]
-    return expanded
+            recipes.append(str(recipe))
+    return expanded, recipes
 
 
 def recipe_chain(path: Path) -> list[Path]:
@@ -206,3 +226,16 @@ def save_resolved(resolved: str, exp_dir: Path) -> None:
     """Write the resolved recipe beside the run."""
     with replacing(exp_dir / "config.yaml") as temporary:
         temporary.write_text(resolved, encoding="utf-8")
+
+
+def main() -> None:
+    """Print one value of a recipe: ``python -m distillation.config --config conf/X.yaml data.train``."""
+    *argv, key = sys.argv[1:]
+    value: object = parse_recipe(argv)[0]
+    for name in key.split("."):
+        value = getattr(value, name)
+    print(value)
+
+
+if __name__ == "__main__":
+    main()

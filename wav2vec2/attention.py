@@ -6,6 +6,7 @@ Shapes: B batch, T frames, D width, H heads (h of them live), E head width.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,21 @@ def probability_any(alive: Tensor) -> Tensor:
     return 1 - (1 - alive).prod()
 
 
+@dataclass
+class AttentionMap:
+    """What a block computes and later blocks may reuse: its attention weights and the gates of its heads."""
+
+    weights: Tensor  # [B, h, T, T] before dropout; each row sums to 1
+    heads: Gate | None
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention; q, k, v and output projections as in torchaudio, masks over heads and the block.
+
+    With ``reuse`` the block has no queries and keys: it applies the map of an earlier block to its own values
+    (ARMHuBERT, https://arxiv.org/abs/2305.11685, section 2.1). The map is used as it is, without a second softmax. Its
+    heads are those of the block that computes it: one gate per head serves that block and all that reuse its map, and
+    where that block does not exist, neither do they.
 
     Args:
         embed_dim: D.
@@ -32,29 +46,49 @@ class SelfAttention(nn.Module):
         dropout: on the attention weights.
         prune_heads: give each head a gate.
         prune_layer: give the block a gate.
+        reuse: take the attention map of an earlier block.
     """
 
     def __init__(
-        self, embed_dim: int, num_heads: int, head_dim: int, dropout: float, prune_heads: bool, prune_layer: bool
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int,
+        dropout: float,
+        prune_heads: bool,
+        prune_layer: bool,
+        reuse: bool = False,
     ) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim, self.dropout = embed_dim, num_heads, head_dim, dropout
+        self.reuse = reuse
+        self.keep_map = False  # later blocks reuse the map of this one
         if num_heads > 0:
-            self.k_proj = nn.Linear(embed_dim, num_heads * head_dim)
+            if not reuse:
+                self.k_proj = nn.Linear(embed_dim, num_heads * head_dim)
             self.v_proj = nn.Linear(embed_dim, num_heads * head_dim)
-            self.q_proj = nn.Linear(embed_dim, num_heads * head_dim)
+            if not reuse:
+                self.q_proj = nn.Linear(embed_dim, num_heads * head_dim)
             self.out_proj = nn.Linear(num_heads * head_dim, embed_dim)
-        prune_heads, prune_layer = prune_heads and num_heads > 0, prune_layer and num_heads > 0
+        prune_heads, prune_layer = prune_heads and num_heads > 0 and not reuse, prune_layer and num_heads > 0
         self.hard_concrete_for_heads = HardConcrete(num_heads, HEAD_DROP_RATE) if prune_heads else None
         self.hard_concrete_for_layer = HardConcrete(1, LAYER_DROP_RATE) if prune_layer else None
 
     def is_alive(self, gates: Gates) -> bool:
-        """Whether anything of the block exists under these gates."""
+        """Whether anything of the block exists under these gates; a reused map must exist besides."""
         heads, layer = gates.get(self.hard_concrete_for_heads), gates.get(self.hard_concrete_for_layer)
         num_heads = self.num_heads if heads is None else heads.num_live
         return num_heads > 0 and (layer is None or layer.num_live > 0)
 
-    def forward(self, x: Tensor, valid: Tensor | None, position_bias: Tensor | None, gates: Gates) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        valid: Tensor | None,
+        position_bias: Tensor | None,
+        gates: Gates,
+        source: AttentionMap | None = None,
+        keep_map: bool = False,
+    ) -> tuple[Tensor, AttentionMap | None]:
         """Attend over the live heads, of which there is at least one.
 
         Args:
@@ -62,22 +96,38 @@ class SelfAttention(nn.Module):
             valid: bool [B, 1, 1, T], False on padding; None when nothing is padded.
             position_bias: [H, T, T] of WavLM, shared by all layers; None otherwise.
             gates: as drawn for this pass.
+            source: the map that this block reuses, if it does.
+            keep_map: return the map though no later block reuses it.
 
         Returns:
-            [B, T, D].
+            [B, T, D], and the map where it is kept or reused.
         """
-        heads, layer = gates.get(self.hard_concrete_for_heads), gates.get(self.hard_concrete_for_layer)
+        if self.reuse:
+            assert source is not None
+            heads = source.heads
+        else:
+            source, heads = None, gates.get(self.hard_concrete_for_heads)
+        layer = gates.get(self.hard_concrete_for_layer)
         batch, num_frames, _ = x.shape
-        q, k, v = (self._project(x, linear, heads) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        mask = self._attention_mask(x, valid, position_bias, heads)
         dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        x = x.transpose(1, 2).reshape(batch, num_frames, -1)
+        v = self._project(x, self.v_proj, heads)
+        mixed: Tensor | None = None
+        if not self.reuse:
+            q, k = self._project(x, self.q_proj, heads), self._project(x, self.k_proj, heads)
+            mask = self._attention_mask(x, valid, position_bias, heads)
+            if keep_map or self.keep_map:
+                source = AttentionMap(attention_weights(q, k, mask), heads)
+            else:  # fused: faster, but it does not return the map
+                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        if mixed is None:
+            assert source is not None
+            mixed = F.dropout(source.weights, dropout).to(v.dtype) @ v
+        x = mixed.transpose(1, 2).reshape(batch, num_frames, -1)
         weight: Tensor = self.out_proj.weight
         if heads is not None:
             weight = weight.view(self.embed_dim, self.num_heads, self.head_dim)
             weight = scale(select(weight, heads, 1), heads, 1).flatten(1)
-        return F.linear(x, scale(weight, layer, 0), scale(self.out_proj.bias, layer, 0))
+        return F.linear(x, scale(weight, layer, 0), scale(self.out_proj.bias, layer, 0)), source
 
     def _project(self, x: Tensor, linear: nn.Linear, heads: Gate | None) -> Tensor:
         weight: Tensor = linear.weight
@@ -92,19 +142,27 @@ class SelfAttention(nn.Module):
     ) -> Tensor | None:
         return valid
 
-    def num_params(self, alive: Alive) -> Tensor | int:
-        """Expected parameters: biases shared by the heads exist while any head does."""
+    def num_params(self, alive: Alive, source: SelfAttention | None = None) -> Tensor | int:
+        """Expected parameters: biases shared by the heads exist while any head does.
+
+        Args:
+            alive: probability of each unit of a mask.
+            source: the block whose map this one reuses, if it does.
+        """
         if self.num_heads == 0:
             return 0
-        per_head = 4 * self.embed_dim * self.head_dim + 3 * self.head_dim
+        source = source if self.reuse and source is not None else self
+        num_inputs = 1 if self.reuse else 3  # values; queries and keys
+        per_head = (num_inputs + 1) * self.embed_dim * self.head_dim + num_inputs * self.head_dim
         shared = self._num_shared_params()
-        if self.hard_concrete_for_heads is None:
+        if source.hard_concrete_for_heads is None:
             total: Tensor | int = self.num_heads * per_head + shared
         else:
-            heads = alive(self.hard_concrete_for_heads)
+            heads = alive(source.hard_concrete_for_heads)
             total = heads.sum() * per_head + probability_any(heads) * shared
-        if self.hard_concrete_for_layer is not None:
-            total = total * alive(self.hard_concrete_for_layer).sum()
+        for block in {self, source}:
+            if block.hard_concrete_for_layer is not None:
+                total = total * alive(block.hard_concrete_for_layer).sum()
         return total
 
     def _num_shared_params(self) -> int:
@@ -118,6 +176,20 @@ class SelfAttention(nn.Module):
         if self.hard_concrete_for_layer is not None:
             result = result * alive(self.hard_concrete_for_layer).sum()
         return result
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over keys of q k^T / sqrt(E), written out: [B, h, T, E] twice -> [B, h, T, T].
+
+    Args:
+        q: queries.
+        k: keys.
+        mask: broadcast to [B, h, T, T]; bool with False where nothing is attended to, or an additive bias; or None.
+    """
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1)
 
 
 class WavLMSelfAttention(SelfAttention):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,19 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
+        if zipfile.is_zipfile(path):  # torch.save never compresses: a small file must not unpack to a huge one
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                    raise CheckpointError(f"{path}: unpacks to more than it holds; refused")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower():
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
-                f"{path}: holds more than tensors and plain types; refused, nothing was run"
+                f"{path}: holds {named[1]} besides tensors and plain types; refused, nothing was run"
             ) from None
         raise CheckpointError(f"{path}: truncated or not a torch file") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
@@ -92,9 +99,17 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     config, state = content.get("config"), content.get("state_dict")
     if not isinstance(config, dict) or not isinstance(state, dict):
         raise CheckpointError(f"{path}: no 'config' and 'state_dict' in it; not a model of this toolkit")
+    heads = content.get("distill_linear_projs") or {}
+    if not isinstance(heads, dict) or not all(isinstance(tensor, Tensor) for tensor in heads.values()):
+        raise CheckpointError(f"{path}: 'distill_linear_projs' is not a dict of tensors")
     model = model_from_state(config, state, source=path)
     extra = {k: v for k, v in content.items() if k not in ("config", "state_dict", "distill_linear_projs")}
-    return Checkpoint(model, config, dict(content.get("distill_linear_projs") or {}), extra)
+    embedding = extra.get("mask_embedding")
+    if embedding is not None:
+        if not isinstance(embedding, Tensor) or embedding.shape != (model.embed_dim,):
+            raise CheckpointError(f"{path}: 'mask_embedding' is not a vector of the model's width {model.embed_dim}")
+        model.mask_embedding = embedding.detach().float()
+    return Checkpoint(model, config, heads, extra)
 
 
 def model_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], source: object) -> Wav2Vec2Model:
@@ -105,19 +120,23 @@ def model_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], sou
     Raises:
         CheckpointError: naming ``source`` and the first keys or shapes that do not fit.
     """
+    for name in ("encoder_use_attention", "extractor_conv_layer_config"):
+        if isinstance(config.get(name), Sequence) and len(config[name]) > len(state):
+            raise CheckpointError(f"{source}: {len(config[name])} layers in {name}, but only {len(state)} tensors")
     try:
         with torch.device("meta"):
             model = wav2vec2_model(**config)
-    except (TypeError, ValueError, RuntimeError, AssertionError, OverflowError, ZeroDivisionError, IndexError) as error:
-        raise CheckpointError(f"{source}: its config builds no model: {str(error).splitlines()[0]}") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{source}: its config builds no model: {reason}") from None
     expected = model.state_dict()
-    state = dict(state)
+    state = {str(name): tensor for name, tensor in state.items()}
     for name in [name for name in state if ".parametrizations.weight.original" in name]:
         renamed = name.replace("parametrizations.weight.original0", "weight_g")
         state[renamed.replace("parametrizations.weight.original1", "weight_v")] = state.pop(name)
-    if DUMMY_WEIGHT not in state:  # models that were never pruned, as torchaudio and the released converters save them
-        state[DUMMY_WEIGHT] = torch.ones(expected[DUMMY_WEIGHT].shape)
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing == [DUMMY_WEIGHT]:  # never pruned, as torchaudio and the released converters save models
+        missing = []
     if missing or unexpected:
         lists = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                  for what, names in (("missing", missing), ("unexpected", unexpected)) if names]  # fmt: skip
@@ -126,7 +145,11 @@ def model_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], sou
         if not isinstance(tensor, Tensor) or tensor.shape != expected[name].shape or not tensor.is_floating_point():
             found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise CheckpointError(f"{source}: {name} is {found}, its config wants float {list(expected[name].shape)}")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
+            raise CheckpointError(f"{source}: {name} is no dense tensor with all of its {tensor.numel()} values")
         state[name] = tensor.detach().to(torch.float32)
+    if DUMMY_WEIGHT not in state:
+        state[DUMMY_WEIGHT] = torch.ones(expected[DUMMY_WEIGHT].shape)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 

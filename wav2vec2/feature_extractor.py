@@ -134,20 +134,26 @@ class FeatureExtractor(nn.Module):
 
 
 class FeatureProjection(nn.Module):
-    """Layer norm over the live channels, linear map to the Transformer's width, dropout."""
+    """Layer norm over the live channels, linear map to the Transformer's width, dropout.
 
-    def __init__(self, in_features: int, out_features: int, dropout: float) -> None:
+    Thin students whose extractor is as wide as their Transformer have no linear map.
+    """
+
+    def __init__(self, in_features: int, out_features: int, dropout: float, linear: bool = True) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(in_features)
-        self.projection = nn.Linear(in_features, out_features)
+        self.projection = nn.Linear(in_features, out_features) if linear else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, gate: Gate | None) -> Tensor:
         """[B, T, c] -> [B, T, D]."""
         weight, bias = select(self.layer_norm.weight, gate, 0), select(self.layer_norm.bias, gate, 0)
         x = F.layer_norm(x, weight.shape, weight, bias, self.layer_norm.eps)
-        return self.dropout(F.linear(x, select(self.projection.weight, gate, 1), self.projection.bias))
+        if self.projection is not None:
+            x = F.linear(x, select(self.projection.weight, gate, 1), self.projection.bias)
+        return self.dropout(x)
 
     def num_params(self, num_in: Tensor | int) -> Tensor | int:
         """Parameters with ``num_in`` live channels."""
-        return num_in * (2 + self.projection.out_features) + self.projection.out_features
+        width = 0 if self.projection is None else self.projection.out_features
+        return num_in * (2 + width) + width

@@ -6,6 +6,7 @@ Shapes: B batch, N samples at 16 kHz, T frames at 50 Hz, D Transformer width, L 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from .attention import SelfAttention, WavLMSelfAttention
+from .config import check_config
 from .feature_extractor import ConvLayerBlock, FeatureExtractor, FeatureProjection, valid_frames
 from .hardconcrete import Alive, Gates, HardConcrete, alive_probabilities, draw_gates
-from .transformer import ConvolutionalPositionalEmbedding, Encoder, EncoderLayer, FeedForward, Transformer
+from .passes import HiddenStates, PassOptions
+from .transformer import (
+    ConvolutionalPositionalEmbedding,
+    Encoder,
+    EncoderLayer,
+    FeedForward,
+    Transformer,
+)
 
 NORMALIZE_EPS = 1e-7  # added to the waveform's variance, as transformers does; 1e-5 changes quiet audio
-# keys of the flat config that a HuBERT or a WavLM model does not have
+# keys of the flat config that a HuBERT, a WavLM or an ordinary student does not have
 ABSENT = {
+    "encoder_use_projection",
+    "encoder_time_reduction",
+    "encoder_reuse_attention",
     "encoder_num_heads",
     "encoder_head_dim",
     "encoder_total_num_heads",
@@ -58,6 +70,9 @@ class Wav2Vec2Model(nn.Module):
         self.encoder = encoder
         self.aux = aux
         self.config = config  # flat: ``wav2vec2_model(**model.config)`` builds this network
+        # [D], replaces masked frames in pre-training; load_checkpoint sets it where the file holds one
+        self.register_buffer("mask_embedding", None, persistent=False)
+        self.mask_embedding: Tensor | None
 
     @property
     def num_layers(self) -> int:
@@ -67,7 +82,7 @@ class Wav2Vec2Model(nn.Module):
     @property
     def embed_dim(self) -> int:
         """Transformer width D."""
-        return self.encoder.feature_projection.projection.out_features
+        return self.config["encoder_embed_dim"]
 
     def masks(self) -> dict[str, HardConcrete]:
         """Every Hard Concrete mask by its module path, in forward order. Empty for a dense model."""
@@ -88,7 +103,7 @@ class Wav2Vec2Model(nn.Module):
         num_layers: int | None = None,
         gates: Gates | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """All hidden states, as used for distillation and by SUPERB.
+        """All hidden states, as used by SUPERB. Layers of a time-reduced model are held for as many frames.
 
         Args:
             waveforms: [B, N], zero padded.
@@ -100,7 +115,10 @@ class Wav2Vec2Model(nn.Module):
             L + 1 tensors [B, T, D] (index 0 is the Transformer's input, before the positional convolution; the final
             layer norm of pre-norm models is not applied, as in torchaudio) and the valid frames [B], or None.
         """
-        return self._hidden_states(waveforms, lengths, num_layers, gates, layer_drop=0.0)
+        output, frames = self.run(waveforms, lengths, PassOptions(num_layers=num_layers), gates)
+        num_frames = output.features.shape[1]
+        layers = [self.encoder.transformer.hold(state, num_frames) for state in output.layers]
+        return [output.features, *layers], frames
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The last layer's output [B, T, D], normalised in pre-norm models, through ``aux`` where there is one.
@@ -109,18 +127,37 @@ class Wav2Vec2Model(nn.Module):
         """
         transformer = self.encoder.transformer
         layer_drop = transformer.layer_drop if self.training else 0.0
-        states, frames = self._hidden_states(waveforms, lengths, None, None, layer_drop)
-        x = transformer.layer_norm(states[-1]) if transformer.layer_norm_first else states[-1]
+        output, frames = self.run(waveforms, lengths, PassOptions(layer_drop=layer_drop))
+        x = transformer.hold([output.features, *output.layers][-1], output.features.shape[1])
+        x = transformer.layer_norm(x) if transformer.layer_norm_first else x
         return x if self.aux is None else self.aux(x), frames
 
-    def _hidden_states(
+    def run(
         self,
         waveforms: Tensor,
-        lengths: Tensor | None,
-        num_layers: int | None,
-        gates: Gates | None,
-        layer_drop: float,
-    ) -> tuple[list[Tensor], Tensor | None]:
+        lengths: Tensor | None = None,
+        options: PassOptions | None = None,
+        gates: Gates | None = None,
+    ) -> tuple[HiddenStates, Tensor | None]:
+        """The forward pass, in all detail: what training looks at.
+
+        Args:
+            waveforms: [B, N], zero padded.
+            lengths: [B] valid samples; None when nothing is padded.
+            options: how to run; masked frames take the model's own mask embedding where the options name none.
+            gates: masks to use; by default they are drawn.
+
+        Returns:
+            The states, and the valid frames [B] of the features, or None.
+
+        Raises:
+            ValueError: waveforms of another shape, or masked frames without a mask embedding.
+        """
+        options = options or PassOptions()
+        if options.masked is not None and options.mask_embedding is None:
+            if self.mask_embedding is None:
+                raise ValueError("the model has no mask embedding: its file was converted without")
+            options = dataclasses.replace(options, mask_embedding=self.mask_embedding)
         if waveforms.dim() != 2:
             raise ValueError(f"waveforms must be [batch, samples], got shape {tuple(waveforms.shape)}")
         if gates is None:
@@ -129,7 +166,7 @@ class Wav2Vec2Model(nn.Module):
             waveforms = normalize(waveforms, lengths)
         features, frames = self.feature_extractor(waveforms, lengths, gates)
         gate_in = self.feature_extractor.conv_layers[-1].hard_concrete
-        return self.encoder.hidden_states(features, frames, gates, gate_in, num_layers, layer_drop), frames
+        return self.encoder.hidden_states(features, frames, gates, gate_in, options), frames
 
     def get_num_params(self, alive: Alive | None = None) -> Tensor:
         """Expected number of parameters (masks themselves excluded) as a float64 scalar.
@@ -147,46 +184,7 @@ class Wav2Vec2Model(nn.Module):
         total = total + encoder.transformer.num_params(alive)
         if self.aux is not None:
             total = total + sum(p.numel() for p in self.aux.parameters())
-        device = extractor.dummy_weight.device
-        return total if isinstance(total, Tensor) else torch.tensor(total, dtype=torch.float64, device=device)
-
-
-def _check_config(config: dict[str, Any], is_wavlm: bool) -> None:
-    """Refuse values that would build a model which cannot run. Makes lists of the per-layer entries."""
-    names = ["encoder_use_attention", "encoder_use_feed_forward", "encoder_ff_interm_features"]
-    names += ["encoder_total_num_heads", "encoder_remaining_heads"] if is_wavlm else ["encoder_num_heads"]
-    needed = ["encoder_num_buckets", "encoder_max_distance"] if is_wavlm else ["encoder_head_dim"]
-    if missing := [name for name in (*names, *needed) if config.get(name) is None]:
-        raise ValueError(f"{', '.join(missing)}: missing")
-    num_layers, width, groups = (config[f"encoder_{name}"] for name in ("num_layers", "embed_dim", "pos_conv_groups"))
-    for name in names:
-        config[name] = list(config[name])
-        if len(config[name]) != num_layers:
-            raise ValueError(f"{name} has {len(config[name])} entries for {num_layers} layers")
-    if config["extractor_mode"] not in ("group_norm", "layer_norm"):
-        raise ValueError(f"extractor_mode must be group_norm or layer_norm, got {config['extractor_mode']!r}")
-    conv_layers = [tuple(layer) for layer in config["extractor_conv_layer_config"]]
-    config["extractor_conv_layer_config"] = conv_layers
-    if not conv_layers or any(len(layer) != 3 or min(layer) < 1 for layer in conv_layers):
-        raise ValueError(f"extractor_conv_layer_config must list (channels, kernel, stride), got {conv_layers}")
-    if groups < 1 or width % groups:
-        raise ValueError(f"encoder_pos_conv_groups is {groups}, which does not divide the width {width}")
-    for name in ("encoder_attention_dropout", "encoder_layer_drop"):
-        if not 0 <= config[name] <= 1:
-            raise ValueError(f"{name} must lie between 0 and 1, got {config[name]}")
-    if not is_wavlm:
-        if min([config["encoder_head_dim"] - 1, *config["encoder_num_heads"]]) < 0:
-            raise ValueError("encoder_head_dim must be positive, and encoder_num_heads not negative")
-        return
-    totals, remaining = config["encoder_total_num_heads"], config["encoder_remaining_heads"]
-    if len(set(totals)) > 1 or any(total < 1 or width % total for total in totals):
-        raise ValueError(f"encoder_total_num_heads must be one divisor of the width {width}, got {totals}")
-    for total, heads in zip(totals, remaining):
-        if sorted(set(heads) & set(range(total))) != list(heads):
-            raise ValueError(f"encoder_remaining_heads must ascend from 0 to {total - 1}, got {list(heads)}")
-    buckets, distance = config["encoder_num_buckets"], config["encoder_max_distance"]
-    if buckets < 4 or distance <= buckets // 4:
-        raise ValueError(f"{buckets} encoder_num_buckets do not go with an encoder_max_distance of {distance}")
+        return total if isinstance(total, Tensor) else torch.tensor(total, dtype=torch.float64)
 
 
 def wav2vec2_model(
@@ -220,6 +218,9 @@ def wav2vec2_model(
     encoder_prune_attention_layer: bool = False,
     encoder_prune_feed_forward_intermediate: bool = False,
     encoder_prune_feed_forward_layer: bool = False,
+    encoder_use_projection: bool | None = None,
+    encoder_time_reduction: int | None = None,
+    encoder_reuse_attention: Sequence[bool] | None = None,
 ) -> Wav2Vec2Model:
     """Build a model with random weights from a flat config, the ``config`` of a ``.pth`` file.
 
@@ -253,34 +254,43 @@ def wav2vec2_model(
         encoder_prune_attention_layer: mask whole attention blocks.
         encoder_prune_feed_forward_intermediate: mask the FFN units.
         encoder_prune_feed_forward_layer: mask whole feed-forward blocks.
+        encoder_use_projection: False for students without a linear map between extractor and Transformer, whose last
+            conv layer is then not prunable.
+        encoder_time_reduction: students only, frames merged into one before the first layer.
+        encoder_reuse_attention: students only, per layer whether it reuses the attention map of the nearest earlier
+            layer that computes one.
 
     Raises:
         ValueError: a value out of range, or lists whose length is not ``encoder_num_layers``.
     """
     config = {name: copy.deepcopy(value) for name, value in locals().items() if name not in ABSENT or value is not None}
     is_wavlm = encoder_remaining_heads is not None
-    _check_config(config, is_wavlm)
+    check_config(config, is_wavlm)
 
     conv_layers = []
     in_channels = 1
     for i, (channels, kernel_size, stride) in enumerate(extractor_conv_layer_config):
         norm = extractor_mode if extractor_mode == "layer_norm" or i == 0 else "none"
+        is_width = encoder_use_projection is False and i == len(extractor_conv_layer_config) - 1
+        prune_channels = extractor_prune_conv_channels and not is_width
         conv_layers.append(
-            ConvLayerBlock(
-                in_channels, channels, kernel_size, stride, extractor_conv_bias, norm, extractor_prune_conv_channels
-            )
+            ConvLayerBlock(in_channels, channels, kernel_size, stride, extractor_conv_bias, norm, prune_channels)
         )
         in_channels = channels
 
     def attention(i: int) -> SelfAttention:
         prune = (encoder_prune_attention_heads, encoder_prune_attention_layer)
+        reuse = encoder_reuse_attention is not None and encoder_reuse_attention[i]
         if not is_wavlm:
             assert encoder_num_heads is not None and encoder_head_dim is not None
             return SelfAttention(
-                encoder_embed_dim, encoder_num_heads[i], encoder_head_dim, encoder_attention_dropout, *prune
+                encoder_embed_dim, encoder_num_heads[i], encoder_head_dim, encoder_attention_dropout, *prune, reuse
             )
         assert encoder_total_num_heads is not None and encoder_remaining_heads is not None
         assert encoder_num_buckets is not None and encoder_max_distance is not None
+        if reuse:  # the map holds WavLM's position bias already
+            num_heads, head_dim = len(encoder_remaining_heads[i]), encoder_embed_dim // encoder_total_num_heads[i]
+            return SelfAttention(encoder_embed_dim, num_heads, head_dim, encoder_attention_dropout, *prune, reuse)
         return WavLMSelfAttention(
             encoder_embed_dim,
             encoder_total_num_heads[i],
@@ -319,7 +329,10 @@ def wav2vec2_model(
         encoder_layer_norm_first,
         encoder_layer_drop,
         encoder_embed_dim,
+        encoder_time_reduction or 1,
     )
-    encoder = Encoder(FeatureProjection(in_channels, encoder_embed_dim, encoder_projection_dropout), transformer)
+    linear = encoder_use_projection is not False
+    projection = FeatureProjection(in_channels, encoder_embed_dim, encoder_projection_dropout, linear)
+    encoder = Encoder(projection, transformer)
     aux = None if aux_num_out is None else nn.Linear(encoder_embed_dim, aux_num_out)
     return Wav2Vec2Model(normalize_waveform, FeatureExtractor(conv_layers), encoder, aux, config)

@@ -54,14 +54,16 @@ def prune(model: Wav2Vec2Model, survivors: Survivors | None = None) -> tuple[Wav
     state[dummy] = scale(select(state[dummy], gate_in, 0), gate_in, 0)
     projection = "encoder.feature_projection"
     for name, dim in (("layer_norm.weight", 0), ("layer_norm.bias", 0), ("projection.weight", 1)):
-        state[f"{projection}.{name}"] = select(state[f"{projection}.{name}"], gate_in, dim)
+        if f"{projection}.{name}" in state:
+            state[f"{projection}.{name}"] = select(state[f"{projection}.{name}"], gate_in, dim)
 
     layers = model.encoder.transformer.layers
-    any_attention = any(layer.attention is not None and layer.attention.is_alive(gates) for layer in layers)
-    for i, layer in enumerate(layers):
+    sources = model.encoder.transformer.attention_sources()
+    any_attention = any(source is not None and source.is_alive(gates) for source in sources)
+    for i, (layer, source) in enumerate(zip(layers, sources)):
         prefix = f"encoder.transformer.layers.{i}"
-        if layer.attention is not None:
-            _prune_attention(layer.attention, f"{prefix}.attention.", i, gates, state, config, any_attention)
+        if layer.attention is not None and source is not None:
+            _prune_attention(layer.attention, source, f"{prefix}.attention.", i, gates, state, config, any_attention)
         if layer.feed_forward is not None:
             _prune_feed_forward(layer.feed_forward, f"{prefix}.feed_forward.", i, gates, state, config)
 
@@ -73,6 +75,7 @@ def prune(model: Wav2Vec2Model, survivors: Survivors | None = None) -> tuple[Wav
 
 def _prune_attention(
     block: SelfAttention,
+    source: SelfAttention,
     prefix: str,
     i: int,
     gates: Gates,
@@ -80,17 +83,19 @@ def _prune_attention(
     config: dict[str, Any],
     any_attention: bool,
 ) -> None:
-    heads, layer = gates.get(block.hard_concrete_for_heads), gates.get(block.hard_concrete_for_layer)
-    if not block.is_alive(gates):
+    heads, layer = gates.get(source.hard_concrete_for_heads), gates.get(block.hard_concrete_for_layer)
+    if not (block.is_alive(gates) and source.is_alive(gates)):
         # WavLM's position bias lives in layer 0 and serves the layers above: it outlives the heads beside it
         keeps_bias = isinstance(block, WavLMSelfAttention) and block.rel_attn_embed is not None and any_attention
         for name in [name for name in state if name.startswith(prefix)]:
             if not (keeps_bias and name == f"{prefix}rel_attn_embed.weight"):
                 del state[name]
         config["encoder_use_attention"][i] = keeps_bias
-        _set_heads(block, i, [], config)
+        if block.reuse:
+            config["encoder_reuse_attention"][i] = False
+        _set_heads([], i, config)
         return
-    for name in ("q_proj", "k_proj", "v_proj"):
+    for name in ("v_proj",) if block.reuse else ("q_proj", "k_proj", "v_proj"):
         weight, bias = state[f"{prefix}{name}.weight"], state[f"{prefix}{name}.bias"]
         by_head = (block.num_heads, block.head_dim)
         state[f"{prefix}{name}.weight"] = select(weight.unflatten(0, by_head), heads, 0).flatten(0, 1)
@@ -100,12 +105,13 @@ def _prune_attention(
     state[f"{prefix}out_proj.weight"] = scale(weight, layer, 0)
     state[f"{prefix}out_proj.bias"] = scale(state[f"{prefix}out_proj.bias"], layer, 0)
     live = list(range(block.num_heads)) if heads is None or heads.index is None else heads.index.tolist()
-    _set_heads(block, i, live, config)
+    _set_heads(live, i, config)
 
 
-def _set_heads(block: SelfAttention, i: int, live: list[int], config: dict[str, Any]) -> None:
-    if isinstance(block, WavLMSelfAttention):
-        config["encoder_remaining_heads"][i] = [block.remaining_heads[head] for head in live]
+def _set_heads(live: list[int], i: int, config: dict[str, Any]) -> None:
+    if "encoder_remaining_heads" in config:
+        remaining = config["encoder_remaining_heads"]
+        remaining[i] = [remaining[i][head] for head in live]
     else:
         config["encoder_num_heads"][i] = len(live)
 

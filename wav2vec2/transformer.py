@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import LAYER_DROP_RATE, SelfAttention, WavLMSelfAttention, probability_any
+from .attention import LAYER_DROP_RATE, AttentionMap, SelfAttention, WavLMSelfAttention, probability_any
 from .feature_extractor import FeatureProjection, valid_frames
 from .hardconcrete import Alive, Gates, HardConcrete, scale, select, touch
+from .passes import HiddenStates, PassOptions, ScaleGradient
 
 FFN_DROP_RATE = 0.5  # initial probability that an FFN unit is dropped (released DPHuBERT)
 
@@ -130,41 +131,75 @@ class EncoderLayer(nn.Module):
         self.feed_forward = feed_forward
         self.final_layer_norm = nn.LayerNorm(embed_dim)
 
-    def forward(self, x: Tensor, valid: Tensor | None, position_bias: Tensor | None, gates: Gates) -> Tensor:
-        """[B, T, D] -> [B, T, D]; the other arguments as for SelfAttention."""
-        norm_first = self.layer_norm_first
-        if self.attention is None or not self.attention.is_alive(gates):
-            x = touch(x, self.attention, self.layer_norm)
+    def forward(
+        self,
+        x: Tensor,
+        valid: Tensor | None,
+        position_bias: Tensor | None,
+        gates: Gates,
+        source: AttentionMap | None = None,
+        maps: list[Tensor | None] | None = None,
+    ) -> tuple[Tensor, AttentionMap | None]:
+        """Run the blocks that exist.
+
+        Args:
+            x: [B, T, D].
+            valid: as for SelfAttention.
+            position_bias: as for SelfAttention.
+            gates: as drawn for this pass.
+            source: attention map that the layers below left for reuse.
+            maps: append the attention map of this layer to it; None where it has none.
+
+        Returns:
+            [B, T, D], and the map for the layers above.
+        """
+        norm_first, attention = self.layer_norm_first, self.attention
+        if attention is not None and not attention.reuse:
+            source = None
+        exists = attention is not None and attention.is_alive(gates) and (source is not None or not attention.reuse)
+        if attention is None or not exists:
+            x = touch(x, attention, self.layer_norm)
         else:
-            x = x + self.dropout(self.attention(self.layer_norm(x) if norm_first else x, valid, position_bias, gates))
+            inputs = self.layer_norm(x) if norm_first else x
+            y, source = attention(inputs, valid, position_bias, gates, source, maps is not None)
+            x = x + self.dropout(y)
+        if maps is not None:
+            maps.append(source.weights.mean(1) if exists and source is not None else None)
         if not norm_first:
             x = self.layer_norm(x)
         if self.feed_forward is None or not self.feed_forward.is_alive(gates):
             x = touch(x, self.feed_forward, self.final_layer_norm)
         else:
             x = x + self.feed_forward(self.final_layer_norm(x) if norm_first else x, gates)
-        return x if norm_first else self.final_layer_norm(x)
+        return x if norm_first else self.final_layer_norm(x), source
 
-    def num_params(self, alive: Alive) -> Tensor | int:
-        """Expected parameters, the layer's own norms included."""
+    def num_params(self, alive: Alive, source: SelfAttention | None) -> Tensor | int:
+        """Expected parameters, the layer's own norms included; ``source`` as for SelfAttention."""
         total: Tensor | int = sum(p.numel() for m in (self.layer_norm, self.final_layer_norm) for p in m.parameters())
-        for block in (self.attention, self.feed_forward):
-            if block is not None:
-                total = total + block.num_params(alive)
+        if self.attention is not None:
+            total = total + self.attention.num_params(alive, source)
+        if self.feed_forward is not None:
+            total = total + self.feed_forward.num_params(alive)
         return total
 
 
 class Transformer(nn.Module):
-    """Positional convolution, layers, and one layer norm: before the layers (post-norm) or after them (pre-norm)."""
+    """Positional convolution, layers, and one layer norm: before the layers (post-norm) or after them (pre-norm).
+
+    With ``time_reduction`` a strided convolution shortens the frames before the first layer (FitHuBERT,
+    https://arxiv.org/abs/2207.00555, section 2.2). ``upsampler`` is the learned way back to T frames, for objectives
+    without one of their own; the released FitHuBERT holds one too.
+    """
 
     def __init__(
         self,
-        pos_conv_embed: nn.Module,
+        pos_conv_embed: ConvolutionalPositionalEmbedding,
         dropout: float,
         layers: Sequence[EncoderLayer],
         layer_norm_first: bool,
         layer_drop: float,
         embed_dim: int,
+        time_reduction: int = 1,
     ) -> None:
         super().__init__()
         self.pos_conv_embed = pos_conv_embed
@@ -172,46 +207,107 @@ class Transformer(nn.Module):
         self.layer_norm_first = layer_norm_first  # of the layers, as in the flat config
         self.layer_drop = layer_drop
         self.dropout = nn.Dropout(dropout)
+        self.reduction = time_reduction
+        self.time_reduction: nn.Conv1d | None = None
+        self.upsampler: nn.ConvTranspose1d | None = None
+        if time_reduction > 1:
+            self.time_reduction = nn.Conv1d(embed_dim, embed_dim, time_reduction, time_reduction)
+            self.upsampler = nn.ConvTranspose1d(embed_dim, embed_dim, time_reduction, time_reduction)
         self.layers = cast(Sequence[EncoderLayer], nn.ModuleList(layers))
+        for layer, source in zip(layers, self.attention_sources()):
+            if source is not None and source is not layer.attention:
+                source.keep_map = True
 
-    def position_bias(self, num_frames: int) -> Tensor | None:
-        """WavLM's bias [H, T, T] from layer 0, which outlives that layer's heads; None for other models."""
+    def attention_sources(self) -> list[SelfAttention | None]:
+        """Per layer the block whose attention map it applies: its own, an earlier one, or None without attention."""
+        sources: list[SelfAttention | None] = []
+        source = None
+        for layer in self.layers:
+            if layer.attention is not None and not layer.attention.reuse:
+                source = layer.attention
+            sources.append(None if layer.attention is None else source)
+        return sources
+
+    def position_block(self) -> WavLMSelfAttention | None:
+        """Layer 0's attention if it holds WavLM's position embedding, which outlives that layer's heads."""
         first = self.layers[0].attention if len(self.layers) else None
-        if not isinstance(first, WavLMSelfAttention) or first.rel_attn_embed is None:
-            return None
-        return first.position_bias(num_frames)
+        return first if isinstance(first, WavLMSelfAttention) and first.rel_attn_embed is not None else None
 
     def hidden_states(
-        self, x: Tensor, valid: Tensor | None, gates: Gates, num_layers: int | None = None, layer_drop: float = 0.0
-    ) -> list[Tensor]:
-        """Outputs [B, T, D] of the first ``num_layers`` layers (all by default), without the final layer norm."""
-        x = x + self.pos_conv_embed(x)
+        self, features: Tensor, valid: Tensor | None, gates: Gates, options: PassOptions | None = None
+    ) -> HiddenStates:
+        """Outputs of the layers, without the final layer norm of pre-norm models.
+
+        Args:
+            features: [B, T, D] from the feature projection.
+            valid: bool [B, 1, 1, T], False on padding; None when nothing is padded.
+            gates: as drawn for this pass.
+            options: how to run.
+        """
+        options = options or PassOptions()
+        x = features + self.pos_conv_embed(features)
         if not self.layer_norm_first:
             x = self.layer_norm(x)
+        layer_input = x
         x = self.dropout(x)
-        layers = self.layers[:num_layers]
-        position_bias = self.position_bias(x.shape[1]) if len(layers) else None
-        states = []
-        for layer in layers:
-            if layer_drop == 0.0 or torch.rand(()).item() > layer_drop:
-                x = layer(x, valid, position_bias, gates)
+        if self.time_reduction is not None:
+            x, valid = self._reduce(x, valid)
+            layer_input = x
+        layers = self.layers[: options.num_layers]
+        first = self.position_block()
+        position_bias = None if first is None or not len(layers) else first.position_bias(x.shape[1])
+        output = HiddenStates(features, [], layer_input)
+        source: AttentionMap | None = None
+        for i, layer in enumerate(layers):
+            if options.layer_drop == 0.0 or torch.rand(()).item() > options.layer_drop:
+                maps = output.maps if options.keep_maps else None
+                x, source = layer(x, valid, position_bias, gates, source, maps)
             else:
                 x = touch(x, layer)
-            states.append(x)
-        return states
+            state = x
+            if options.scale_gradients:
+                above = len(layers) - i - 1
+                state = ScaleGradient.apply(x, 1 / (above + 1))
+                x = ScaleGradient.apply(x, above / (above + 1))
+            output.layers.append(state)
+        return output
+
+    def _reduce(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[B, T, D] -> [B, T', D], and the mask [B, 1, 1, T] -> [B, 1, 1, T'].
+
+        Short ends are filled with zeros, so that no frame is lost and a padded row equals the row alone.
+        """
+        assert self.time_reduction is not None
+        if valid is not None:
+            x = x * valid[:, 0, 0, :, None].to(x.dtype)
+        missing = -x.shape[1] % self.reduction
+        x = self.time_reduction(F.pad(x, (0, 0, 0, missing)).transpose(1, 2)).transpose(1, 2)
+        if valid is not None:
+            valid = F.pad(valid, (0, missing)).unflatten(-1, (-1, self.reduction)).any(-1)
+        return x, valid
+
+    def upsample(self, state: Tensor, num_frames: int) -> Tensor:
+        """[B, T', D] -> [B, T, D] by the learned upsampler; unchanged without time reduction."""
+        if self.upsampler is None:
+            return state
+        return self.upsampler(state.transpose(1, 2)).transpose(1, 2)[:, :num_frames]
+
+    def hold(self, state: Tensor, num_frames: int) -> Tensor:
+        """[B, T', D] -> [B, T, D], each frame as often as time reduction has merged frames into it."""
+        return state if self.reduction == 1 else state.repeat_interleave(self.reduction, dim=1)[:, :num_frames]
 
     def num_params(self, alive: Alive) -> Tensor | int:
-        """Expected parameters of the positional convolution, norms and layers."""
-        fixed = (self.pos_conv_embed, self.layer_norm)
-        total: Tensor | int = sum(p.numel() for module in fixed for p in module.parameters())
+        """Expected parameters of the positional convolution, norms, time reduction and layers."""
+        fixed = (self.pos_conv_embed, self.layer_norm, self.time_reduction, self.upsampler)
+        total: Tensor | int = sum(p.numel() for module in fixed if module is not None for p in module.parameters())
         none_alive: Tensor | int = 1
-        for layer in self.layers:
-            total = total + layer.num_params(alive)
-            if layer.attention is not None:
+        for layer, source in zip(self.layers, self.attention_sources()):
+            total = total + layer.num_params(alive, source)
+            if layer.attention is not None and layer.attention is source:  # a block that reuses never outlives it
                 none_alive = none_alive * (1 - layer.attention.probability_alive(alive))
-        first = self.layers[0].attention if len(self.layers) else None
-        if isinstance(first, WavLMSelfAttention) and first.rel_attn_embed is not None:
-            total = total + first.rel_attn_embed.weight.numel() * (1 - none_alive)
+        source = self.position_block()
+        if source is not None and source.rel_attn_embed is not None:
+            total = total + source.rel_attn_embed.weight.numel() * (1 - none_alive)
         return total
 
 
@@ -229,24 +325,26 @@ class Encoder(nn.Module):
         lengths: Tensor | None,
         gates: Gates,
         gate_in: HardConcrete | None,
-        num_layers: int | None = None,
-        layer_drop: float = 0.0,
-    ) -> list[Tensor]:
-        """Index 0: the Transformer's input after the feature projection; then the layers. Each [B, T, D].
+        options: PassOptions | None = None,
+    ) -> HiddenStates:
+        """The Transformer's input after the feature projection, and the layers.
 
         Args:
             features: [B, T, c] from the extractor.
             lengths: [B] valid frames; None when nothing is padded.
             gates: as drawn for this pass.
             gate_in: mask of the extractor's last layer.
-            num_layers: stop after that many layers.
-            layer_drop: probability of skipping a layer.
+            options: how to run.
         """
+        options = options or PassOptions()
         x = self.feature_projection(features, gates.get(gate_in))
+        if options.masked is not None:
+            assert options.mask_embedding is not None
+            x = torch.where(options.masked[..., None], options.mask_embedding.to(x.dtype), x)
         valid = None
         if lengths is not None:
             frames = valid_frames(lengths, x.shape[1])
             x = x * frames[..., None].to(x.dtype)
             # a row without a valid frame attends to its zeros: softmax over nothing would be NaN
             valid = (frames | (lengths == 0)[:, None])[:, None, None, :]
-        return [x, *self.transformer.hidden_states(x, valid, gates, num_layers, layer_drop)]
+        return self.transformer.hidden_states(x, valid, gates, options)

@@ -9,9 +9,9 @@ makes, with espeak-ng and without a network,
     DIR/align/{train-clean-100,dev-clean,keywords}.jsonl                                     one line per utterance
     DIR/corpus.json                                                                          settings; written last
 
-A line of ``align`` holds ``id``, ``speaker``, ``text``, ``path`` (from DIR), ``num_samples``, ``phones`` and ``words``, the
-last two as ``[start, end, label]`` with times in seconds. Speakers and sentences of dev-clean do not occur in training.
-The same settings and the same espeak-ng give the same bytes.
+A line of ``align`` holds ``id``, ``speaker``, ``text``, ``path`` (from DIR), ``num_samples``, ``phones`` and ``words``,
+the last two as ``[start, end, label]`` with times in seconds. Speakers and sentences of dev-clean do not occur in
+training. The same settings and the same espeak-ng give the same bytes.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ SAMPLE_RATE = 16_000
 TRAIN, DEV = "train-clean-100", "dev-clean"
 MARKER = "corpus.json"
 FIRST_SPEAKER, FIRST_CHAPTER = 100, 1000
-# espeak-ng carries hidden state (noise, phase) from one utterance to the next. A fixed number of fresh processes, whatever
-# the number of cores, makes the corpus depend on its settings alone.
+# espeak-ng carries hidden state from one utterance to the next. A fixed number of fresh processes, whatever the number
+# of cores, makes the corpus depend on its settings alone.
 NUM_SHARDS = 4
-_VARIANTS = (
-    "f1 f4 Annie adam benjamin m1 m2 m3 m4 m5 m6 m7 m8 klatt klatt2 klatt3 klatt4 Andrea Alex Andy linda steph Michael belinda ed "
-    "boris rob caleb paul shelby anika Reed"
-).split()
+# Voices of espeak-ng without breath noise, which would come from random numbers that nobody seeds.
+_VARIANTS = """
+    f1 f4 Annie adam benjamin m1 m2 m3 m4 m5 m6 m7 m8 klatt klatt2 klatt3 klatt4 Andrea Alex Andy linda steph
+    Michael belinda ed boris rob caleb paul shelby anika Reed
+""".split()  # noqa: SIM905 (a list of names reads better so)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ def _draw_speakers(settings: CorpusSettings) -> list[Speaker]:
     for i in range(num_all):
         split, num = (TRAIN, settings.train_utterances) if i < num_train else (DEV, settings.dev_utterances)
         first = i * num if i < num_train else num_train_sentences + (i - num_train) * num
-        warp, pitch, pitch_range, rate = (float(rng.uniform(*x)) for x in ((0.86, 1.16), (20, 80), (30, 70), (140, 200)))
+        warp, pitch, pitch_range, rate = (
+            float(rng.uniform(*x)) for x in ((0.86, 1.16), (20, 80), (30, 70), (140, 200))
+        )
         voice = f"en-us+{variants[i]}"
         own = sentences[first : first + num]
         speakers.append(Speaker(FIRST_SPEAKER + i, split, voice, warp, pitch, pitch_range, rate, own))
@@ -258,6 +261,20 @@ def _synthesise(out: Path, settings: CorpusSettings) -> None:
     (out / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
 
+def read_marker(corpus: str | Path) -> dict:
+    """Read ``corpus.json`` of a finished corpus: ``settings``, ``synthesiser``, ``utterances`` and ``hours``.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(corpus) / MARKER
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing: make the corpus with python -m benchmarks.minisuperb.corpus --out {corpus}"
+        )
+    return json.loads(path.read_text())
+
+
 def make_corpus(out: str | Path, settings: CorpusSettings | None = None) -> dict:
     """Make the corpus ``settings`` asks for in the folder ``out``, or find it there; return its marker ``corpus.json``.
 
@@ -266,7 +283,7 @@ def make_corpus(out: str | Path, settings: CorpusSettings | None = None) -> dict
     """
     out, settings = Path(out), settings or CorpusSettings()
     if (out / MARKER).is_file():
-        marker = json.loads((out / MARKER).read_text())
+        marker = read_marker(out)
         for name, value in asdict(settings).items():
             if (there := marker["settings"].get(name)) != value:
                 raise UserError(
@@ -285,7 +302,7 @@ def make_corpus(out: str | Path, settings: CorpusSettings | None = None) -> dict
         if out.exists():
             out.rmdir()
         folder.rename(out)
-    marker = json.loads((out / MARKER).read_text())
+    marker = read_marker(out)
     logger.info("%s: %s utterances, %s hours", out, marker["utterances"], marker["hours"])
     return marker
 

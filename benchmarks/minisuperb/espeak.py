@@ -95,7 +95,9 @@ class Espeak:
         # The library takes an unknown variant for the plain voice without a word, hence the second check.
         known = self._lib.espeak_SetVoiceByName(name.encode()) == 0
         if not known or not (self._variants / name.partition("+")[2]).exists():
-            raise UserError(f"espeak-ng {self.version} has no voice {name!r} in {self._variants}: install all its voices")
+            raise UserError(
+                f"espeak-ng {self.version} has no voice {name!r} in {self._variants}: install all its voices"
+            )
         for parameter, value in ((RATE, rate), (PITCH, pitch), (RANGE, pitch_range)):
             self._lib.espeak_SetParameter(parameter, value, 0)
 

@@ -9,8 +9,10 @@ from torch.nn import functional as F
 from benchmarks.minisuperb.labels import IGNORE
 
 
-def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int, steps: int = 800, seed: int = 0) -> Tensor:
-    """Fit a linear classifier on ``train`` [N, D] and ``labels`` [N]; return its classes for ``test`` [M, D], int64 [M].
+def linear_probe(
+    train: Tensor, labels: Tensor, test: Tensor, num_classes: int, steps: int = 800, seed: int = 0
+) -> Tensor:
+    """Fit a linear classifier on ``train`` [N, D] and ``labels`` [N]; return its classes for ``test`` [M, D]: [M].
 
     Features are standardised with the mean and deviation of ``train``; frames labelled ``IGNORE`` are left out.
     AdamW on random batches of 2,048 frames with a one-cycle learning rate: the same cost for every layer and model.

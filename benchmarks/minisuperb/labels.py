@@ -61,7 +61,7 @@ def read_split(corpus: str | Path, split: str) -> list[Utterance]:
     """
     path = Path(corpus) / "align" / f"{split}.jsonl"
     if not path.is_file():
-        raise UserError(f"{path} is missing: make the corpus with python -m benchmarks.minisuperb.corpus --out {corpus}")
+        raise UserError(f"{path} is missing: make the corpus with python -m benchmarks.minisuperb.corpus")
     utterances = []
     for line in tqdm(path.read_text().splitlines(), desc=f"reading {split}", unit="utt", leave=False):
         row = json.loads(line)

@@ -176,7 +176,9 @@ def test_config_follows_the_source() -> None:
     names = ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout", "layer_drop")
     assert [flat[f"encoder_{name}"] for name in names] == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert flat["normalize_waveform"] is False and flat["aux_num_out"] is None
-    assert import_huggingface(config.to_dict() | {"feat_extract_norm": "layer"}, {}).config["normalize_waveform"] is True
+    assert (
+        import_huggingface(config.to_dict() | {"feat_extract_norm": "layer"}, {}).config["normalize_waveform"] is True
+    )
 
 
 def test_hubert_base_has_the_dropouts_of_its_released_conversion() -> None:

@@ -105,14 +105,16 @@ def test_published_sizes_have_the_same_tensors(name: str) -> None:
     del expected["feature_extractor.dummy_weight"]
     assert {key: t.shape for key, t in found.state_dict.items()} == {key: t.shape for key, t in expected.items()}
     assert sum(t.numel() for t in expected.values()) == sum(p.numel() for p in original.parameters())
-    assert found.config["normalize_waveform"] == (name in ("HUBERT_LARGE", "HUBERT_XLARGE", "WAVLM_LARGE", "WAV2VEC2_XLSR_1B"))
+    assert found.config["normalize_waveform"] == (
+        name in ("HUBERT_LARGE", "HUBERT_XLARGE", "WAVLM_LARGE", "WAV2VEC2_XLSR_1B")
+    )
 
 
 def test_missing_builder_arguments_and_unknown_tensors() -> None:
     original, config = tiny("base")
     default = import_torchaudio(config | {"extractor_conv_layer_config": None}, {}, normalize_waveform=True).config
     assert default["extractor_conv_layer_config"] == DEFAULT_CONV_LAYERS and default["normalize_waveform"]
-    with pytest.raises(CheckpointError, match="'mask_generator.mask_embedding'"):
+    with pytest.raises(CheckpointError, match=r"'mask_generator\.mask_embedding'"):
         import_torchaudio(config, {"mask_generator.mask_embedding": torch.ones(1)}, normalize_waveform=False)
     del config["encoder_dropout"]
     with pytest.raises(CheckpointError, match="lacks 'encoder_dropout'"):

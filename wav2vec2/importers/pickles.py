@@ -25,7 +25,7 @@ SAFE = re.compile(r"torch\..*|collections\.(OrderedDict|Counter)|_codecs\.encode
 # Left behind by fairseq and omegaconf: their classes, the types in their annotations, numpy scalars of their meters.
 INERT = re.compile(
     r"argparse\.Namespace|(omegaconf|fairseq|typing|numpy)\..*|_?operator\.getitem|pathlib\.\w*Path"
-    r"|builtins\.(int|float|bool|str|bytes|list|dict|tuple|object)"
+    r"|builtins\.(int|float|bool|str|bytes|list|dict|tuple|object)|collections\.defaultdict"
 )
 
 
@@ -63,7 +63,7 @@ def load_pickled(path: str | Path) -> Any:
         unsafe = sorted(name for name in names if not SAFE.fullmatch(name) and not INERT.fullmatch(name))
         if unsafe:
             raise CheckpointError(f"{path}: refused, nothing was run: its pickle calls {', '.join(unsafe[:3])}")
-        inert: list[Any] = [(type(name, (Record,), {}), name) for name in names if not SAFE.fullmatch(name)]
+        inert: list[Any] = [(_stand_in(name), name) for name in names if not SAFE.fullmatch(name)]
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
@@ -98,6 +98,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, str) and (value == "???" or value.startswith("${")):
         return None
     return value
+
+
+def _stand_in(name: str) -> Any:
+    if name == "collections.defaultdict":  # of omegaconf's resolver cache; must take items
+        return lambda *factory: {}
+    return type(name, (Record,), {})
 
 
 def _globals(path: Path) -> set[str]:

@@ -1,0 +1,260 @@
+"""What models cost: parameters, multiply-accumulates, memory, and speed measured in turns.
+
+python -m benchmarks.cost teacher.pth final.pth [--seconds 1 5 15 35] [--batch 1 8] [--device auto] [--out cost.json]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import jsonargparse
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.peak_memory import SAMPLE_RATE, peak_memory
+from distillation.config import parse_arguments
+from distillation.batching import MIN_INPUT_FRAMES
+from distillation.errors import UserError, command
+from wav2vec2 import Wav2Vec2Model, load_model
+from wav2vec2.checkpoint import load_checkpoint, replacing
+from wav2vec2.macs import num_macs
+
+# The utterances of the SUPERB challenge's profiling protocol, in samples: LibriSpeech test-clean sorted by length, every
+# 82nd from the first on. 224.86 s in all; each runs alone, and the published figures are the sums.
+SUPERB_SAMPLES = (
+    20560, 34560, 38480, 42560, 45600, 48720, 52000, 55120, 59120, 62720, 66400, 71200, 75200, 78640, 82800, 87520,
+    92720, 98560, 104400, 111120, 118480, 125040, 132720, 142640, 154000, 166720, 180880, 197920, 217920, 239280,
+    268160, 326000,
+)  # fmt: skip
+MACS_SECONDS = 10
+MIB = 1024**2
+
+
+@dataclass
+class Speed:
+    """One measurement of one model."""
+
+    device: str
+    seconds: float  # per utterance
+    batch: int  # utterances
+    real_time_factor: float  # computing seconds per second of audio, all utterances together
+    peak_bytes: int | None  # weights and activations; None where the system does not tell
+
+
+@dataclass
+class Cost:
+    """What one model costs."""
+
+    name: str
+    file: str
+    file_bytes: int
+    num_params: int  # of the model itself, masks excluded
+    num_head_params: int  # of the distillation heads in the file
+    loaded_bytes: int  # of the parameters in memory, without heads
+    macs_10s: int  # one utterance of 10 s
+    macs_superb: int  # sum over the 32 utterances of the SUPERB protocol
+    speed: list[Speed] = field(default_factory=list)
+
+
+def cost_of_file(name: str, path: Path) -> Cost:
+    """What is known of a model file without running it."""
+    checkpoint = load_checkpoint(path)
+    model = checkpoint.model
+    params = [p for key, p in model.named_parameters() if not key.endswith("log_alpha")]
+    # One map shared by several matched layers appears once per layer in the file.
+    heads = {(h.data_ptr(), h.shape): h.numel() for h in checkpoint.heads.values()}
+    return Cost(
+        name=name,
+        file=str(path),
+        file_bytes=path.stat().st_size,
+        num_params=sum(p.numel() for p in params),
+        num_head_params=sum(heads.values()),
+        loaded_bytes=sum(p.numel() * p.element_size() for p in params),
+        macs_10s=num_macs(model, MACS_SECONDS * SAMPLE_RATE),
+        macs_superb=num_macs(model, SUPERB_SAMPLES),
+    )
+
+
+def time_in_turns(
+    models: Sequence[Wav2Vec2Model], waveforms: Tensor, rounds: int, after_each: Callable[[], object] = lambda: None
+) -> list[float]:
+    """Median seconds of ``extract_features`` per model.
+
+    The models run one after the other in every round, and another one begins each time: whatever else the machine does
+    meets all of them alike.
+
+    Args:
+        models: on the device of ``waveforms``, in eval mode.
+        waveforms: [B, N].
+        rounds: timed runs per model, after one that is not timed.
+        after_each: called after every run.
+    """
+
+    def run(model: Wav2Vec2Model) -> float:
+        begin = time.perf_counter()
+        model.extract_features(waveforms)
+        if waveforms.is_cuda:
+            torch.cuda.synchronize(waveforms.device)
+        elapsed = time.perf_counter() - begin
+        after_each()
+        return elapsed
+
+    with torch.inference_mode():
+        for model in models:
+            run(model)
+        times: list[list[float]] = [[] for _ in models]
+        for i in range(rounds):
+            for j in range(len(models)):
+                turn = (i + j) % len(models)
+                times[turn].append(run(models[turn]))
+    return [statistics.median(t) for t in times]
+
+
+def measure(
+    paths: Mapping[str, Path],
+    *,
+    seconds: Sequence[float],
+    batch: Sequence[int],
+    devices: Sequence[str],
+    rounds: int = 5,
+    progress: bool = True,
+) -> list[Cost]:
+    """Cost of several models, timed in turns.
+
+    Args:
+        paths: name -> model file.
+        seconds: lengths of the utterances.
+        batch: utterances that run together.
+        devices: "cpu", "cuda".
+        rounds: timed runs per model and case.
+        progress: show a bar.
+
+    Raises:
+        CheckpointError: a file is no model.
+    """
+    costs = [cost_of_file(name, path) for name, path in paths.items()]
+    # The smallest first: what the allocator keeps of one case never counts for the next.
+    cases = sorted(((s, b) for s in seconds for b in batch), key=lambda case: case[0] * case[1])
+    total = len(devices) * len(costs) * (1 + len(cases) * (1 + rounds))
+    with tqdm(total=total, desc="cost", unit="run", dynamic_ncols=True, disable=not progress) as bar:
+        for device in devices:
+            peaks = []
+            for path in paths.values():
+                peaks.append((_peak_on_gpu if device == "cuda" else peak_memory)(path, cases))
+                bar.update()
+            models = [load_model(path, device=device) for path in paths.values()]
+            for i, (length, size) in enumerate(cases):
+                # The noise is the same for all; what it is does not change the time.
+                waveforms = torch.randn(size, round(length * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
+                times = time_in_turns(models, waveforms.to(device), rounds, bar.update)
+                for cost, elapsed, peak in zip(costs, times, peaks):
+                    factor = elapsed / (length * size)
+                    cost.speed.append(Speed(device, length, size, factor, peak[i] if peak is not None else None))
+    return costs
+
+
+def _peak_on_gpu(path: Path, cases: Sequence[tuple[float, int]]) -> list[int]:
+    before = torch.cuda.memory_allocated()
+    model = load_model(path, device="cuda")
+    peaks = []
+    with torch.inference_mode():
+        for seconds, size in cases:
+            waveforms = torch.randn(size, round(seconds * SAMPLE_RATE), device="cuda")
+            torch.cuda.reset_peak_memory_stats()
+            model.extract_features(waveforms)
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+    return peaks
+
+
+def resolve_devices(device: str) -> list[str]:
+    """Devices to measure on; ``auto`` is the CPU, and the GPU where there is one.
+
+    Raises:
+        UserError: an unknown device, or a GPU where there is none.
+    """
+    gpu = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: choose auto, cpu or cuda")
+    if device == "cuda" and not gpu:
+        raise UserError("--device cuda: no GPU is visible; use --device cpu")
+    return {"auto": ["cpu", "cuda"] if gpu else ["cpu"], "cpu": ["cpu"], "cuda": ["cuda"]}[device]
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain table: the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = [[h.ljust(w) if i == 0 else h.rjust(w) for i, (h, w) in enumerate(zip(row, widths))]
+             for row in (header, ["-" * w for w in widths], *rows)]  # fmt: skip
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def format_costs(costs: Sequence[Cost]) -> str:
+    """The tables that the command prints: what the models are, and what running them takes."""
+    header = ["model", "parameters", "heads", "file MiB", "loaded MiB", "GMACs 10 s", "GMACs SUPERB"]
+    rows = [
+        [c.name, f"{c.num_params:,}", f"{c.num_head_params:,}", f"{c.file_bytes / MIB:.1f}",
+         f"{c.loaded_bytes / MIB:.1f}", f"{c.macs_10s / 1e9:.2f}", f"{c.macs_superb / 1e9:.1f}"]
+        for c in costs
+    ]  # fmt: skip
+    tables = [format_table(header, rows)]
+    for device in dict.fromkeys(s.device for c in costs for s in c.speed):
+        header = [f"on {device}", "seconds", "batch", "real-time factor", "speed-up", "peak MiB"]
+        rows = []
+        for case in zip(*([s for s in c.speed if s.device == device] for c in costs)):
+            for cost, speed in zip(costs, case):
+                peak = "-" if speed.peak_bytes is None else f"{speed.peak_bytes / MIB:.0f}"
+                gain = case[0].real_time_factor / speed.real_time_factor
+                rows.append([cost.name, f"{speed.seconds:g}", str(speed.batch), f"{speed.real_time_factor:.5f}",
+                             f"{gain:.2f}", peak])  # fmt: skip
+        tables.append(format_table(header, rows))
+    return "\n\n".join(tables)
+
+
+def name_files(paths: Sequence[Path]) -> dict[str, Path]:
+    """Short names: the stem of the file, or its whole path where two stems are the same."""
+    stems = [path.stem for path in paths]
+    return {stem if stems.count(stem) == 1 else str(path): path for stem, path in zip(stems, paths)}
+
+
+@command
+def main() -> None:
+    """Measure, print, and write JSON on request."""
+    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser.add_argument("models", type=Path, nargs="+", help="Model files; speed-ups are relative to the first.")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[1.0, 5.0, 15.0, 35.0], help="Utterance lengths.")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="Utterances that run together.")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: the CPU, and the GPU if there is one.")
+    parser.add_argument("--rounds", type=int, default=5, help="Timed runs per model and case; the median counts.")
+    parser.add_argument("--out", type=Path, default=None, help="Write the same numbers as JSON.")
+    options = parse_arguments(parser, sys.argv[1:])
+    for length in options.seconds:
+        if not (math.isfinite(length) and length * SAMPLE_RATE >= MIN_INPUT_FRAMES):
+            raise UserError(f"--seconds {length:g}: the models need at least {MIN_INPUT_FRAMES / SAMPLE_RATE} s")
+    for flag, smallest in (("batch", min(options.batch)), ("rounds", options.rounds)):
+        if smallest < 1:
+            raise UserError(f"--{flag} {smallest}: it must be at least 1")
+    costs = measure(
+        name_files(options.models),
+        seconds=options.seconds,
+        batch=options.batch,
+        devices=resolve_devices(options.device),
+        rounds=options.rounds,
+    )
+    print(format_costs(costs))
+    print(f"\n{torch.get_num_threads()} CPU thread(s)")
+    if options.out is not None:
+        content = {"cpu_threads": torch.get_num_threads(), "models": [asdict(cost) for cost in costs]}
+        with replacing(options.out) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""How far students are from their teacher on the validation list of a recipe.
+
+Shapes: B batch, T frames, D width, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from distillation.config import Recipe
+from distillation.data import Manifest, make_valid_loader, read_tsv, select_utterances
+from distillation.errors import UserError
+from distillation.objectives import Objectives, Teacher
+from distillation.objectives.base import masked_mean
+from wav2vec2 import Wav2Vec2Model
+from wav2vec2.checkpoint import Checkpoint
+from wav2vec2.feature_extractor import valid_frames
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Distance:
+    """One student against its teacher on held-out speech."""
+
+    loss: float | None = None  # of the recipe's objective; None where it is not defined
+    terms: dict[str, float] = field(default_factory=dict)  # its unweighted terms
+    cosine: list[float] = field(
+        default_factory=list
+    )  # layers 0..L: mean of 1 - cosine similarity; empty where widths differ
+    l1: list[float] = field(default_factory=list)  # layers 0..L: mean absolute difference
+
+
+@dataclass
+class HeldOut:
+    """All students of a run."""
+
+    data: str  # which audio, in words
+    students: dict[str, Distance]
+
+
+class OnceTeacher(Teacher):
+    """Runs a batch once, however many students are compared with it."""
+
+    def __call__(self, waveforms: Tensor, lengths: Tensor | None, num_layers: int, **kwargs: Any) -> list[Tensor]:
+        """States 0..num_layers, each [B, T, D]."""
+        if kwargs:
+            return super().__call__(waveforms, lengths, num_layers, **kwargs)
+        if getattr(self, "_waveforms", None) is not waveforms:
+            self._waveforms = waveforms
+            self._states = super().__call__(waveforms, lengths, self.model.num_layers)
+        return self._states[: num_layers + 1]
+
+
+def evaluate(
+    recipe: Recipe, teacher: Wav2Vec2Model, students: Mapping[str, Checkpoint], max_seconds: float, device: str
+) -> HeldOut:
+    """The recipe's own objective with each student's own heads, and the distance layer by layer.
+
+    Args:
+        recipe: objective and validation list.
+        teacher: dense.
+        students: in eval mode, hence with their eval masks where they have masks; those without heads in their file
+            have no loss.
+        max_seconds: of audio; a longer list is thinned evenly.
+        device: to compute on, in float32.
+
+    Raises:
+        UserError: the list or a file of it cannot be read, or the heads of a student are those of another objective.
+    """
+    manifest, config = _choose(recipe, max_seconds)
+    torch.manual_seed(recipe.seed)  # objectives may draw masks
+    frozen = OnceTeacher(teacher.to(device))
+    objectives: dict[str, Objectives | None] = {}
+    for name, student in students.items():
+        objectives[name] = Objectives(recipe.objective, student.model.to(device), teacher).to(device)
+        if not objectives[name].load_head_state(student.heads, name) and objectives[name].head_state():
+            objectives[name] = None
+    comparable = {name for name, student in students.items() if _same_shape(student.model, teacher)}
+    sums = {name: _Sums() for name in students}
+    layers = {name: _Sums() for name in students}
+    loader = make_valid_loader(manifest, config)
+    with torch.inference_mode(), tqdm(total=len(loader) * len(students), desc="held-out", unit="batch",
+                                      dynamic_ncols=True) as bar:  # fmt: skip
+        for batch in loader:
+            if batch.errors:
+                raise UserError(batch.errors[0])
+            batch = batch.to(device)
+            for name, student in students.items():
+                if (objective := objectives[name]) is not None:
+                    loss = objective.eval()(frozen, student.model, batch.waveforms, batch.lengths)
+                    sums[name].add({"loss": loss.total, **loss.terms}, batch.seconds)
+                if name in comparable:
+                    rows = compare_layers(frozen, student.model, batch.waveforms, batch.lengths)
+                    layers[name].add(rows, batch.seconds)
+                bar.update()
+    results = {}
+    for name in students:
+        terms, rows = sums[name].means(), layers[name].means()
+        loss_value = terms.pop("loss", None)
+        results[name] = Distance(
+            loss_value if loss_value is None else float(loss_value),
+            {term: float(value) for term, value in terms.items()},
+            rows["cosine"].tolist() if rows else [],
+            rows["l1"].tolist() if rows else [],
+        )
+    seconds = float(manifest.num_frames.sum()) / config.sample_rate
+    return HeldOut(f"{len(manifest):,} utterances, {seconds / 60:.1f} min of {config.valid}", results)
+
+
+def compare_layers(
+    teacher: Teacher, student: Wav2Vec2Model, waveforms: Tensor, lengths: Tensor | None
+) -> dict[str, Tensor]:
+    """Mean 1 - cosine similarity and mean absolute difference per layer, [L + 1] each; states as they are, no heads."""
+    states, frames = student.extract_features(waveforms, lengths)
+    valid = None if frames is None else valid_frames(frames, states[0].shape[1])
+    pairs = list(zip(states, teacher(waveforms, lengths, len(states) - 1)))
+    return {
+        "cosine": torch.stack([1 - masked_mean(F.cosine_similarity(s, t, dim=-1), valid) for s, t in pairs]),
+        "l1": torch.stack([masked_mean((s - t).abs(), valid) for s, t in pairs]),
+    }
+
+
+def floor_of(recipe: Recipe, teacher: Wav2Vec2Model) -> float | None:
+    """The loss of a perfect student: the teacher against itself through identity maps; None where heads are others."""
+    try:
+        objectives = Objectives(recipe.objective, teacher, teacher)
+    except UserError:
+        return None
+    heads = [head for part in objectives.parts.values() for head in part.heads]  # type: ignore[union-attr]
+    if not all(isinstance(head, nn.Linear) and _is_identity(head) for head in heads):
+        return None
+    waveforms = torch.randn(1, recipe.data.sample_rate, generator=torch.Generator().manual_seed(0))
+    device = teacher.feature_extractor.dummy_weight.device
+    with torch.inference_mode():
+        return float(objectives.to(device)(Teacher(teacher), teacher, waveforms.to(device), None).total)
+
+
+def _is_identity(head: nn.Linear) -> bool:
+    weight = head.weight.detach().cpu()
+    return torch.equal(weight, torch.eye(*weight.shape)) and not head.bias.any()
+
+
+def _choose(recipe: Recipe, max_seconds: float) -> tuple[Manifest, Any]:
+    """Every n-th utterance of the validation list within the length limits, up to ``max_seconds``."""
+    config = dataclasses.replace(recipe.data, num_workers=0)
+    manifest = read_tsv(config.tsv_dir / config.valid)
+    used = np.unique(select_utterances(manifest, config).index)
+    total = manifest.num_frames[used].sum() / config.sample_rate
+    if total > max_seconds:
+        count = max(1, int(len(used) * max_seconds / total))
+        used = used[np.linspace(0, len(used) - 1, count).round().astype(int)]
+        logger.info("held-out: %d utterances of %s, about %.0f s of %.0f s", count, config.valid, max_seconds, total)
+    return Manifest(manifest.root, [manifest.paths[i] for i in used], manifest.num_frames[used]), config
+
+
+def _same_shape(student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> bool:
+    one_second = torch.tensor([16000])
+    return (student.embed_dim, student.num_layers) == (teacher.embed_dim, teacher.num_layers) and bool(
+        student.output_length(one_second) == teacher.output_length(one_second)
+    )
+
+
+class _Sums:
+    """Means weighted by seconds of audio."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.weight = 0.0
+
+    def add(self, values: Mapping[str, Tensor], weight: float) -> None:
+        for name, value in values.items():
+            self.values[name] = self.values.get(name, 0) + value.double().cpu() * weight
+        self.weight += weight
+
+    def means(self) -> dict[str, Tensor]:
+        return {name: value / self.weight for name, value in self.values.items()}

@@ -1,0 +1,164 @@
+"""Small charts as inline SVG, without a script or a font of their own: colours and text styles come from the page.
+
+Drawn at the size at which they are shown, so that text stays legible on a phone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 344, 210  # CSS pixels
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 16, 34
+COLORS = 8  # the page defines --s0 .. --s7
+
+
+@dataclass
+class Series:
+    """One line of a chart."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    color: int = 0  # index of the page's palette
+    dashed: bool = False
+    markers: bool = False
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    unit: str = "",
+    log: bool = False,
+    from_zero: bool = False,
+) -> str:
+    """A figure with a caption, a legend and lines; on a logarithmic scale values that are not positive are left out."""
+    lines = [(s, [(x, y) for x, y in s.points if y > 0 or not log]) for s in series]
+    lines = [(s, points) for s, points in lines if points]
+    if not lines:
+        return ""
+    xs = [x for _, points in lines for x, _ in points]
+    ys = [math.log10(y) if log else y for _, points in lines for _, y in points]
+    y_low, y_high = (min(0.0, *ys), max(0.0, *ys)) if from_zero else (min(ys), max(ys))
+    if log:
+        y_low, y_high = math.floor(y_low), max(math.ceil(y_high), math.floor(y_low) + 1)
+        y_ticks = [(t, f"1e{t}") for t in range(int(y_low), int(y_high) + 1, 1 + int(y_high - y_low) // 6)]
+    else:
+        y_ticks, y_low, y_high = nice_axis(y_low, y_high)
+    x_ticks, x_low, _ = nice_axis(0, max(xs), 5, integers=True)
+    x_high = max(1, *xs)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        y = math.log10(y) if log else y
+        return (
+            LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM),
+        )
+
+    parts = []
+    for tick, label in y_ticks:
+        y = place(x_low, 10**tick if log else tick)[1]
+        parts.append(_grid_line(y, label, tick == 0 and not log))
+    for tick, label in x_ticks:
+        if tick <= x_high:
+            x = place(tick, 10**y_low if log else y_low)[0]
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>')
+    parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
+    for s, points in lines:
+        placed = [place(x, y) for x, y in points]
+        style = f'class="line{" dashed" if s.dashed else ""}" style="stroke:var(--s{s.color % COLORS})"'
+        parts.append(f'<polyline {style} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in placed)}"/>')
+        if s.markers or len(points) == 1:
+            dot = f'style="fill:var(--s{s.color % COLORS})"'
+            for (x, y), (at, value) in zip(placed, points):
+                hint = f"<title>{escape(s.name)}, {at:g}: {value:.4g}</title>"
+                parts.append(f'<circle {dot} cx="{x:.1f}" cy="{y:.1f}" r="2.6">{hint}</circle>')
+    return _figure(title, unit, "".join(parts), _legend([(s.name, s.color, s.dashed) for s, _ in lines]))
+
+
+def bar_chart(
+    title: str, values: Sequence[int], outline: Sequence[int] | None, *, x_label: str, unit: str = "", color: int = 0
+) -> str:
+    """A figure with one bar per layer, and behind each the outline of what it had before."""
+    highest = max([1, *values, *(outline or [])])
+    ticks, _, top = nice_axis(0, highest, 4, integers=True)
+    pitch = (WIDTH - LEFT - RIGHT) / len(values)
+    width = min(0.72 * pitch, 34.0)
+
+    def height(value: float) -> float:
+        return value / top * (HEIGHT - TOP - BOTTOM)
+
+    base = HEIGHT - BOTTOM
+
+    def rect(style: str, value: int) -> str:
+        h = height(value)
+        return f'<rect {style} x="{center - width / 2:.1f}" y="{base - h:.1f}" width="{width:.1f}" height="{h:.1f}"/>'
+
+    parts = []
+    for tick, label in ticks:
+        parts.append(_grid_line(base - height(tick), label, tick == 0))
+    every = 1 if len(values) <= 14 else 2  # labels would touch
+    for i, value in enumerate(values):
+        center = LEFT + (i + 0.5) * pitch
+        before = f" of {outline[i]}" if outline else ""
+        parts.append(f"<g><title>{escape(x_label)} {i + 1}: {value}{before}</title>")
+        if outline:
+            parts.append(rect('class="outline"', outline[i]))
+        parts.append(rect(f'style="fill:var(--s{color})"', value))
+        if every == 1:
+            y = base - height(value) - 3.5
+            parts.append(f'<text class="value" x="{center:.1f}" y="{y:.1f}" text-anchor="middle">{value}</text>')
+        parts.append("</g>")
+        if i % every == 0:
+            parts.append(f'<text x="{center:.1f}" y="{base + 15}" text-anchor="middle">{i + 1}</text>')
+    parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
+    return _figure(title, unit, "".join(parts), "")
+
+
+def nice_axis(
+    low: float, high: float, count: int = 4, integers: bool = False
+) -> tuple[list[tuple[float, str]], float, float]:
+    """About ``count`` round ticks that cover [low, high]: (tick, label) pairs, and the first and the last tick."""
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        low, high = low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1)
+    raw = (high - low) / count
+    magnitude = 10 ** math.floor(math.log10(raw))
+    multiples = (1, 2, 5, 10) if integers else (1, 2, 2.5, 5, 10)
+    step = magnitude * next(m for m in multiples if m * magnitude >= raw * (1 - 1e-9))
+    if integers:
+        step = max(1, round(step))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    decimals = next((d for d in range(9) if abs(step * 10**d - round(step * 10**d)) < 1e-6), 9)
+    ticks = [(i * step, _label(i * step, decimals)) for i in range(first, last + 1)]
+    return ticks, first * step, last * step
+
+
+def _grid_line(y: float, label: str, zero: bool) -> str:
+    line = f'<line class="grid{" zero" if zero else ""}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return f'{line}<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>'
+
+
+def _label(value: float, decimals: int) -> str:
+    if abs(value) >= 10000:
+        return f"{value / 1000:g}k"
+    text = f"{value:.{decimals}f}"
+    return text.replace("-", "\N{MINUS SIGN}") if float(text) else text.lstrip("-")
+
+
+def _figure(title: str, unit: str, body: str, legend: str) -> str:
+    caption = f"<figcaption><b>{escape(title)}</b>{f' <span>{escape(unit)}</span>' if unit else ''}</figcaption>"
+    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
+    return f"<figure>{caption}{drawing}{legend}</figure>"
+
+
+def _legend(entries: Sequence[tuple[str, int, bool]]) -> str:
+    if len(entries) < 2:
+        return ""
+    items = ""
+    for name, color, dashed in entries:
+        kind = " class=dashed" if dashed else ""
+        items += f'<li><i{kind} style="border-color:var(--s{color % COLORS})"></i>{escape(name)}</li>'
+    return f"<ul class=legend>{items}</ul>"

@@ -1,0 +1,91 @@
+# Sourced by the other scripts: the environment, and the chain of stages that all recipes share.
+set -euo pipefail
+CALLER_DIR=$PWD # paths on the command line are relative to it
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# die MESSAGE: one line, exit code 2.
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# usage SCRIPT: the lines of its header comment.
+usage() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"; }
+
+# setup REQUIREMENTS...: make and enter .venv with these packages; NO_VENV=1 takes the active environment as it is.
+setup() {
+    if [ "${NO_VENV:-0}" = 1 ]; then return; fi
+    local python="" candidate
+    for candidate in python3.12 python3.11 python3; do
+        if "$candidate" -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            python=$candidate
+            break
+        fi
+    done
+    [ -n "$python" ] || die "Python 3.11 or 3.12 with venv is needed and was not found"
+    [ -d .venv ] || "$python" -m venv .venv
+    # shellcheck disable=SC1091
+    source .venv/bin/activate
+    local stamp
+    stamp=".venv/installed-$(cat "$@" requirements.txt | cksum | cut -d' ' -f1)"
+    if [ ! -f "$stamp" ]; then
+        echo "Installing $* into .venv (a few minutes, about 5 GB with the CUDA libraries)"
+        local args=() file
+        for file in "$@"; do args+=(-r "$file"); done
+        python -m pip install --quiet --disable-pip-version-check "${args[@]}"
+        touch "$stamp"
+    fi
+}
+
+# setting KEY RECIPE FLAGS...: a resolved value of a recipe.
+setting() {
+    python -m distillation.config --config "$2" "${@:3}" "$1"
+}
+
+# two_steps RECIPE EXP_DIR FLAGS...: distil and prune jointly, prune, distil again. What is finished is not repeated.
+two_steps() {
+    local recipe=$1 exp=$2
+    shift 2
+    if [ ! -f "$exp/pruned.pth" ] || [ "$exp/ckpts/last.ckpt" -nt "$exp/pruned.pth" ]; then
+        python distill.py --config "$recipe" --exp_dir "$exp" "$@"
+        python prune.py --distilled_ckpt "$exp/ckpts/last.ckpt" --out "$exp/pruned.pth"
+    fi
+    if [ ! -f "$exp/final/final.pth" ] || [ "$exp/pruned.pth" -nt "$exp/final/final.pth" ]; then
+        python final_distill.py --config "$recipe" --student_ckpt "$exp/pruned.pth" --exp_dir "$exp/final" "$@"
+    fi
+}
+
+# prepare_recipe DATA_DIR RECIPE.yaml FLAGS...: utterance lists and the converted teacher, what is missing of them.
+prepare_recipe() {
+    local audio=$1 lists train teacher
+    shift
+    lists=$(setting data.tsv_dir "$@")
+    train=$lists/$(setting data.train "$@")
+    if [ ! -f "$train" ] || [ ! -f "$lists/valid.tsv" ]; then
+        python prepare_data.py --data "$audio" --out "$lists"
+        [ -f "$train" ] || die "$audio gives no $train; for audio other than LibriSpeech add --data.train train.tsv"
+    fi
+    teacher=$(setting teacher_ckpt "$@")
+    [ -f "$teacher" ] || python convert_hubert_from_hf.py --model "$(setting teacher_id "$@")" --out "$teacher"
+}
+
+# two_step_recipe SCRIPT DEFAULT_RECIPE DATA_DIR [RECIPE] [FLAGS...]: everything from audio to final.pth and a report.
+two_step_recipe() {
+    local script=$1 recipe=$2 data exp
+    shift 2
+    case "${1:-}" in -h | --help) usage "$script"; exit 0 ;; "") usage "$script" >&2; exit 2 ;; esac
+    data=$(cd "$CALLER_DIR" && realpath -m -- "$1")
+    shift
+    if [ $# -gt 0 ] && [[ $1 != --* ]]; then
+        recipe=$1
+        shift
+    fi
+    [ -d "$data" ] || die "$data: no such folder"
+    [ -f "conf/$recipe.yaml" ] || die "conf/$recipe.yaml: no such recipe; there are $(cd conf && echo *.yaml)"
+    setup requirements.txt
+    prepare_recipe "$data" "conf/$recipe.yaml" "$@"
+    exp=$(setting exp_dir "conf/$recipe.yaml" "$@")
+    two_steps "conf/$recipe.yaml" "$exp" "$@"
+    python report.py "$exp"
+    echo "Done: $exp/final/final.pth, $exp/report.html"
+}

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint, types and all tests on the CPU.
+#   scripts/test.sh [PYTEST_ARGS...]
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+setup requirements-dev.txt
+export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+ruff check .
+ruff format --check .
+mypy
+codespell
+python -m pytest "$@"

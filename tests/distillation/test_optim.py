@@ -1,0 +1,85 @@
+"""Schedules and optimizer groups, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from distillation.errors import UserError
+from distillation.optim import OptimConfig, lr_factor, param_groups
+from distillation.sparsity import Lagrangian, PruningConfig, make_prunable
+from wav2vec2 import wav2vec2_model
+
+
+def test_linear_schedule():
+    factors = [lr_factor(step, 4, 12, "linear") for step in range(12)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[5:] == pytest.approx([7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+def test_published_schedule():
+    """Step 1: 15k of 50k updates of warm-up; no update has rate 0."""
+    assert lr_factor(0, 15000, 50000, "linear") == pytest.approx(1 / 15000)
+    assert lr_factor(14999, 15000, 50000, "linear") == 1.0
+    assert lr_factor(32500, 15000, 50000, "linear") == pytest.approx(0.5)
+    assert lr_factor(49999, 15000, 50000, "linear") == pytest.approx(1 / 35000)
+
+
+def test_other_schedules():
+    assert lr_factor(6, 2, 10, "cosine") == pytest.approx(0.5)
+    assert lr_factor(4, 2, 10, "cosine") == pytest.approx(0.5 * (1 + 0.5**0.5))
+    assert [lr_factor(step, 2, 10, "constant") for step in (0, 1, 9)] == [0.5, 1, 1]
+    assert lr_factor(0, 0, 10, "linear") == 1.0
+
+
+def test_warmup_ratio():
+    assert OptimConfig(warmup_ratio=0.05).resolved_warmup(1000) == 50
+    assert OptimConfig(warmup_steps=7).resolved_warmup(1000) == 7
+
+
+def test_groups(tiny_config):
+    student = make_prunable(wav2vec2_model(**tiny_config), PruningConfig())
+    module = nn.ModuleDict({"student": student, "lagrangian": Lagrangian(1, 0.5, 1)})
+    groups = {
+        group["name"]: group
+        for group in param_groups(
+            module, module["lagrangian"], OptimConfig(lr=1e-3, weight_decay=0.01), PruningConfig(lr_masks=0.05)
+        )
+    }
+    assert {name: (g["lr"], g["weight_decay"], g.get("maximize", False)) for name, g in groups.items()} == {
+        "weights": (1e-3, 0.01, False),
+        "biases_norms": (1e-3, 0.0, False),
+        "log_alpha": (0.05, 0.0, False),
+        "lambda": (0.02, 0.0, True),
+    }
+    assert len(groups["log_alpha"]["params"]) == 7 + 4 + 4
+    assert all(p.dim() >= 2 for p in groups["weights"]["params"])
+    grouped = [p for group in groups.values() for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == sum(p.requires_grad for p in module.parameters())
+    assert not any(p is student.feature_extractor.dummy_weight for p in grouped)
+
+
+def test_masks_without_a_lagrangian_are_refused(tiny_config):
+    student = make_prunable(wav2vec2_model(**tiny_config), PruningConfig())
+    with pytest.raises(AssertionError, match="in no group"):
+        param_groups(student, None, OptimConfig(), None)
+
+
+def test_maximize_is_gradient_ascent():
+    """Bit-equal to descending the negated gradient, unlike a negative learning rate with weight decay."""
+    up, down = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    ascent = torch.optim.AdamW([{"params": [up], "maximize": True}], lr=0.1, weight_decay=0.0)
+    descent = torch.optim.AdamW([down], lr=0.1, weight_decay=0.0)
+    for step in range(5):
+        up.grad, down.grad = torch.arange(3.0) - step, step - torch.arange(3.0)
+        ascent.step(), descent.step()
+    assert torch.equal(up, down)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_steps": 0}, {"lr": 0.0}, {"warmup_ratio": 1.5}, {"warmup_steps": -1}, {"max_epochs": 0}]
+)
+def test_bad_settings(settings):
+    with pytest.raises(UserError):
+        OptimConfig(**settings)

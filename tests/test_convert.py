@@ -1,0 +1,354 @@
+"""The conversion commands on tiny models saved by transformers: outputs, parity check and every wrong turn."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torchaudio
+from transformers import (
+    HubertConfig,
+    HubertForCTC,
+    HubertModel,
+    PreTrainedModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+    WavLMConfig,
+    WavLMModel,
+)
+
+import convert_from_fairseq
+import convert_hubert_from_hf
+from wav2vec2 import load_model
+from wav2vec2.checkpoint import load_checkpoint
+from wav2vec2.importers import ImportedModel
+
+ROOT = Path(__file__).parents[1]
+SIZE = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 36,
+    "conv_dim": (16, 20, 20),
+    "conv_kernel": (10, 8, 4),
+    "conv_stride": (5, 8, 4),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "vocab_size": 7,
+}
+BASE = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
+LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+
+Run = Callable[..., str]
+
+
+def tiny(model_class: type[PreTrainedModel], config_class: type, **options: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = model_class(config_class(**(SIZE | options))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1) * 0.5)
+    return model
+
+
+@pytest.fixture
+def hubert(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny-hubert"
+    tiny(HubertModel, HubertConfig, **BASE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command as from the shell; returns what it printed. With ``fails`` it must exit with 2 and one line."""
+
+    def call(*arguments: object, script: object = convert_hubert_from_hf, fails: bool = False) -> str:
+        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+        if not fails:
+            script.main()
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as exit_:
+            script.main()
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "options"),
+    [
+        (HubertModel, HubertConfig, BASE),
+        (Wav2Vec2Model, Wav2Vec2Config, LARGE),
+        (WavLMModel, WavLMConfig, BASE),
+        (WavLMModel, WavLMConfig, LARGE),
+    ],
+    ids=["hubert base", "wav2vec2 xls-r", "wavlm base", "wavlm large"],
+)
+def test_every_kind_converts_with_parity(run: Run, tmp_path: Path, model_class, config_class, options) -> None:
+    original = tiny(model_class, config_class, **options)
+    original.save_pretrained(tmp_path / "teacher")
+    out = tmp_path / "new" / "teacher.pth"
+    printed = run("--model", tmp_path / "teacher", "--out", out)
+    assert [line.split()[0] for line in printed.splitlines()] == [
+        *("largest", "feature", "layer", "layer", "output", "over")
+    ]
+    assert float(printed.split()[-1]) < 1e-4
+
+    checkpoint = load_checkpoint(out)
+    assert checkpoint.config["normalize_waveform"] is (options is LARGE)
+    assert not any(value for key, value in checkpoint.config.items() if "_prune_" in key)
+    assert torch.equal(checkpoint.extra["mask_embedding"], original.masked_spec_embed)
+    inputs = Wav2Vec2FeatureExtractor(do_normalize=options is LARGE)
+    waveform = torch.randn(20_000) * 0.01
+    values = inputs(waveform.numpy(), sampling_rate=16_000, return_tensors="pt").input_values
+    with torch.no_grad():
+        expected = original(values).last_hidden_state
+        torch.testing.assert_close(checkpoint.model(waveform[None])[0], expected, atol=1e-4, rtol=1e-4)
+    assert os.listdir(out.parent) == ["teacher.pth"]  # noqa: PTH208
+
+
+def test_default_name(run: Run, hubert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(hubert.parent)
+    run("--model", "tiny-hubert/")
+    assert load_model("pretrained/tiny-hubert.hf.pth").num_layers == 2
+
+
+def test_fine_tuned_half_precision_and_sharded(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    original = tiny(HubertForCTC, HubertConfig, **LARGE).half()
+    original.save_pretrained(tmp_path / "ctc", max_shard_size="20KB")
+    assert len(list((tmp_path / "ctc").glob("*.safetensors"))) > 1
+    with caplog.at_level("INFO"):
+        run("--model", tmp_path / "ctc", "--out", tmp_path / "ctc.pth")
+    assert "lm_head.bias, lm_head.weight" in caplog.text
+    weight = load_model(tmp_path / "ctc.pth").encoder.feature_projection.projection.weight
+    assert torch.equal(weight, original.hubert.feature_projection.projection.weight.float())
+
+
+def test_the_adapter_after_the_encoder_is_dropped(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny(Wav2Vec2Model, Wav2Vec2Config, add_adapter=True, num_adapter_layers=1, **LARGE).save_pretrained(
+        tmp_path / "st"
+    )
+    with caplog.at_level("INFO"):
+        run("--model", tmp_path / "st", "--out", tmp_path / "st.pth")
+    assert "adapter.layers.0.conv.weight" in caplog.text
+
+
+def as_bin(folder: Path, content: object) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+
+
+def test_bin_weights(run: Run, hubert: Path, tmp_path: Path) -> None:
+    state = dict(HubertModel.from_pretrained(hubert).state_dict())
+    stem = "encoder.pos_conv_embed.conv."
+    state[stem + "weight_g"] = state.pop(stem + "parametrizations.weight.original0")
+    state[stem + "weight_v"] = state.pop(stem + "parametrizations.weight.original1")
+    as_bin(hubert, state)
+    run("--model", hubert, "--out", tmp_path / "out.pth")
+    load_model(tmp_path / "out.pth")
+
+
+class Evil:
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.witness}",)
+
+
+def test_code_in_the_weights_is_refused_and_not_run(run: Run, hubert: Path, tmp_path: Path) -> None:
+    as_bin(hubert, {"encoder.layer_norm.weight": Evil(tmp_path / "witness")})
+    error = run("--model", hubert, "--out", tmp_path / "out.pth", fails=True)
+    assert "pytorch_model.bin" in error and "refused" in error
+    torch.save({"cfg": {}, "model": Evil(tmp_path / "witness")}, tmp_path / "evil.pt")
+    error = run("--checkpoint", tmp_path / "evil.pt", script=convert_from_fairseq, fails=True)
+    assert "evil.pt: refused, nothing was run: its pickle calls" in error and "system" in error
+    assert not (tmp_path / "witness").exists() and not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_truncated_download(run: Run, hubert: Path, tmp_path: Path, name: str) -> None:
+    if name.endswith(".bin"):
+        as_bin(hubert, HubertModel.from_pretrained(hubert).state_dict())
+    content = (hubert / name).read_bytes()
+    (hubert / name).write_bytes(content[: len(content) // 2])
+    error = run("--model", hubert, "--out", tmp_path / "out.pth", fails=True)
+    assert name in error and "truncated" in error and not (tmp_path / "out.pth").exists()
+
+
+def test_missing_shard_and_shard_outside_the_folder(run: Run, hubert: Path) -> None:
+    (hubert / "model.safetensors").unlink()
+    index = hubert / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert "model-1.safetensors: no such file" in run("--model", hubert, fails=True)
+    index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    assert "does not name files of this folder" in run("--model", hubert, fails=True)
+    index.unlink()
+    assert "no weights; expected one of model.safetensors" in run("--model", hubert, fails=True)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "whisper"}, "'whisper' is not supported; valid: hubert, wav2vec2, wavlm"),
+        ({"num_hidden_layers": 3}, "transformer.layers.2.attention"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"intermediate_size": 40}, "feed_forward"),
+        ({"hidden_size": "wide"}, "config"),
+    ],
+)
+def test_config_that_does_not_fit(run: Run, hubert: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    edit_config(hubert, **changes)
+    error = run("--model", hubert, "--out", tmp_path / "out.pth", fails=True)
+    assert message in error and str(hubert) in error and not (tmp_path / "out.pth").exists()
+
+
+def test_preprocessor(run: Run, hubert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "out.pth"
+    preprocessor = hubert / "preprocessor_config.json"
+    preprocessor.write_text(json.dumps({"sampling_rate": 8000}))
+    assert "sampling_rate is 8000; only models of 16000 Hz" in run("--model", hubert, "--out", out, fails=True)
+    preprocessor.write_text("{")
+    assert "not valid JSON" in run("--model", hubert, "--out", out, fails=True)
+    preprocessor.write_text(json.dumps({"sampling_rate": 16000, "do_normalize": True}))
+    run("--model", hubert, "--out", out)
+    assert "do_normalize=true, the converted model has normalize_waveform=false" in caplog.text
+    assert not load_model(out).normalize_waveform
+    caplog.clear()
+    run("--model", hubert, "--out", out, "--normalize", "yes")
+    assert not caplog.text and load_model(out).normalize_waveform
+
+
+def test_no_such_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert f"{tmp_path / 'none'}: no such folder" in run("--model", tmp_path / "none", fails=True)
+    assert "org/name is no local folder and could not be fetched" in run("--model", "org/name", fails=True)
+    (tmp_path / "file.pt").touch()
+    assert "convert_from_fairseq.py" in run("--model", tmp_path / "file.pt", fails=True)
+    assert "config.json: no such file" in run("--model", tmp_path, fails=True)
+    assert "none.pt: no such file" in run("--checkpoint", tmp_path / "none.pt", script=convert_from_fairseq, fails=True)
+
+
+@pytest.mark.parametrize("value", [0.01, float("nan")])
+def test_a_conversion_that_differs_is_not_saved(
+    run: Run, hubert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    right = convert_hubert_from_hf.import_huggingface
+
+    def wrong(*args: object) -> ImportedModel:
+        imported = right(*args)
+        imported.state_dict["encoder.transformer.layers.1.attention.v_proj.bias"] += value
+        return imported
+
+    monkeypatch.setattr(convert_hubert_from_hf, "import_huggingface", wrong)
+    error = run("--model", hubert, "--out", tmp_path / "out.pth", fails=True)
+    assert "original and converted differ by" in error and not (tmp_path / "out.pth").exists()
+
+
+def test_large_activations_are_compared_relative_to_their_size(run: Run, tmp_path: Path) -> None:
+    original = tiny(HubertModel, HubertConfig, **LARGE)
+    with torch.no_grad():
+        original.encoder.layers[0].feed_forward.output_dense.weight *= 1e4
+    original.save_pretrained(tmp_path / "teacher")
+    printed = run("--model", tmp_path / "teacher", "--out", tmp_path / "out.pth")
+    assert float(printed.split()[-1]) > 1e-4 and load_model(tmp_path / "out.pth")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_torchaudio_bundle(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalize: bool) -> None:
+    params = torchaudio.pipelines.WAVLM_BASE._params | {
+        "extractor_conv_layer_config": [(16, 10, 5), (20, 64, 64)],
+        "encoder_embed_dim": 24,
+        "encoder_num_layers": 2,
+        "encoder_num_heads": 3,
+        "encoder_ff_interm_features": 36,
+        "encoder_pos_conv_groups": 4,
+        "encoder_pos_conv_kernel": 16,
+    }
+    bundle = torchaudio.pipelines.Wav2Vec2Bundle("tiny.pth", params, 16_000, normalize, "WavLM")
+    state = torchaudio.models.wavlm_model(**params).state_dict()
+
+    def fetched(dl_kwargs: dict) -> dict:
+        assert dl_kwargs == {"weights_only": True}
+        return state
+
+    monkeypatch.setattr(bundle, "_get_state_dict", fetched)
+    monkeypatch.setattr(torchaudio.pipelines, "TINY", bundle, raising=False)
+    printed = run("--model", "torchaudio:TINY", "--out", tmp_path / "out.pth")
+    assert float(printed.split()[-1]) < 1e-4
+    assert load_model(tmp_path / "out.pth").normalize_waveform is normalize
+    assert "HUBERT_BASE" in run("--model", "torchaudio:NONE", fails=True)
+
+
+def test_fairseq_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layouts themselves are tested with the importer; here, one file through the command."""
+    channels, width, interm = 8, 16, 20
+    shapes = {"mask_emb": (width,), "label_embs_concat": (4, 8)}
+    shapes |= {
+        "feature_extractor.conv_layers.0.0.weight": (channels, 1, 10),
+        "post_extract_proj.weight": (width, channels),
+    }
+    shapes |= {f"feature_extractor.conv_layers.0.2.{kind}": (channels,) for kind in ("weight", "bias")}
+    shapes |= {f"layer_norm.{kind}": (channels,) for kind in ("weight", "bias")}
+    shapes |= {"encoder.pos_conv.0.weight_g": (1, 1, 4), "encoder.pos_conv.0.weight_v": (width, width // 2, 4)}
+    layer = "encoder.layers.0."
+    vectors = [
+        "post_extract_proj.bias",
+        "encoder.pos_conv.0.bias",
+        "encoder.layer_norm.weight",
+        "encoder.layer_norm.bias",
+    ]
+    vectors += [
+        f"{layer}{norm}.{kind}" for norm in ("self_attn_layer_norm", "final_layer_norm") for kind in ("weight", "bias")
+    ]
+    for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        shapes[f"{layer}self_attn.{projection}.weight"] = (width, width)
+        vectors.append(f"{layer}self_attn.{projection}.bias")
+    shapes |= {
+        f"{layer}fc1.weight": (interm, width),
+        f"{layer}fc2.weight": (width, interm),
+        f"{layer}fc1.bias": (interm,),
+    }
+    shapes |= {name: (width,) for name in [*vectors, f"{layer}fc2.bias"]}
+    model = {"_name": "hubert", "extractor_mode": "default", "conv_feature_layers": "[(8, 10, 5)]", "conv_bias": False}
+    model |= {"encoder_layers": 1, "encoder_embed_dim": width, "encoder_ffn_embed_dim": interm, "conv_pos": 4}
+    model |= {"encoder_attention_heads": 2, "layer_norm_first": False, "conv_pos_groups": 2, "encoder_layerdrop": 0.1}
+    model |= dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "dropout_input"), 0.1)
+    content = {
+        "cfg": {"model": model, "task": {"normalize": True}},
+        "model": {k: torch.rand(s) for k, s in shapes.items()},
+    }
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "tiny.pt")
+    run("--checkpoint", "tiny.pt", script=convert_from_fairseq)
+    checkpoint = load_checkpoint("pretrained/tiny.fairseq.pth")
+    assert checkpoint.model.normalize_waveform
+    assert torch.equal(checkpoint.extra["mask_embedding"], content["model"]["mask_emb"])
+    content["model"]["encoder.layer_norm.weight"][0] = float("nan")
+    torch.save(content, "nan.pt")
+    assert "not finite" in run("--checkpoint", "nan.pt", script=convert_from_fairseq, fails=True)
+    assert not Path("pretrained/nan.fairseq.pth").exists()
+
+
+@pytest.mark.parametrize("script", ["convert_wavlm_from_hf.py", "convert_wav2vec2_from_hf.py"])
+def test_aliases(script: str, tmp_path: Path) -> None:
+    """Other names of the same command: what they print as help has their own default model."""
+    result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0
+    assert {"convert_wavlm_from_hf.py": "wavlm-base-plus", "convert_wav2vec2_from_hf.py": "wav2vec2-base"}[
+        script
+    ] in result.stdout

@@ -1,0 +1,146 @@
+"""The training module without a trainer: what is trained, what is not, and what is drawn at random."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+from distillation.build import build_run
+from distillation.config import Recipe, TrainerConfig
+from distillation.data import DataConfig
+from distillation.errors import UserError
+from distillation.metrics import MetricsCSV, RunningMeans
+from distillation.objectives import LayerToLayer, ObjectiveConfig
+from distillation.optim import OptimConfig
+from distillation.sparsity import PruningConfig, make_prunable
+from lightning import fit_batches, seed_micro_batch
+from wav2vec2 import wav2vec2_model
+
+
+def build(config: dict, layers: list[list[int]], pruning: PruningConfig | None):
+    torch.manual_seed(0)
+    teacher = wav2vec2_model(**config)
+    student = make_prunable(teacher, pruning or PruningConfig(units=[]))
+    recipe = Recipe(objective=ObjectiveConfig(layer_to_layer=LayerToLayer.Config(layers=layers)))
+    return build_run(recipe, OptimConfig(), 10, student, teacher, pruning=pruning, resolved="")
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("layers", [[[0], [2, 4]], [[0], [1, 2]]])
+@pytest.mark.parametrize("alive", [None, 0.0])
+def test_every_trainable_parameter_gets_a_gradient(tiny_config, pre_norm, layers, alive):
+    """DDP waits for one from each; Large models have a final norm that hidden states never see."""
+    module = build({**tiny_config, "encoder_layer_norm_first": pre_norm}, layers, PruningConfig())
+    if alive is not None:  # every head and FFN unit gone
+        for name, mask in module.student.masks().items():
+            if "transformer" in name:
+                torch.nn.init.constant_(mask.log_alpha, -20.0)
+    module.train()
+    loss = module.objectives(module.teacher, module.student, torch.randn(2, 6000), None).total
+    loss = loss + module.lagrangian(module.student.get_num_params(), 3)
+    loss.backward()
+    without = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    expected = {"student.feature_extractor.dummy_weight"}
+    if pre_norm:
+        expected |= {f"student.encoder.transformer.layer_norm.{x}" for x in ("weight", "bias")}
+    if layers[1][-1] == 2:
+        above = module.student.encoder.transformer.layers[2:]
+        expected |= {
+            f"student.encoder.transformer.layers.{i + 2}.{name}"
+            for i, layer in enumerate(above)
+            for name, _ in layer.named_parameters()
+            if not name.endswith("log_alpha")
+        }
+    assert frozen == expected
+
+
+def test_teacher_is_frozen_in_eval_and_in_no_checkpoint(tiny_config):
+    module = build(tiny_config, [[0], [4]], PruningConfig())
+    module.train()
+    assert not module.teacher.model.training
+    assert not any(p.requires_grad for p in module.teacher.model.parameters())
+    teacher_params = {id(p) for p in module.teacher.model.parameters()}
+    assert not teacher_params & {id(p) for p in module.parameters()}
+    waveforms = torch.randn(1, 6000)
+    first = module.teacher(waveforms, None, 4)
+    assert all(torch.equal(a, b) for a, b in zip(first, module.teacher(waveforms, None, 4)))
+    assert len(module.teacher(waveforms, None, 2)) == 3 and not first[0].requires_grad
+
+
+def test_each_micro_batch_has_its_own_masks(tiny_config):
+    student = build(tiny_config, [[0], [4]], PruningConfig()).student.train()
+
+    def draw(seed: int, number: int) -> torch.Tensor:
+        seed_micro_batch(seed, number)
+        return torch.cat([gate.value for gate in student.draw_gates().values()])
+
+    assert torch.equal(draw(1, 5), draw(1, 5))
+    others = [draw(1, 6), draw(2, 5), draw(5, 1)]
+    assert not any(torch.equal(draw(1, 5), other) for other in others)
+
+
+def test_starts_as_the_teacher(tiny_config):
+    """Before any training and without masks, the student's matched states are the teacher's: l1 0, cosine 1."""
+    module = build(tiny_config, [[0], [2, 4]], None)
+    module.eval()
+    with torch.no_grad():
+        terms = module.objectives(module.teacher, module.student, torch.randn(2, 6000), None).terms
+    assert terms["l1"].item() == pytest.approx(0, abs=1e-5) and terms["cos"].item() == pytest.approx(-1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("per_update", "processes", "accumulation"), [(4, 1, 4), (4, 2, 2), (4, 4, 1), (8, 2, 4)])
+def test_accumulation_keeps_the_update(per_update, processes, accumulation):
+    config = TrainerConfig(batches_per_update=per_update)
+    assert fit_batches(DataConfig(), config, processes) == accumulation
+    with pytest.raises(UserError, match="use 1, 2, 4"):
+        fit_batches(DataConfig(), config, 3)
+
+
+class OneProcess:
+    """As much of a trainer as the metrics ask for."""
+
+    world_size = 1
+
+    class strategy:
+        @staticmethod
+        def broadcast(value):
+            return value
+
+
+def test_running_means():
+    means = RunningMeans(weighted=True)
+    means.add({"a": torch.tensor(1.0), "b": torch.tensor(10.0)}, seconds=1.0)
+    means.add({"a": torch.tensor(4.0), "b": torch.tensor(10.0)}, seconds=3.0)
+    cpu = torch.device("cpu")
+    assert means.reduce(OneProcess, cpu) == {"seconds": 4.0, "a": (1 + 12) / 4, "b": 10.0}
+    plain = RunningMeans()
+    plain.add({"a": torch.tensor(1.0)}, 1.0)
+    resumed = RunningMeans.from_state(plain.state(OneProcess, cpu), rank=0, device=cpu)
+    resumed.add({"a": torch.tensor(4.0)}, 3.0)
+    assert resumed.reduce(OneProcess, cpu) == {"seconds": 4.0, "a": 2.5}
+    other_rank = RunningMeans.from_state(plain.state(OneProcess, cpu), rank=1, device=cpu)
+    assert not other_rank.sums and other_rank.seconds == 0
+
+
+def test_metrics_csv_resumes_without_repeating_rows(tmp_path):
+    path = tmp_path / "metrics.csv"
+    log = MetricsCSV(path)
+    log.log_metrics({"a": 1.0}, step=2)
+    log.log_metrics({"a": 2.0, "valid": 3.0}, step=4)
+    log.log_metrics({"late": 5.0}, step=4)
+    log.log_metrics({"a": 9.0}, step=6)
+    again = MetricsCSV(path)
+    again.resume(step=4)
+    again.log_metrics({"a": 6.5}, step=6)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"step": "2", "a": "1", "valid": "", "late": ""},
+        {"step": "4", "a": "2", "valid": "3", "late": "5"},
+        {"step": "6", "a": "6.5", "valid": "", "late": ""},
+    ]
+    assert not list(tmp_path.glob(".*"))

@@ -20,15 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.peak_memory import SAMPLE_RATE, peak_memory
-from distillation.config import parse_arguments
 from distillation.batching import MIN_INPUT_FRAMES
+from distillation.config import parse_arguments
 from distillation.errors import UserError, command
 from wav2vec2 import Wav2Vec2Model, load_model
 from wav2vec2.checkpoint import load_checkpoint, replacing
 from wav2vec2.macs import num_macs
 
-# The utterances of the SUPERB challenge's profiling protocol, in samples: LibriSpeech test-clean sorted by length, every
-# 82nd from the first on. 224.86 s in all; each runs alone, and the published figures are the sums.
+# The utterances of the SUPERB challenge's profiling protocol, in samples: LibriSpeech test-clean sorted by length,
+# every 82nd from the first on. 224.86 s in all; each runs alone, and the published figures are the sums.
 SUPERB_SAMPLES = (
     20560, 34560, 38480, 42560, 45600, 48720, 52000, 55120, 59120, 62720, 66400, 71200, 75200, 78640, 82800, 87520,
     92720, 98560, 104400, 111120, 118480, 125040, 132720, 142640, 154000, 166720, 180880, 197920, 217920, 239280,

@@ -83,9 +83,9 @@ def evaluate(
     frozen = OnceTeacher(teacher.to(device))
     objectives: dict[str, Objectives | None] = {}
     for name, student in students.items():
-        objectives[name] = Objectives(recipe.objective, student.model.to(device), teacher).to(device)
-        if not objectives[name].load_head_state(student.heads, name) and objectives[name].head_state():
-            objectives[name] = None
+        objective = Objectives(recipe.objective, student.model.to(device), teacher).to(device).eval()
+        with_heads = objective.load_head_state(student.heads, name) or not objective.head_state()
+        objectives[name] = objective if with_heads else None
     comparable = {name for name, student in students.items() if _same_shape(student.model, teacher)}
     sums = {name: _Sums() for name in students}
     layers = {name: _Sums() for name in students}
@@ -97,8 +97,8 @@ def evaluate(
                 raise UserError(batch.errors[0])
             batch = batch.to(device)
             for name, student in students.items():
-                if (objective := objectives[name]) is not None:
-                    loss = objective.eval()(frozen, student.model, batch.waveforms, batch.lengths)
+                if (trained := objectives[name]) is not None:
+                    loss = trained(frozen, student.model, batch.waveforms, batch.lengths)
                     sums[name].add({"loss": loss.total, **loss.terms}, batch.seconds)
                 if name in comparable:
                     rows = compare_layers(frozen, student.model, batch.waveforms, batch.lengths)

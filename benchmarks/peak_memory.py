@@ -4,8 +4,8 @@
 
 Prints one number of bytes per case, as JSON: the most memory that the process held while the model ran, over what it
 held before the model was loaded. So it counts weights and activations, not Python and torch. Memory is read from the
-kernel (resident set, its high-water mark reset before each case); large blocks are taken from and returned to the system
-one by one, so that freed ones do not count. Linux only.
+kernel (resident set, its high-water mark reset before each case); large blocks are taken from and returned to the
+system one by one, so that freed ones do not count. Linux only.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ th,td{padding:7px 0 7px 14px;text-align:right;vertical-align:baseline;border-bot
 font-weight:400}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 thead th{font-weight:600;border-bottom-color:var(--outline)}
-tbody th{color:var(--muted)}
+tbody th{color:var(--muted);overflow-wrap:anywhere}
+.wide{overflow-x:auto}
 td small{display:block;white-space:nowrap;color:var(--muted);font-size:12px;line-height:1.3}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr));gap:24px 24px;margin-top:16px}
 figure{margin:0;min-width:0}
@@ -59,7 +60,8 @@ pre{margin:12px 0 0;padding:14px 16px;background:var(--ghost);overflow-x:auto;fo
 SFMono-Regular,Menlo,Consolas,monospace}
 details summary{cursor:pointer;margin-top:12px}
 @media(max-width:520px){main{padding:26px 16px 44px}body{font-size:14px}.numbers{grid-template-columns:1fr 1fr}
-.numbers dd{font-size:24px}th,td{padding-left:8px}}
+.numbers dd{font-size:24px}table{font-size:13px}th,td{padding-left:8px}
+td small{font-size:11px}}
 """
 
 
@@ -79,8 +81,8 @@ def render(report: Report) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(report.title)}: compression report</title><style>{STYLE}</style></head><body><main>"
-        f"<div class=over>Compression report</div><h1>{escape(report.title)}</h1><p>{escape(_summary(report))}</p>{notes}{''.join(sections)}"
-        "</main></body></html>\n"
+        f"<div class=over>Compression report</div><h1>{escape(report.title)}</h1><p>{escape(_summary(report))}</p>"
+        f"{notes}{''.join(sections)}</main></body></html>\n"
     )
 
 
@@ -113,7 +115,7 @@ def _numbers(report: Report) -> str:
         entries = [("parameters", _millions(result.cost.num_params)),
                    ("MACs for 10 s of audio", f"{result.cost.macs_10s / 1e9:.2f} G")]  # fmt: skip
         if speed is not None:
-            entries.append(("CPU real-time factor", f"{speed.real_time_factor:.4f}"))
+            entries.append(("CPU real-time factor", _factor(speed.real_time_factor)))
             if speed.peak_bytes is not None:
                 entries.append(("memory for 10 s of audio", f"{speed.peak_bytes / MIB:.0f} MiB"))
     else:
@@ -160,7 +162,7 @@ def _before_after(report: Report) -> str:
 
         def factor(m: ModelReport, device: str = device) -> str | None:
             speed = _speed(m, device)
-            return f"{speed.real_time_factor:.2g}" if speed is not None else None
+            return _factor(speed.real_time_factor) if speed is not None else None
 
         def gain(m: ModelReport, device: str = device) -> str | None:
             old, new = _speed(teacher, device) if teacher is not None else None, _speed(m, device)
@@ -181,13 +183,9 @@ def _before_after(report: Report) -> str:
         row(f"\N{EN DASH} {name}", term)
     text = f"Speed and memory for one utterance of 10 s; models timed in turns, medians; {report.versions['platform']}."
     if report.held_out_data is not None:
-        text += f" Held-out loss: the recipe\N{RIGHT SINGLE QUOTATION MARK}s objective on {report.held_out_data}, lower is better"
-        text += (
-            ", the teacher\N{RIGHT SINGLE QUOTATION MARK}s is the lowest possible."
-            if teacher and _loss(teacher)
-            else "."
-        )
-    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        text += f" Held-out loss: the objective of the recipe on {report.held_out_data}; lower is better"
+        text += ", and the teacher has the lowest possible." if teacher and _loss(teacher) is not None else "."
+    table = f"<div class=wide><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     return f"<h2>{'Before and after' if teacher else 'Cost'}</h2><p>{escape(text)}</p>{table}"
 
 
@@ -300,6 +298,10 @@ def _loss(model: ModelReport) -> float | None:
 
 def _speed(model: ModelReport, device: str) -> Speed | None:
     return next((speed for speed in model.cost.speed if speed.device == device), None)
+
+
+def _factor(value: float) -> str:
+    return f"{value:.4f}" if value >= 1e-3 else f"{value:.6f}"
 
 
 def _millions(count: int) -> str:

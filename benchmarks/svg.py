@@ -44,12 +44,12 @@ def line_chart(
     ys = [math.log10(y) if log else y for _, points in lines for _, y in points]
     y_low, y_high = (min(0.0, *ys), max(0.0, *ys)) if from_zero else (min(ys), max(ys))
     if log:
-        y_low, y_high = math.floor(y_low), max(math.ceil(y_high), math.floor(y_low) + 1)
-        y_ticks = [(t, f"1e{t}") for t in range(int(y_low), int(y_high) + 1, 1 + int(y_high - y_low) // 6)]
+        y_low, y_high = float(math.floor(y_low)), float(max(math.ceil(y_high), math.floor(y_low) + 1))
+        y_ticks = [(float(t), f"1e{t}") for t in range(int(y_low), int(y_high) + 1, 1 + int(y_high - y_low) // 6)]
     else:
         y_ticks, y_low, y_high = nice_axis(y_low, y_high)
     x_ticks, x_low, _ = nice_axis(0, max(xs), 5, integers=True)
-    x_high = max(1, *xs)
+    x_high = max(1.0, *xs)
 
     def place(x: float, y: float) -> tuple[float, float]:
         y = math.log10(y) if log else y

@@ -47,11 +47,11 @@ two_steps() {
     local recipe=$1 exp=$2
     shift 2
     if [ ! -f "$exp/pruned.pth" ] || [ "$exp/ckpts/last.ckpt" -nt "$exp/pruned.pth" ]; then
-        python distill.py --config "$recipe" --exp_dir "$exp" "$@"
+        python distill.py --config "$recipe" "$@" --exp_dir "$exp"
         python prune.py --distilled_ckpt "$exp/ckpts/last.ckpt" --out "$exp/pruned.pth"
     fi
     if [ ! -f "$exp/final/final.pth" ] || [ "$exp/pruned.pth" -nt "$exp/final/final.pth" ]; then
-        python final_distill.py --config "$recipe" --student_ckpt "$exp/pruned.pth" --exp_dir "$exp/final" "$@"
+        python final_distill.py --config "$recipe" "$@" --student_ckpt "$exp/pruned.pth" --exp_dir "$exp/final"
     fi
 }
 

@@ -51,8 +51,8 @@ def tiny(model_class: type[PreTrainedModel], config_class: type, **options: obje
     torch.manual_seed(0)
     model = model_class(config_class(**(SIZE | options))).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1) * 0.5)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + name.endswith("norm.weight"))
     return model
 
 

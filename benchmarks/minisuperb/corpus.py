@@ -25,6 +25,7 @@ from argparse import ArgumentError
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 SAMPLE_RATE = 16_000
 TRAIN, DEV = "train-clean-100", "dev-clean"
 MARKER = "corpus.json"
+Span = tuple[float, float, str]
+"""Start and end in seconds, and what is said there."""
 FIRST_SPEAKER, FIRST_CHAPTER = 100, 1000
 # espeak-ng carries hidden state from one utterance to the next. A fixed number of fresh processes, whatever the number
 # of cores, makes the corpus depend on its settings alone.
@@ -97,11 +100,11 @@ class Speaker:
 
 @dataclass
 class Rendered:
-    """Finished speech at 16 kHz: ``samples`` [N] in [-1, 1]; alignments as [start, end, label] in seconds."""
+    """Finished speech at 16 kHz: ``samples`` [N] in [-1, 1] and its alignments."""
 
     samples: np.ndarray
-    phones: list[list]
-    words: list[list]
+    phones: list[Span]
+    words: list[Span]
 
 
 def is_silence(phone: str) -> bool:
@@ -162,15 +165,15 @@ def _render(espeak: Espeak, speaker: Speaker, text: str, rng: np.random.Generato
 
     duration = len(samples) / SAMPLE_RATE
     starts = [min(start / source_rate, duration) for start, _ in speech.phones]
-    phones = [
-        [round(start, 4), round(end, 4), name.strip("',") or "_"]
+    phones: list[Span] = [
+        (round(start, 4), round(end, 4), name.strip("',") or "_")
         for start, end, (_, name) in zip(starts, [*starts[1:], duration], speech.phones, strict=True)
     ]
-    words = []
+    words: list[Span] = []
     word_starts = [min(start / source_rate, duration) for start, _ in speech.words]
     for start, limit, (_, word) in zip(word_starts, [*word_starts[1:], duration], speech.words, strict=True):
         ends = [end for begin, end, name in phones if start <= begin < limit and not is_silence(name)]
-        words.append([round(start, 4), round(min(max(ends, default=limit), limit), 4), word])
+        words.append((round(start, 4), round(min(max(ends, default=limit), limit), 4), word))
     return Rendered(samples, phones, words)
 
 
@@ -205,7 +208,7 @@ def _write_speaker(espeak: Espeak, out: Path, speaker: Speaker, settings: Corpus
     return rows
 
 
-_speakers_done = None  # a shared counter, set in every worker process
+_speakers_done: Any = None  # a shared counter, set in every worker process
 
 
 def _start_worker(counter) -> None:

@@ -71,7 +71,8 @@ class Espeak:
         self.version: str = self._lib.espeak_Info(ctypes.byref(where)).decode()
         self._variants = Path((where.value or b"").decode()) / "voices" / "!v"
         self._chunks: list[np.ndarray] = []
-        self._events: list[tuple[int, int, str | tuple[int, int]]] = []
+        self._phones: list[tuple[int, str]] = []
+        self._spans: list[tuple[int, slice]] = []
         self._callback = _Callback(self._collect)  # the library holds a bare pointer: it must outlive this call
         self._lib.espeak_SetSynthCallback(self._callback)
 
@@ -82,11 +83,10 @@ class Espeak:
         while events[i].type != EVENT_LIST_TERMINATED:
             event = events[i]
             if event.type == EVENT_PHONEME:
-                name = bytes(event.id.string).decode("utf-8", "ignore")
-                self._events.append((EVENT_PHONEME, event.sample, name))
+                self._phones.append((event.sample, bytes(event.id.string).decode("utf-8", "ignore")))
             elif event.type == EVENT_WORD:
-                span = (event.text_position - 1, event.text_position - 1 + event.length)
-                self._events.append((EVENT_WORD, event.sample, span))
+                first = event.text_position - 1
+                self._spans.append((event.sample, slice(first, first + event.length)))
             i += 1
         return 0
 
@@ -103,14 +103,13 @@ class Espeak:
 
     def say(self, text: str) -> Speech:
         """Synthesise ``text`` (ASCII) with the current voice, at ``sample_rate``."""
-        self._chunks.clear()
-        self._events.clear()
+        for collected in (self._chunks, self._phones, self._spans):
+            collected.clear()
         raw = text.encode("ascii") + b"\0"
         self._lib.espeak_Synth(raw, len(raw), 0, 0, 0, CHARS_UTF8, None, None)
         self._lib.espeak_Synchronize()
-        phones = [(sample, name) for kind, sample, name in self._events if kind == EVENT_PHONEME]
-        words = [(sample, text[slice(*span)].strip()) for kind, sample, span in self._events if kind == EVENT_WORD]
-        return Speech(np.concatenate(self._chunks).astype(np.float32) / 32768, phones, words)
+        words = [(sample, text[span].strip()) for sample, span in self._spans]
+        return Speech(np.concatenate(self._chunks).astype(np.float32) / 32768, list(self._phones), words)
 
 
 def _candidates() -> list[tuple[str, str | None]]:

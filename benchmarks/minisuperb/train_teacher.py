@@ -19,6 +19,7 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from distillation.errors import UserError, command
 logger = logging.getLogger(__name__)
 
 STAGES = ("mfcc", "hidden", "supervised")
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "conv_dim": [40] * 7,
     "hidden_size": 144,
     "num_hidden_layers": 6,
@@ -229,7 +230,8 @@ def train_teacher(corpus: Path, work_dir: Path, out: Path, settings: TeacherTrai
                 f"{corpus} is too small: it needs {kind} that occur {MIN_COUNT[kind]} times; make a larger one"
             )
     targets = {kind: [label(utterance) for utterance in train] for kind, label in labels.items()}
-    model = HubertModel(HubertConfig(**ARCHITECTURE, **dict.fromkeys(DROPOUTS, 0.0), activation_dropout=0.0))
+    no_dropout: dict[str, Any] = dict.fromkeys((*DROPOUTS, "activation_dropout"), 0.0)
+    model = HubertModel(HubertConfig(**ARCHITECTURE, **no_dropout))
     features: dict[str, Callable[[Utterance], Tensor]] = {
         "mfcc": cepstra,
         "hidden": lambda utterance: normalise(hidden_states(model, utterance)[MIDDLE_LAYER]),
@@ -293,8 +295,8 @@ def main() -> None:
         options = parser.parse_args().as_dict()
     except ArgumentError as error:
         raise UserError(f"{error} (--help lists the flags)") from None
-    paths = [options.pop(name) for name in ("corpus", "work_dir", "out")]
-    train_teacher(*paths, TeacherTraining(**options))
+    corpus, work_dir, out = (options.pop(name) for name in ("corpus", "work_dir", "out"))
+    train_teacher(corpus, work_dir, out, TeacherTraining(**options))
 
 
 if __name__ == "__main__":

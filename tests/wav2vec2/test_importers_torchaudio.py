@@ -45,8 +45,8 @@ def tiny(kind: str):
     torch.manual_seed(0)
     model = build(**config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1) * 0.5)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + name.endswith("norm.weight"))
     return model, config
 
 

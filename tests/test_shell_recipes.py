@@ -1,0 +1,114 @@
+"""The shell recipes on models of the published sizes with random weights: 20 updates of each step on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from wav2vec2 import load_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_recipe(script: str, *args: object, code: int = 0) -> str:
+    environment = {
+        **os.environ,
+        "NO_VENV": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+    }
+    result = subprocess.run(
+        ["bash", str(ROOT / "scripts" / script), *map(str, args)],
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1200,
+    )  # fmt: skip
+    assert result.returncode == code, f"{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
+    return result.stdout + result.stderr
+
+
+MODELS = {
+    "run_dphubert.sh": (
+        transformers.HubertModel,
+        transformers.HubertConfig(),  # HuBERT Base
+        {"objective.layer_to_layer.layers": "[[0],[4,8,12]]"},
+    ),
+    "run_dpwavlm.sh": (
+        transformers.WavLMModel,
+        transformers.WavLMConfig(),  # WavLM Base+
+        {"objective.layer_to_layer.layers": "[[0],[4,8,12]]"},
+    ),
+    "run_dphubert.sh dphubert_large": (
+        transformers.HubertModel,
+        transformers.HubertConfig(
+            hidden_size=256,
+            num_hidden_layers=24,
+            num_attention_heads=4,
+            intermediate_size=512,
+            do_stable_layer_norm=True,
+            feat_extract_norm="layer",
+            conv_bias=True,
+            num_conv_pos_embeddings=32,
+        ),
+        {"teacher_width": 256},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_recipe(name, corpus, tmp_path):
+    kind, config, flags = MODELS[name]
+    torch.manual_seed(0)
+    model = kind(config)
+    model.save_pretrained(tmp_path / "hf")
+    before = sum(p.numel() for key, p in model.named_parameters() if "masked_spec_embed" not in key)
+    del model
+    exp = tmp_path / "exp"
+    flags = {
+        "teacher_id": tmp_path / "hf",
+        "teacher_ckpt": tmp_path / "teacher.pth",
+        "exp_dir": exp,
+        "data.tsv_dir": tmp_path / "data",
+        "data.train": "train100.tsv",
+        "data.min_frames": 16000,
+        "data.seconds_per_batch": 2,
+        "data.valid_seconds_per_batch": 8,
+        "data.num_workers": 0,
+        "optim.max_steps": 20,
+        "pruning.warmup_steps": 5,
+        "final.max_steps": 20,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.batches_per_update": 1,
+        "trainer.log_every": 5,
+        "trainer.validate_every": 20,
+        **flags,
+    }
+    script, *recipe = name.split()
+    args = [corpus, *recipe, *(word for key, value in flags.items() for word in (f"--{key}", value))]
+    out = run_recipe(script, *args)
+    assert "over all layers" in out and "FFN units" in out  # parity of the conversion, architecture found
+    final = exp / "final" / "final.pth"
+    model = load_model(final)
+    target = 0.30 if recipe else 0.25
+    assert sum(p.numel() for p in model.parameters()) / before == pytest.approx(target, abs=0.003)
+    hidden, _ = model.extract_features(torch.randn(1, 16000))
+    assert all(torch.isfinite(state).all() for state in hidden)
+    assert (exp / "report.html").stat().st_size > 10_000
+
+    stamp = final.stat().st_mtime_ns
+    run_recipe(script, *args)  # again: nothing is left to do
+    assert final.stat().st_mtime_ns == stamp
+
+
+def test_usage_and_errors(tmp_path):
+    assert "LIBRISPEECH_DIR [RECIPE]" in run_recipe("run_dphubert.sh", "--help")
+    assert "LIBRISPEECH_DIR [RECIPE]" in run_recipe("run_dpwavlm.sh", code=2)
+    assert "no such folder" in run_recipe("run_dphubert.sh", tmp_path / "none", code=2)
+    assert "there are" in run_recipe("run_dphubert.sh", tmp_path, "dphubert_huge", code=2)

@@ -1,0 +1,277 @@
+"""What only students have: no projection, time reduction, reused attention maps, masked frames, scaled gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from wav2vec2 import CheckpointError, load_model, prune, save_model, wav2vec2_model
+from wav2vec2.attention import AttentionMap
+from wav2vec2.checkpoint import load_checkpoint
+from wav2vec2.macs import num_macs
+from wav2vec2.passes import PassOptions
+from wav2vec2.pruning import survivors_for_size
+
+UNITS = ("conv", "head", "interm", "attlayer", "ffnlayer")
+THIN = {"extractor_conv_layer_config": [(12, 10, 5), (6, 1, 1), (10, 3, 2), (16, 1, 1), (16, 2, 2)]}
+STUDENTS = {
+    "no projection": {**THIN, "encoder_use_projection": False},
+    "reuse": {"encoder_reuse_attention": [False, True, True]},
+    "late reuse": {"encoder_reuse_attention": [False, False, True]},
+    "time reduction": {"encoder_time_reduction": 2},
+    "reduced to a third": {"encoder_time_reduction": 3},
+    "all": {
+        **THIN,
+        "encoder_use_projection": False,
+        "encoder_time_reduction": 2,
+        "encoder_reuse_attention": [False, True, False],
+    },
+}
+CASES = [
+    pytest.param(architecture, changes, id=f"{architecture}-{name}")
+    for architecture in ("hubert_base", "hubert_large", "wavlm_base")
+    for name, changes in STUDENTS.items()
+]
+
+
+@pytest.mark.parametrize(("architecture", "changes"), CASES)
+def test_file_round_trip(tiny, tmp_path, architecture, changes):
+    model = tiny(architecture, **changes)
+    save_model(tmp_path / "student.pth", model)
+    loaded = load_model(tmp_path / "student.pth")
+    waveforms = torch.randn(2, 400)
+    for ours, theirs in zip(model.extract_features(waveforms)[0], loaded.extract_features(waveforms)[0], strict=True):
+        assert torch.equal(ours, theirs)
+    assert {key: loaded.config[key] for key in changes} == changes
+
+
+def test_other_models_keep_the_released_keys(tiny):
+    new = {key for changes in STUDENTS.values() for key in changes} - THIN.keys()
+    assert len(new) == 3 and not new & tiny("hubert_base").config.keys() and not new & tiny("wavlm_base").config.keys()
+
+
+@pytest.mark.parametrize(("architecture", "changes"), CASES)
+def test_padded_rows_equal_the_rows_alone(tiny, architecture, changes):
+    model = tiny(architecture, **changes)
+    lengths = torch.tensor([700, 633, 402, 115, 35, 20])  # odd and even counts of frames, one frame, none
+    waveforms = torch.randn(len(lengths), 700) * (torch.arange(700) < lengths[:, None])
+    states, frames = model.extract_features(waveforms, lengths)
+    assert frames.tolist() == model.output_length(lengths).tolist() and frames.tolist()[-2:] == [1, 0]
+    for row, (length, count) in enumerate(zip(lengths.tolist(), frames.tolist())):
+        assert states[-1][row].isfinite().all()
+        if count == 0:
+            continue
+        alone, _ = model.extract_features(waveforms[row : row + 1, :length])
+        for state, expected in zip(states, alone, strict=True):
+            assert expected.shape[1] == count
+            torch.testing.assert_close(state[row, :count], expected[0], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "changes"), CASES)
+def test_the_masked_model_is_the_pruned_model(tiny, architecture, changes):
+    model = tiny(architecture, UNITS, **changes)
+    waveforms, lengths = torch.randn(2, 500), torch.tensor([500, 333])
+    for trial in range(12):
+        certain = trial % 2 == 1
+        for mask in model.masks().values():
+            alive = torch.rand(len(mask)) < (0.2, 0.5, 0.9)[trial % 3]
+            mask.log_alpha.data = torch.where(alive, 60.0, -60.0) if certain else 2 * torch.randn(len(mask))
+        pruned, config = prune(model)
+        for states in zip(*(m.extract_features(waveforms, lengths)[0] for m in (model, pruned)), strict=True):
+            torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
+        assert prune(pruned)[1] == config and wav2vec2_model(**config).config == config
+        if certain:
+            num_params = sum(p.numel() for p in pruned.parameters())
+            assert model.get_num_params().item() == pytest.approx(num_params, abs=1e-6)
+            assert num_macs(model, [500, 333]) == num_macs(pruned, [500, 333])
+
+
+@pytest.mark.parametrize(("architecture", "changes"), CASES)
+def test_expected_count_is_the_mean_over_samples(tiny, architecture, changes):
+    model = tiny(architecture, UNITS, **changes)
+    masks = list(model.masks().values())
+    for mask in masks:
+        mask.log_alpha.data -= 2.0
+    alive = [torch.sigmoid(mask.log_alpha.detach().double() + 1.6) for mask in masks]
+    expected = model.get_num_params(dict(zip(masks, alive)).__getitem__)
+    counts = torch.stack(
+        [
+            model.get_num_params(dict(zip(masks, [torch.bernoulli(p) for p in alive])).__getitem__)
+            for _ in range(400)
+        ]
+    )  # fmt: skip
+    assert abs(counts.mean() - expected) < 4 * counts.std() / 400**0.5
+
+
+@pytest.mark.parametrize(("architecture", "changes"), CASES)
+def test_pruning_hits_a_wanted_size(tiny, architecture, changes):
+    model = tiny(architecture, ("conv", "head", "interm"), **changes)
+    wanted = round(0.6 * sum(p.numel() for p in prune(tiny(architecture, **changes))[0].parameters()))
+    pruned, _ = prune(model, survivors_for_size(model, wanted))
+    assert sum(p.numel() for p in pruned.parameters()) == pytest.approx(wanted, rel=0.1)
+
+
+@pytest.mark.parametrize(("architecture", "changes"), CASES)
+def test_every_parameter_has_a_gradient_whatever_the_masks(tiny, architecture, changes):
+    model = tiny(architecture, UNITS, **changes).train()
+    for mask in model.masks().values():
+        mask.log_alpha.data.fill_(-60.0)
+    states, _ = model.extract_features(torch.randn(2, 300), torch.tensor([300, 250]))
+    sum(state.square().mean() for state in states).backward()
+    unused = {"encoder.transformer.upsampler", "encoder.transformer.layer_norm" if "large" in architecture else "-"}
+    for name, p in model.named_parameters():
+        if not any(name.startswith(module) for module in unused) and not name.endswith(("log_alpha", "dummy_weight")):
+            assert p.grad is not None, name
+
+
+# Reused maps
+
+
+@pytest.mark.parametrize("architecture", ["hubert_base", "hubert_large", "wavlm_base"])
+def test_reuse_equals_layers_that_are_given_the_same_map(tiny, architecture):
+    """The reusing layer is built with queries and keys of its own, and its softmax is replaced by the other's map."""
+    student = tiny(architecture, encoder_reuse_attention=[False, True, False])
+    waveforms, lengths = torch.randn(2, 500), torch.tensor([500, 333])
+    full = tiny(architecture)
+    full.load_state_dict(student.state_dict(), strict=False)
+    first, second = (full.encoder.transformer.layers[i].attention for i in (0, 1))
+    kept: list[AttentionMap] = []
+    first.keep_map = True
+    first.register_forward_hook(lambda module, inputs, output: kept.append(output[1]))
+
+    def with_the_map_of_the_first(module, inputs, output):
+        v = module._project(inputs[0], module.v_proj, None)
+        y = torch.einsum("bhqk,bhke->bqhe", kept[-1].weights, v).flatten(2)
+        return torch.nn.functional.linear(y, module.out_proj.weight, module.out_proj.bias), None
+
+    second.register_forward_hook(with_the_map_of_the_first)
+    for state, expected in zip(
+        student.extract_features(waveforms, lengths)[0], full.extract_features(waveforms, lengths)[0], strict=True
+    ):
+        torch.testing.assert_close(state, expected, atol=1e-6, rtol=1e-5)
+    assert torch.allclose(kept[0].weights.sum(-1), torch.ones(())) and not hasattr(
+        student.encoder.transformer.layers[1].attention, "q_proj"
+    )
+
+
+@pytest.mark.parametrize("architecture", ["hubert_base", "wavlm_large"])
+def test_explicit_maps_change_nothing(tiny, architecture):
+    model = tiny(architecture, ("head",))
+    waveforms, lengths = torch.randn(2, 500), torch.tensor([500, 333])
+    gates = model.draw_gates()
+    fused, frames = model.run(waveforms, lengths, gates=gates)
+    explicit, _ = model.run(waveforms, lengths, PassOptions(keep_maps=True), gates)
+    assert fused.maps == [] and len(explicit.maps) == model.num_layers
+    for states in zip(fused.layers, explicit.layers, strict=True):
+        torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
+    for attention in explicit.maps:
+        valid = attention[1, :, : frames[1]]
+        torch.testing.assert_close(valid.sum(-1), torch.ones(attention.shape[1]))
+        assert (attention[1, :, frames[1] :] == 0).all()
+
+
+def test_a_block_without_its_source_does_not_exist(tiny):
+    model = tiny("hubert_base", ("head", "attlayer"), encoder_reuse_attention=[False, True, True])
+    masks = model.masks()
+    assert sum("heads" in name for name in masks) == 1 and sum("layer" in name.split(".")[-1] for name in masks) == 3
+    for name, mask in masks.items():
+        dies = name == "encoder.transformer.layers.0.attention.hard_concrete_for_layer"
+        mask.log_alpha.data.fill_(-60.0 if dies else 60.0)
+    pruned, config = prune(model)
+    assert config["encoder_use_attention"] == [False] * 3 and config["encoder_reuse_attention"] == [False] * 3
+    assert model.get_num_params().item() == sum(p.numel() for p in pruned.parameters())
+
+
+# Time reduction
+
+
+@pytest.mark.parametrize("num_samples", [115, 130, 135, 300, 301, 310, 325])
+def test_frame_counts_are_those_of_the_full_rate(tiny, num_samples):
+    model, full = tiny("hubert_base", encoder_time_reduction=2), tiny("hubert_base")
+    waveforms = torch.randn(2, num_samples)
+    expected = full.extract_features(waveforms)[0][0].shape[1]
+    states, _ = model.extract_features(waveforms)
+    assert {state.shape[1] for state in states} == {expected} and model(waveforms)[0].shape[1] == expected
+    output, _ = model.run(waveforms)
+    assert {state.shape[1] for state in output.layers} == {(expected + 1) // 2}
+    assert torch.equal(states[1], output.layers[0].repeat_interleave(2, 1)[:, :expected])
+    assert model.encoder.transformer.upsample(output.layers[0], expected).shape == states[1].shape
+
+
+def test_reduced_frames_are_the_strided_convolution(tiny):
+    model = tiny("hubert_base", encoder_time_reduction=2)
+    transformer = model.encoder.transformer
+    features = torch.randn(1, 7, 16)
+    output = transformer.hidden_states(features, None, {})
+    x = transformer.layer_norm(features + transformer.pos_conv_embed(features))[0]
+    x = torch.cat([x, torch.zeros(1, 16)])  # an odd frame is paired with silence
+    weight, bias = transformer.time_reduction.weight, transformer.time_reduction.bias
+    expected = [weight[:, :, 0] @ x[2 * t] + weight[:, :, 1] @ x[2 * t + 1] + bias for t in range(4)]
+    torch.testing.assert_close(output.layer_input[0], torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+# Masked frames and scaled gradients
+
+
+def test_masked_frames_hide_their_features(tiny):
+    model = tiny("hubert_base")
+    waveforms = torch.randn(2, 500)
+    num_frames = model.extract_features(waveforms)[0][0].shape[1]
+    masked = torch.rand(2, num_frames) < 0.5
+    embedding = torch.randn(16)
+    features = model.run(waveforms, None, PassOptions(masked=masked, mask_embedding=embedding))[0].features
+    assert torch.equal(features[masked], embedding.expand(int(masked.sum()), -1))
+    assert torch.equal(features[~masked], model.extract_features(waveforms)[0][0][~masked])
+    with pytest.raises(ValueError, match="no mask embedding"):
+        model.run(waveforms, None, PassOptions(masked=masked))
+
+
+def test_the_mask_embedding_of_a_file_is_the_models_own(tiny, tmp_path):
+    model, embedding = tiny("hubert_base"), torch.randn(16)
+    save_model(tmp_path / "teacher.pth", model, mask_embedding=embedding)
+    checkpoint = load_checkpoint(tmp_path / "teacher.pth")
+    assert torch.equal(checkpoint.extra["mask_embedding"], embedding)
+    assert torch.equal(checkpoint.model.mask_embedding, embedding)
+    assert checkpoint.model.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(copy.deepcopy(checkpoint.model).half().mask_embedding, embedding.half())
+    save_model(tmp_path / "bad.pth", model, mask_embedding=torch.randn(15))
+    with pytest.raises(CheckpointError, match="bad.pth: 'mask_embedding' is not a vector of the model's width 16"):
+        load_model(tmp_path / "bad.pth")
+
+
+def test_scaled_gradients_are_means_over_the_layers_above(tiny):
+    """Three losses with gradients a, b, c of the output of layer 3: what reaches layer i is a mean, not a sum."""
+    model = tiny("hubert_base")
+    layers = model.encoder.transformer.layers
+    for layer in layers:  # every layer the identity, so that gradients pass unchanged
+        layer.forward = lambda x, *args, source=None: (x, None)
+    factors, features = (2.0, 3.0, 7.0), torch.randn(1, 5, 16)
+    for scaled, expected in ((True, sum(factors) / 3), (False, sum(factors))):
+        output = model.encoder.transformer.hidden_states(features, None, {}, PassOptions(scale_gradients=scaled))
+        loss = sum(factor * state.sum() for factor, state in zip(factors, output.layers, strict=True))
+        (grad,) = torch.autograd.grad(loss, output.layer_input)
+        torch.testing.assert_close(grad, torch.full_like(grad, expected))
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_use_projection": False}, "8 channels cannot feed a width of 16"),
+        ({"encoder_time_reduction": 0}, "encoder_time_reduction must be at least 1, got 0"),
+        ({"encoder_reuse_attention": [False, True]}, "has 2 entries for 3 layers"),
+        ({"encoder_reuse_attention": [True, False, False]}, "layer 0 has no earlier layer with the same heads"),
+        (
+            {"encoder_reuse_attention": [False, True, False], "encoder_num_heads": [4, 3, 4]},
+            "layer 1 has no earlier layer with the same heads",
+        ),
+        ({"encoder_reuse_attention": [False, True, False], "encoder_layer_drop": 0.1}, "encoder_layer_drop must be 0"),
+    ],
+)
+def test_configs_that_cannot_run_are_refused(tiny, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny("hubert_base", **changes)

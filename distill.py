@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 
 from distillation.architecture import format_architecture
-from distillation.build import build_run, load_teacher, update_count
+from distillation.build import build_run, load_teacher, starting_student, update_count
 from distillation.config import parse_recipe, save_resolved
 from distillation.errors import command
 from distillation.sparsity import make_prunable
 from lightning import AudioDataModule, build_trainer, fit
-from wav2vec2 import load_model, prune, save_model
+from wav2vec2 import prune, save_model
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def main() -> None:
     """Run the stage."""
     recipe, resolved = parse_recipe(description=__doc__ or "")
     teacher = load_teacher(recipe)
-    student = make_prunable(teacher if recipe.student_ckpt is None else load_model(recipe.student_ckpt), recipe.pruning)
+    student = make_prunable(starting_student(recipe, teacher), recipe.pruning)
     data = AudioDataModule(recipe.data, recipe.seed, recipe.trainer.batches_per_update)
     max_steps = update_count(recipe.optim, data)
     trainer = build_trainer(recipe, recipe.optim, max_steps)

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import jsonargparse
 
+from benchmarks.cost import resolve_devices
+from benchmarks.report_data import closing_table, collect
+from benchmarks.report_page import render
 from distillation.config import parse_arguments
 from distillation.errors import UserError, command
 from wav2vec2.checkpoint import replacing
@@ -38,10 +41,6 @@ def main() -> None:
         raise UserError(f"--seconds {options.seconds:g}: it must be positive")
     if options.rounds < 1:
         raise UserError(f"--rounds {options.rounds}: it must be at least 1")
-
-    from benchmarks.cost import resolve_devices  # torch takes seconds to import, and --help does not need it
-    from benchmarks.report_data import closing_table, collect
-    from benchmarks.report_page import render
 
     report = collect(run, max_seconds=options.seconds, devices=resolve_devices(options.device), rounds=options.rounds)
     page, numbers = render(report), json.dumps(report.as_json(), indent=1, allow_nan=False)

@@ -25,6 +25,7 @@ from distillation.objectives.base import masked_mean
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import Checkpoint
 from wav2vec2.feature_extractor import valid_frames
+from wav2vec2.passes import HiddenStates, PassOptions
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,10 @@ class Distance:
     """One student against its teacher on held-out speech."""
 
     loss: float | None = None  # of the recipe's objective; None where it is not defined
-    terms: dict[str, float] = field(default_factory=dict)  # its unweighted terms
-    cosine: list[float] = field(
-        default_factory=list
-    )  # layers 0..L: mean of 1 - cosine similarity; empty where widths differ
-    l1: list[float] = field(default_factory=list)  # layers 0..L: mean absolute difference
+    terms: dict[str, float] = field(default_factory=dict)  # of the objective, unweighted
+    # Means per layer 0..L; empty where depth or width differ.
+    cosine: list[float] = field(default_factory=list)  # 1 - cosine similarity
+    l1: list[float] = field(default_factory=list)  # absolute difference
 
 
 @dataclass
@@ -52,14 +52,19 @@ class HeldOut:
 class OnceTeacher(Teacher):
     """Runs a batch once, however many students are compared with it."""
 
-    def __call__(self, waveforms: Tensor, lengths: Tensor | None, num_layers: int, **kwargs: Any) -> list[Tensor]:
-        """States 0..num_layers, each [B, T, D]."""
-        if kwargs:
-            return super().__call__(waveforms, lengths, num_layers, **kwargs)
-        if getattr(self, "_waveforms", None) is not waveforms:
-            self._waveforms = waveforms
-            self._states = super().__call__(waveforms, lengths, self.model.num_layers)
-        return self._states[: num_layers + 1]
+    _waveforms: Tensor | None = None
+
+    def __call__(self, waveforms: Tensor, lengths: Tensor | None, options: PassOptions) -> HiddenStates:
+        """As the parent's; passes with masked frames, which differ between students, are not kept."""
+        if options.masked is not None:
+            return super().__call__(waveforms, lengths, options)
+        if self._waveforms is not waveforms:
+            self._waveforms, self._outputs = waveforms, list[tuple[PassOptions, HiddenStates]]()
+        for known, output in self._outputs:
+            if known == options:
+                return output
+        self._outputs.append((options, super().__call__(waveforms, lengths, options)))
+        return self._outputs[-1][1]
 
 
 def evaluate(
@@ -96,12 +101,13 @@ def evaluate(
             if batch.errors:
                 raise UserError(batch.errors[0])
             batch = batch.to(device)
+            states = teacher.extract_features(batch.waveforms, batch.lengths)[0] if comparable else []
             for name, student in students.items():
                 if (trained := objectives[name]) is not None:
                     loss = trained(frozen, student.model, batch.waveforms, batch.lengths)
                     sums[name].add({"loss": loss.total, **loss.terms}, batch.seconds)
                 if name in comparable:
-                    rows = compare_layers(frozen, student.model, batch.waveforms, batch.lengths)
+                    rows = compare_layers(states, student.model, batch.waveforms, batch.lengths)
                     layers[name].add(rows, batch.seconds)
                 bar.update()
     results = {}
@@ -119,12 +125,19 @@ def evaluate(
 
 
 def compare_layers(
-    teacher: Teacher, student: Wav2Vec2Model, waveforms: Tensor, lengths: Tensor | None
+    teacher: list[Tensor], student: Wav2Vec2Model, waveforms: Tensor, lengths: Tensor | None
 ) -> dict[str, Tensor]:
-    """Mean 1 - cosine similarity and mean absolute difference per layer, [L + 1] each; states as they are, no heads."""
+    """Mean 1 - cosine similarity and mean absolute difference per layer, [L + 1] each; states as they are, no heads.
+
+    Args:
+        teacher: states 0..L, [B, T, D] each.
+        student: of the same depth and width.
+        waveforms: [B, N].
+        lengths: [B] valid samples; None when nothing is padded.
+    """
     states, frames = student.extract_features(waveforms, lengths)
     valid = None if frames is None else valid_frames(frames, states[0].shape[1])
-    pairs = list(zip(states, teacher(waveforms, lengths, len(states) - 1)))
+    pairs = list(zip(states, teacher))
     return {
         "cosine": torch.stack([1 - masked_mean(F.cosine_similarity(s, t, dim=-1), valid) for s, t in pairs]),
         "l1": torch.stack([masked_mean((s - t).abs(), valid) for s, t in pairs]),

@@ -101,6 +101,8 @@ def collect(path: Path, *, max_seconds: float, devices: list[str], rounds: int) 
         return _collect_run(path, max_seconds, devices, rounds)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; name the folder of a run, or a model (.pth)")
+    if path.suffix == ".ckpt":
+        raise UserError(f"{path}: a training checkpoint; name the folder of its run, or a model (.pth)")
     report = Report(title=path.name, versions=versions())
     _measure(report, {path.stem: path}, devices, rounds)
     report.files = _hash({"model": path})

@@ -180,12 +180,14 @@ def _before_after(report: Report) -> str:
         def term(m: ModelReport, name: str = name) -> str | None:
             return _signed(m.held_out.terms[name], 4) if m.held_out and name in m.held_out.terms else None
 
-        row(f"\N{EN DASH} {name}", term)
+        row(f"Loss term {name}", term)
     text = f"Speed and memory for one utterance of 10 s; models timed in turns, medians; {report.versions['platform']}."
     if report.held_out_data is not None:
         text += f" Held-out loss: the objective of the recipe on {report.held_out_data}; lower is better"
         text += ", and the teacher has the lowest possible." if teacher and _loss(teacher) is not None else "."
-    table = f"<div class=wide><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    table = (
+        f"<div class=wide><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
     return f"<h2>{'Before and after' if teacher else 'Cost'}</h2><p>{escape(text)}</p>{table}"
 
 
@@ -254,7 +256,7 @@ def _curves(step: Step) -> str:
     sparsity = series(("sparsity/expected", "expected"))
     if "sparsity/target" in curves:
         sparsity.append(Series("target", curves["sparsity/target"], color=1, dashed=True))
-    letter = "\N{GREEK SMALL LETTER LAMDA}"
+    letter = "\u03bb"
     lambdas = series(("lagrangian/lambda1", f"{letter}1"), ("lagrangian/lambda2", f"{letter}2"))
     rates: dict[str, list[str]] = {}  # groups with one curve share a line
     for name in curves:

@@ -131,7 +131,7 @@ def nice_axis(
     if integers:
         step = max(1, round(step))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    decimals = next((d for d in range(9) if abs(step * 10**d - round(step * 10**d)) < 1e-6), 9)
+    decimals = next((d for d in range(5) if math.isclose(round(step, d), step)), None)
     ticks = [(i * step, _label(i * step, decimals)) for i in range(first, last + 1)]
     return ticks, first * step, last * step
 
@@ -141,11 +141,14 @@ def _grid_line(y: float, label: str, zero: bool) -> str:
     return f'{line}<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>'
 
 
-def _label(value: float, decimals: int) -> str:
+def _label(value: float, decimals: int | None) -> str:
     if abs(value) >= 10000:
-        return f"{value / 1000:g}k"
-    text = f"{value:.{decimals}f}"
-    return text.replace("-", "\N{MINUS SIGN}") if float(text) else text.lstrip("-")
+        text = f"{value / 1000:g}k"
+    elif decimals is None:  # a range of less than a thousandth
+        text = f"{value:g}"
+    else:
+        text = f"{value + 0.0:.{decimals}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _figure(title: str, unit: str, body: str, legend: str) -> str:

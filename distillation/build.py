@@ -14,6 +14,7 @@ from distillation.errors import UserError
 from distillation.objectives import Objectives, Teacher
 from distillation.optim import OptimConfig
 from distillation.sparsity import Lagrangian, PruningConfig
+from distillation.students import backbone_params, build_student, check_frame_rate
 from wav2vec2 import Wav2Vec2Model, load_model
 
 if TYPE_CHECKING:
@@ -40,6 +41,20 @@ def load_teacher(recipe: Recipe) -> Wav2Vec2Model:
             )
     torch.manual_seed(recipe.seed)
     return model
+
+
+def starting_student(recipe: Recipe, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
+    """The dense student before training: a file, or what the recipe's ``student`` describes.
+
+    Raises:
+        UserError: the teacher does not allow it, or its frames are not the teacher's.
+    """
+    if recipe.student_ckpt is None:
+        student = build_student(recipe.student, teacher)
+    else:
+        student = load_model(recipe.student_ckpt)
+    check_frame_rate(student, teacher, recipe.student_ckpt or "student")
+    return student
 
 
 def update_count(optim: OptimConfig, data: AudioDataModule) -> int:
@@ -81,6 +96,10 @@ def build_run(
         before = sum(p.numel() for p in teacher.parameters())
         lagrangian = Lagrangian(before, pruning.target_sparsity, pruning.warmup_steps)
     objectives = Objectives(recipe.objective, student, teacher)
+    logger.info(
+        "student: %s parameters, and %s in heads that only training uses",
+        f"{backbone_params(student) - sum(map(len, student.masks().values())):,}", f"{objectives.num_params():,}",
+    )  # fmt: skip
     dtypes = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     return DistillModule(
         student,

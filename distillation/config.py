@@ -19,6 +19,7 @@ from distillation.errors import UserError
 from distillation.objectives import ObjectiveConfig
 from distillation.optim import OptimConfig
 from distillation.sparsity import PruningConfig
+from distillation.students import StudentConfig
 from wav2vec2.checkpoint import replacing
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -89,7 +90,10 @@ class Recipe:
     """Transformer width of the teacher that the recipe is written for; null for any."""
 
     student_ckpt: Path | None = None
-    """Model to start from; distill.py starts from the teacher when there is none."""
+    """Model to start from, instead of what student says."""
+
+    student: StudentConfig = field(default_factory=StudentConfig)
+    """What to start from."""
 
     exp_dir: Path = Path("exp/dphubert_base")
     """Folder of the run."""
@@ -138,7 +142,10 @@ def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[
     namespace.pop("config", None)
     namespace.base = None
     resolved = parser.dump(namespace, skip_unset=False)
-    return Recipe(**vars(parser.instantiate(namespace))), resolved
+    try:
+        return Recipe(**vars(parser.instantiate(namespace))), resolved
+    except ValueError as error:  # the checks of optional sections run here
+        raise UserError(_one_line(error)) from None
 
 
 def parse_arguments(parser: jsonargparse.ArgumentParser, argv: list[str]) -> jsonargparse.Namespace:

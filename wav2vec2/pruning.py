@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import SelfAttention, WavLMSelfAttention
-from .hardconcrete import Gates, HardConcrete, alive_probability, draw_gates, eval_survivors, scale, select
+from .hardconcrete import Gates, HardConcrete, draw_gates, eval_survivors, scale, select
 from .model import Wav2Vec2Model, wav2vec2_model
 from .transformer import FeedForward
 
@@ -159,15 +159,12 @@ def survivors_for_size(model: Wav2Vec2Model, num_params: int) -> Survivors:
     units = [mask for mask in survivors if mask not in blocks] or list(survivors)
     if not units:
         raise ValueError("the model has no masks, there is nothing to rank")
-    rank = torch.cat([alive_probability(mask.log_alpha.double()) for mask in units]).cpu()
+    rank = torch.cat([mask.log_alpha for mask in units]).cpu()  # rises with the probability of being alive
     order = rank.argsort(stable=True, descending=True)
     sizes = [len(mask) for mask in units]
-    floors = torch.zeros(len(rank), dtype=torch.bool)
-    for floor, part, mask in zip(floors.split(sizes), rank.split(sizes), units):
-        floor[part.argsort(stable=True, descending=True)[: mask.min_live]] = True
 
     def keep(count: int) -> Survivors:
-        chosen = floors.clone()
+        chosen = torch.zeros(len(rank), dtype=torch.bool)
         chosen[order[:count]] = True
         return {**survivors, **dict(zip(units, chosen.split(sizes)))}
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from distillation.errors import UserError
 from distillation.objectives.base import Objective, Passes, Teacher
+from distillation.objectives.hint import Hint
 from distillation.objectives.layer_to_layer import LayerToLayer, PredictionLayer
+from distillation.objectives.masking import Masking
+from distillation.objectives.temporal_relation import TemporalRelation
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.passes import PassOptions
 
 __all__ = ["OBJECTIVES", "ObjectiveConfig", "Objectives", "Passes", "Teacher"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "layer_to_layer": LayerToLayer,
     "prediction_layer": PredictionLayer,
+    "hint": Hint,
+    "masking": Masking,
+    "temporal_relation": TemporalRelation,
 }
 
 
@@ -28,7 +35,19 @@ class ObjectiveConfig:
     """Matched layers, DPHuBERT."""
 
     prediction_layer: PredictionLayer.Config | None = None
-    """Teacher layers predicted from the last student layer."""
+    """Teacher layers predicted from the last student layer, DistilHuBERT."""
+
+    hint: Hint.Config | None = None
+    """All layers through linear heads, FitHuBERT."""
+
+    masking: Masking.Config | None = None
+    """All layers with masked frames, ARMHuBERT and MaskHuBERT."""
+
+    temporal_relation: TemporalRelation.Config | None = None
+    """How frames relate to each other, STaRHuBERT."""
+
+    scale_gradients: bool = False
+    """Average the gradients of the layers above instead of summing them, ARMHuBERT's layer-gradient scaling."""
 
 
 @dataclass
@@ -54,19 +73,26 @@ class Objectives(nn.Module):
     def __init__(self, config: ObjectiveConfig, student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> None:
         super().__init__()
         self.parts = nn.ModuleDict()
-        for entry in fields(config):
-            settings = getattr(config, entry.name)
+        for name, objective in OBJECTIVES.items():
+            settings = getattr(config, name)
             if settings is not None:
-                self.parts[entry.name] = OBJECTIVES[entry.name](settings, student, teacher)  # type: ignore[call-arg]
+                self.parts[name] = objective(settings, student, teacher)  # type: ignore[call-arg]
         if not self.parts:
             raise UserError(f"the recipe sets no objective: set one of {', '.join(OBJECTIVES)}")
-        self.teacher_layers = max(part.teacher_layers for part in self._all())
-        self.student_layers = max(part.student_layers for part in self._all())
+        parts = self._all()
+        self.student_layers = max(part.student_layers for part in parts)
+        keep_maps = any(part.keeps_maps for part in parts)
+        self.teacher_options = PassOptions(max(part.teacher_layers for part in parts), keep_maps=keep_maps)
+        self.student_options = PassOptions(
+            self.student_layers, keep_maps=keep_maps, scale_gradients=config.scale_gradients
+        )
+        if student.encoder.transformer.upsampler is not None:  # DDP waits for every trainable parameter
+            student.encoder.transformer.upsampler.requires_grad_(any(part.uses_upsampler for part in parts))
 
     def _all(self) -> list[Objective]:
         return list(self.parts.values())  # type: ignore[arg-type]
 
-    def forward(self, teacher: Teacher, student: nn.Module, waveforms: Tensor, lengths: Tensor | None) -> Loss:
+    def forward(self, teacher: Teacher, student: Wav2Vec2Model, waveforms: Tensor, lengths: Tensor | None) -> Loss:
         """Run the passes that the objectives ask for and add up their terms.
 
         Args:
@@ -75,10 +101,10 @@ class Objectives(nn.Module):
             waveforms: [B, N].
             lengths: [B] valid samples; None when nothing is padded.
         """
-        passes = Passes(teacher, student, waveforms, lengths, self.teacher_layers, self.student_layers)
+        passes = Passes(teacher, student, waveforms, lengths, self.teacher_options, self.student_options)
         total = torch.zeros((), device=waveforms.device)
         terms = {}
-        for name, part in self.parts.items():
+        for name, part in zip(self.parts, self._all()):
             for term, value in part(passes).items():
                 weight = part.weights[term]
                 if weight != 0:
@@ -88,25 +114,30 @@ class Objectives(nn.Module):
 
     def head_state(self) -> dict[str, Tensor]:
         """State of all heads as a model file keeps it: bare indices with one objective, as the released files."""
-        with_heads = {name: part for name, part in self.parts.items() if len(part.heads)}
+        states = {name: part.head_state() for name, part in zip(self.parts, self._all())}
+        states = {name: state for name, state in states.items() if state}
         return {
-            (key if len(with_heads) == 1 else f"{name}.{key}"): value
-            for name, part in with_heads.items()
-            for key, value in part.heads.state_dict().items()
+            (key if len(states) == 1 else f"{name}.{key}"): value
+            for name, state in states.items()
+            for key, value in state.items()
         }
+
+    def num_params(self) -> int:
+        """Parameters that are trained besides the student and not part of it."""
+        return sum(p.numel() for p in self.parameters())
 
     def load_head_state(self, state: dict[str, Tensor], source: object) -> bool:
         """Continue with the heads of a model file.
 
         Returns:
-            Whether there were any: a file without heads leaves them at their start.
+            Whether all is loaded: a file without heads leaves those of the objective at their start.
 
         Raises:
             UserError: the heads of the file are those of other objectives.
         """
-        if not state:
-            return False
         expected = self.head_state()
+        if not state:
+            return not expected
         wrong = [k for k in expected.keys() | state.keys() if k not in state or k not in expected
                  or state[k].shape != expected[k].shape]  # fmt: skip
         if wrong:

@@ -1,12 +1,12 @@
 """What an objective is, and the forward passes it may ask for.
 
-Shapes: B batch, T frames, D student width, E teacher width, L layers.
+Shapes: B batch, T frames (T' in the layers of a time-reduced student), D student width, E teacher width, L layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distillation.errors import UserError
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.feature_extractor import valid_frames
+from wav2vec2.passes import HiddenStates, PassOptions
 
 
 class Teacher:
@@ -33,26 +34,32 @@ class Teacher:
         self.model.to(device)
 
     @torch.no_grad()
-    def __call__(self, waveforms: Tensor, lengths: Tensor | None, num_layers: int, **kwargs: Any) -> list[Tensor]:
-        """States 0..num_layers, each [B, T, E]."""
+    def __call__(self, waveforms: Tensor, lengths: Tensor | None, options: PassOptions) -> HiddenStates:
+        """Run without gradient; the layers of a time-reduced teacher are held, so that all states have T frames."""
         context: AbstractContextManager = nullcontext()
         if self.dtype is not None:
             lower = self.dtype != torch.float32
             context = torch.autocast(waveforms.device.type, dtype=self.dtype if lower else None, enabled=lower)
         with context:
-            return self.model.extract_features(waveforms, lengths, num_layers, **kwargs)[0]
+            output, _ = self.model.run(waveforms, lengths, options)
+        transformer, num_frames = self.model.encoder.transformer, output.features.shape[1]
+        output.layers = [transformer.hold(state, num_frames) for state in output.layers]
+        output.layer_input = transformer.hold(output.layer_input, num_frames)
+        return output
 
 
 class Passes:
     """The forward passes of one micro-batch; each kind is run once, however many objectives ask for it.
+
+    All passes of the student share one draw of its masks.
 
     Args:
         teacher: frozen.
         student: the model that learns.
         waveforms: [B, N].
         lengths: [B] valid samples; None when nothing is padded.
-        teacher_layers: run the teacher no further than this layer.
-        student_layers: run the student no further than this layer.
+        teacher_options: for every pass of the teacher.
+        student_options: for every pass of the student.
     """
 
     def __init__(
@@ -61,32 +68,79 @@ class Passes:
         student: Wav2Vec2Model,
         waveforms: Tensor,
         lengths: Tensor | None,
-        teacher_layers: int,
-        student_layers: int,
+        teacher_options: PassOptions,
+        student_options: PassOptions,
     ) -> None:
         self.waveforms, self.lengths = waveforms, lengths
         self._teacher, self._student = teacher, student
-        self._teacher_layers, self._student_layers = teacher_layers, student_layers
-        self._cache: dict[str, list[Tensor]] = {}
+        self._teacher_options, self._student_options = teacher_options, student_options
+        self._gates = student.draw_gates()
+        self._teacher_output: HiddenStates | None = None
+        self._student_output: HiddenStates | None = None
+        self._student_states: list[Tensor] | None = None
+
+    def teacher_output(self) -> HiddenStates:
+        """Everything from the teacher's pass, all with T frames. No gradient."""
+        if self._teacher_output is None:
+            self._teacher_output = self._teacher(self.waveforms, self.lengths, self._teacher_options)
+        return self._teacher_output
 
     def teacher(self) -> list[Tensor]:
         """Teacher states [B, T, E], index 0 the Transformer's input. No gradient."""
-        if "teacher" not in self._cache:
-            self._cache["teacher"] = self._teacher(self.waveforms, self.lengths, self._teacher_layers)
-        return self._cache["teacher"]
+        output = self.teacher_output()
+        return [output.features, *output.layers]
+
+    def student_output(self) -> HiddenStates:
+        """Everything from the student's pass, layers of a time-reduced student with T' frames."""
+        if self._student_output is None:
+            self._student_output, _ = self._student.run(
+                self.waveforms, self.lengths, self._student_options, self._gates
+            )
+        return self._student_output
 
     def student(self) -> list[Tensor]:
-        """Student states [B, T, D], index 0 the Transformer's input."""
-        if "student" not in self._cache:
-            states, _ = self._student.extract_features(self.waveforms, self.lengths, self._student_layers)
-            self._cache["student"] = states
-        return self._cache["student"]
+        """Student states [B, T, D], index 0 the Transformer's input; layers are upsampled where they are reduced."""
+        if self._student_states is None:
+            output = self.student_output()
+            self._student_states = [output.features, *map(self.upsampled, output.layers)]
+        return self._student_states
+
+    def upsampled(self, state: Tensor) -> Tensor:
+        """[B, T', D] -> [B, T, D] by the student's own upsampler."""
+        return self._student.encoder.transformer.upsample(state, self.num_frames)
+
+    def masked(self, masked: Tensor, student_embedding: Tensor) -> tuple[HiddenStates, HiddenStates]:
+        """Another pass of teacher and student with masked frames.
+
+        Args:
+            masked: bool [B, T].
+            student_embedding: [D]; the teacher takes its own.
+
+        Returns:
+            The teacher's output and the student's.
+        """
+        teacher_options, student_options = (
+            dataclasses.replace(options, masked=masked, mask_embedding=embedding, keep_maps=False)
+            for options, embedding in ((self._teacher_options, None), (self._student_options, student_embedding))
+        )
+        teacher = self._teacher(self.waveforms, self.lengths, teacher_options)
+        student, _ = self._student.run(self.waveforms, self.lengths, student_options, self._gates)
+        return teacher, student
+
+    @property
+    def num_frames(self) -> int:
+        """T."""
+        samples = torch.tensor([self.waveforms.shape[1]])
+        return int(self._student.output_length(samples))
+
+    def frame_lengths(self) -> Tensor | None:
+        """Valid frames [B]; None when nothing is padded."""
+        return None if self.lengths is None else self._student.output_length(self.lengths)
 
     def valid(self) -> Tensor | None:
         """Bool [B, T]: frames that are no padding; None when all are."""
-        if self.lengths is None:
-            return None
-        return valid_frames(self._student.output_length(self.lengths), self.student()[0].shape[1])
+        lengths = self.frame_lengths()
+        return None if lengths is None else valid_frames(lengths, self.num_frames)
 
 
 class Objective(nn.Module):
@@ -100,10 +154,16 @@ class Objective(nn.Module):
     teacher_layers: int
     student_layers: int
     heads: nn.ModuleList
+    uses_upsampler = True  # takes time-reduced states through the student's upsampler
+    keeps_maps = False  # looks at attention maps
 
     def forward(self, passes: Passes) -> dict[str, Tensor]:
         """Terms by name, each a float32 scalar."""
         raise AssertionError(f"{type(self).__name__} has no forward")
+
+    def head_state(self) -> dict[str, Tensor]:
+        """State of everything that is trained besides the student, the heads under bare indices."""
+        return {name.removeprefix("heads."): value for name, value in self.state_dict().items()}
 
 
 def masked_mean(x: Tensor, valid: Tensor | None) -> Tensor:
@@ -114,11 +174,36 @@ def masked_mean(x: Tensor, valid: Tensor | None) -> Tensor:
     return (per_frame * valid).sum() / valid.sum().clamp(min=1)
 
 
-def check_layers(layers: list[int], num_layers: int, what: str) -> None:
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_layers(layers: list[int], num_layers: int, what: str, first: int = 0) -> None:
     """One-line error when a matched layer does not exist."""
-    bad = [layer for layer in layers if not 0 <= layer <= num_layers]
+    bad = [layer for layer in layers if not first <= layer <= num_layers]
     if bad:
         raise UserError(
-            f"the objective matches layers {bad}, but the {what} has layers 0 to {num_layers}: "
+            f"the objective matches layers {bad}, but the {what} has layers {first} to {num_layers}: "
             "choose a recipe for this model, or set other layers"
         )
+
+
+def match_layers(layers: list[int] | None, student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> list[tuple[int, int]]:
+    """Pairs of a student layer and the teacher layer at the same relative depth, both counted from 1.
+
+    Args:
+        layers: of the student, ascending; None for all.
+        student: L layers.
+        teacher: of any depth.
+
+    Raises:
+        UserError: a layer does not exist.
+    """
+    if layers is None:
+        layers = list(range(1, student.num_layers + 1))
+    if not layers or layers != sorted(set(layers)):
+        raise UserError(f"the objective matches layers {layers}: name at least one, each once, in ascending order")
+    check_layers(layers, student.num_layers, "student", first=1)
+    ratio = teacher.num_layers / student.num_layers
+    return [(layer, max(1, round(layer * ratio))) for layer in layers]

@@ -1,4 +1,4 @@
-"""Layer-to-layer distillation of DPHuBERT (https://arxiv.org/abs/2305.17651, eq. 1) and its DistilHuBERT ablation."""
+"""Layer-to-layer distillation of DPHuBERT (https://arxiv.org/abs/2305.17651, eq. 1), and DistilHuBERT's prediction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distillation.errors import UserError
-from distillation.objectives.base import Objective, Passes, check_layers, masked_mean
+from distillation.objectives.base import Objective, Passes, at_least_float32, check_layers, masked_mean
+from distillation.objectives.heads import identity_linear
 from wav2vec2 import Wav2Vec2Model
 
 
@@ -62,17 +63,9 @@ def distances(
     terms = {}
     for name, function in (("l1", l1), ("l2", l2), ("cos", cos)):
         with torch.set_grad_enabled(torch.is_grad_enabled() and getattr(weights, name) != 0):
-            pairs = zip(prediction, target)
-            terms[name] = torch.stack([function(p.float(), t.float()) for p, t in pairs]).mean()
+            pairs = ((at_least_float32(p), at_least_float32(t)) for p, t in zip(prediction, target))
+            terms[name] = torch.stack([function(p, t) for p, t in pairs]).mean()
     return terms
-
-
-def identity_linear(in_features: int, out_features: int) -> nn.Linear:
-    """Linear map that starts as the identity; on unequal widths, of the leading coordinates."""
-    linear = nn.Linear(in_features, out_features)
-    nn.init.eye_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
 
 
 class LayerToLayer(Objective):
@@ -107,7 +100,11 @@ class LayerToLayer(Objective):
 
 
 class PredictionLayer(Objective):
-    """Every target is predicted from the last student layer by its own linear + GELU (paper, Table 2 "predlayer")."""
+    """Every target is predicted from the last student layer by its own head.
+
+    DPHuBERT's ablation has linear + GELU (Table 2, "predlayer"), DistilHuBERT linear heads
+    (https://arxiv.org/abs/2110.01900, section 2.2; its loss is ``cos_type: log_sig``).
+    """
 
     @dataclass
     class Config(DistanceWeights):
@@ -115,6 +112,9 @@ class PredictionLayer(Objective):
 
         layers: list[int] = field(default_factory=lambda: [0, 4, 8, 12])
         """Teacher layers to predict."""
+
+        gelu: bool = True
+        """GELU after each linear map."""
 
     def __init__(self, config: PredictionLayer.Config, student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> None:
         super().__init__()
@@ -125,7 +125,8 @@ class PredictionLayer(Objective):
         self.teacher_layers, self.student_layers = max(config.layers), student.num_layers
         self.weights = config.as_terms()
         self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(student.embed_dim, teacher.embed_dim), nn.GELU()) for _ in config.layers
+            nn.Sequential(nn.Linear(student.embed_dim, teacher.embed_dim), nn.GELU() if config.gelu else nn.Identity())
+            for _ in config.layers
         )
 
     def forward(self, passes: Passes) -> dict[str, Tensor]:

@@ -114,6 +114,7 @@ def bad_states(state: dict[str, torch.Tensor]) -> dict[str, tuple[dict, str]]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("case", bad_states({}))
 def test_tensors_that_do_not_fit_are_refused(tiny, tmp_path, case):
     model = tiny("hubert_base")

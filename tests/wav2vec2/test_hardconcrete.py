@@ -154,7 +154,7 @@ def test_masks_do_not_change_the_dtypes_under_autocast(tiny, flags, architecture
             mask.log_alpha.data.fill_(9.0)
         found = []
         for name, module in model.named_modules():
-            if name.endswith(("attention", "feed_forward", "feature_projection")) or ".conv_layers." in name:
+            if name.endswith(("attention", "feed_forward", "feature_extractor")) or ".conv_layers." in name:
                 module.register_forward_hook(
                     lambda _, __, output, name=name: found.append(
                         (name, (output[0] if isinstance(output, tuple) else output).dtype)
@@ -167,6 +167,16 @@ def test_masks_do_not_change_the_dtypes_under_autocast(tiny, flags, architecture
     dense, masked = dtypes(()), dtypes(tuple(flags))
     assert dense == masked
     assert ("encoder.transformer.layers.1.feed_forward", torch.bfloat16) in masked
+    if architecture.endswith("base"):  # elsewhere the last conv layer ends with a norm, in float32
+        assert ("feature_extractor", torch.bfloat16) in masked
+
+
+@pytest.mark.parametrize("architecture", ["hubert_base", "hubert_large", "wavlm_base", "wavlm_large"])
+@pytest.mark.parametrize("training", [True, False])
+def test_masked_models_run_in_bfloat16(tiny, flags, architecture, training):
+    model = tiny(architecture, tuple(flags)).to(torch.bfloat16).train(training)
+    states, _ = model.extract_features(torch.randn(1, 500, dtype=torch.bfloat16))
+    assert {state.dtype for state in states} == {torch.bfloat16}
 
 
 def test_select_and_scale():

@@ -10,6 +10,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.feature_extractor import valid_frames
 from wav2vec2.model import normalize
+from wav2vec2.transformer import PassOptions
 
 ARCHITECTURES = ["hubert_base", "hubert_large", "wavlm_base", "wavlm_large"]
 DUMMY_WEIGHT = "feature_extractor.dummy_weight"
@@ -168,12 +169,14 @@ def test_rows_of_a_padded_batch_equal_the_rows_alone(tiny, architecture, units):
             torch.testing.assert_close(state[row, :num_frames], reference[0], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("keep_maps", [False, True])  # through the fused attention, and written out
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradients_stay_finite_beside_an_empty_row(tiny, architecture):
+def test_gradients_stay_finite_beside_an_empty_row(tiny, architecture, keep_maps):
     model = tiny(architecture, ("conv", "head", "interm")).train()
     waveforms = torch.randn(2, 1000) * torch.tensor([[1.0], [0.0]])
-    states, frames = model.extract_features(waveforms, torch.tensor([1000, 0]))
-    sum(state[0, : frames[0]].square().mean() for state in states).backward()
+    output, frames = model.run(waveforms, torch.tensor([1000, 0]), PassOptions(keep_maps=keep_maps))
+    assert all(state.isfinite().all() for state in output.layers)
+    sum(state[0, : frames[0]].square().mean() for state in output.layers).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
@@ -211,6 +214,17 @@ def test_layer_drop_only_in_training_and_forward(tiny):
     model.train()
     torch.testing.assert_close(model.extract_features(waveforms)[0][-1], expected)
     assert (model(waveforms)[0] - expected).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rate", ["projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout"])
+def test_dropout_only_in_training(tiny, rate):
+    waveforms, plain = torch.randn(1, 1000), tiny("wavlm_base")
+    expected = plain.extract_features(waveforms)[0][-1]
+    model = tiny("wavlm_base", **{f"encoder_{rate}": 0.5})
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model.extract_features(waveforms)[0][-1], expected)
+    assert (model.train().extract_features(waveforms)[0][-1] - expected).abs().max() > 0.1
 
 
 def test_waveforms_of_another_shape_are_refused(tiny):

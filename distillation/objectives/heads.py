@@ -1,0 +1,37 @@
+"""Heads: what maps a student's states to the teacher's, in training only."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from wav2vec2 import Wav2Vec2Model
+
+
+def identity_linear(in_features: int, out_features: int) -> nn.Linear:
+    """Linear map that starts as the identity; on unequal widths, of the leading coordinates."""
+    linear = nn.Linear(in_features, out_features)
+    nn.init.eye_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class LayerHead(nn.Module):
+    """Linear map of one student layer to the teacher's width; first back to T frames if the student is time-reduced.
+
+    Starts as the identity where the widths are equal (the student may be a copy), else at random as published.
+    """
+
+    def __init__(self, student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> None:
+        super().__init__()
+        width, factor = student.embed_dim, student.encoder.transformer.reduction
+        self.upsampler = nn.ConvTranspose1d(width, width, factor, factor) if factor > 1 else None
+        if width == teacher.embed_dim:
+            self.linear = identity_linear(width, width)
+        else:
+            self.linear = nn.Linear(width, teacher.embed_dim)
+
+    def forward(self, state: Tensor, num_frames: int) -> Tensor:
+        """[B, T', D] -> [B, T, E]."""
+        if self.upsampler is not None:
+            state = self.upsampler(state.transpose(1, 2)).transpose(1, 2)[:, :num_frames]
+        return self.linear(state)

@@ -1,0 +1,320 @@
+"""Every shipped recipe: it parses, its student has the published size, it trains as a process, its file loads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from distillation.build import starting_student
+from distillation.config import parse_recipe, recipe_chain
+from distillation.objectives import Objectives
+from distillation.students import backbone_params
+from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
+RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
+# what SPEC's table of fixed students says: learning rate, epochs, utterances, GPUs x accumulation, mask probability
+PUBLISHED = {
+    "fithubert": (5e-4, 100, 3, 2 * 4, None),
+    "fitw2v2": (5e-4, 100, 3, 2 * 4, None),
+    "maskhubert_960h": (5e-4, 200, 18, 2 * 4, 0.8),
+    "armhubert_960h": (5e-3, 200, 18, 2 * 4, 0.8),
+    "armhubert_s_960h": (5e-3, 100, 18, 2 * 4, 0.8),
+    "armhubert_s_100h": (5e-3, 200, 6, 2 * 3, 0.4),
+    "armwavlm_s_960h": (5e-3, 100, 18, 2 * 4, 0.8),
+    "armwavlm_s_100h": (5e-3, 200, 6, 2 * 3, 0.4),
+    "starhubert": (1e-3, 200, 6, 2 * 3, None),
+    "starhubert_l": (1e-3, 200, 6, 2 * 3, None),
+    "starhubert_s": (1e-3, 200, 6, 2 * 3, None),
+    "starhubert_xs": (1e-3, 200, 6, 2 * 3, None),
+}
+NEW = ["dphubert_star", "dphubert_mask", "dpwavlm_star"]
+# backbone, and all heads
+SIZES = {
+    "maskhubert_960h": (None, 26_635_840),
+    "armhubert_960h": (None, 26_448_448),
+    "armhubert_s_960h": (None, 22_394_080),
+    "armhubert_s_100h": (None, 22_394_080),
+    "armwavlm_s_960h": (None, 22_394_080),
+    "armwavlm_s_100h": (None, 22_394_080),
+    "fithubert": (None, 31_629_632),
+    "fitw2v2": (None, 31_629_632),
+    "starhubert": (22_308_592, 22_308_592),
+    "starhubert_l": (26_630_752, 26_630_752),
+}
+
+
+def parse(name: str, *flags: object):
+    return parse_recipe(["--config", str(CONF / f"{name}.yaml"), *map(str, flags)])[0]
+
+
+@pytest.fixture(scope="module")
+def hubert_base() -> Wav2Vec2Model:
+    """Of the published size, at random."""
+    torch.manual_seed(0)
+    return wav2vec2_model(
+        extractor_mode="group_norm",
+        extractor_conv_layer_config=[(512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2],
+        extractor_conv_bias=False,
+        encoder_embed_dim=768,
+        encoder_projection_dropout=0.1,
+        encoder_pos_conv_kernel=128,
+        encoder_pos_conv_groups=16,
+        encoder_num_layers=12,
+        encoder_use_attention=[True] * 12,
+        encoder_use_feed_forward=[True] * 12,
+        encoder_num_heads=[12] * 12,
+        encoder_head_dim=64,
+        encoder_attention_dropout=0.1,
+        encoder_ff_interm_features=[3072] * 12,
+        encoder_ff_interm_dropout=0.0,
+        encoder_dropout=0.1,
+        encoder_layer_norm_first=False,
+        encoder_layer_drop=0.05,
+        aux_num_out=None,
+        normalize_waveform=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def built(hubert_base):
+    """Student and objectives of a recipe, at the published size."""
+    hubert_base.mask_embedding = torch.zeros(768)
+
+    def build(name: str) -> tuple[Wav2Vec2Model, Objectives]:
+        recipe = parse(name)
+        student = starting_student(recipe, hubert_base)
+        return student, Objectives(recipe.objective, student, hubert_base)
+
+    return build
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_sizes(built, name):
+    student, objectives = built(name)
+    backbone, total = SIZES[name]
+    assert backbone_params(student) + objectives.num_params() == total
+    assert backbone in (None, backbone_params(student))
+    assert student.get_num_params().item() == sum(p.numel() for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", ["fithubert", "fitw2v2"])
+def test_size_with_the_last_head_only(built, name):
+    student, objectives = built(name)
+    last = sum(p.numel() for p in objectives.parts["hint"].heads[-1].parameters())
+    assert backbone_params(student) + last == 22_492_064
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("starhubert_s", 14.10), ("starhubert_xs", 9.39), ("distilhubert", 23.49)]
+)
+def test_sizes_known_to_two_decimals(built, name, millions):
+    assert round(backbone_params(built(name)[0]) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name):
+    recipe = parse(name)
+    lr, epochs, utterances, batches, probability = PUBLISHED[name]
+    assert (recipe.optim.lr, recipe.optim.max_epochs) == (lr, epochs)
+    assert (recipe.data.utterances_per_batch, recipe.trainer.batches_per_update) == (utterances, batches)
+    assert (recipe.optim.betas, recipe.optim.eps, recipe.optim.weight_decay) == ((0.9, 0.98), 1e-6, 0.01)
+    assert recipe.optim.clip is None and recipe.optim.warmup_ratio == 0.05 and recipe.final is None
+    assert recipe.optim.schedule == ("cosine" if name.startswith("star") else "linear")
+    assert recipe.data.train == ("train100.tsv" if "100h" in name or name.startswith("star") else "train960.tsv")
+    assert not recipe.data.crop and not recipe.pruning.units
+    masking = recipe.objective.masking
+    assert (masking.probability if masking else None) == probability
+    assert masking is None or (masking.span, masking.min_space, masking.last, masking.hint) == (10, 1, 1.0, 0.1)
+    assert recipe.objective.scale_gradients == name.startswith("arm")
+    thin = recipe.student.thin
+    assert thin.reuse_attention == name.startswith("arm") and (thin.time_reduction == 2) == name.startswith("fit")
+    assert (thin.dropout, thin.input_dropout, thin.num_layers) == (0.1, 0.05, 12)
+    assert thin.heads == (8 if name.startswith("star") else 12)
+
+
+def test_published_settings_of_distilhubert():
+    recipe = parse("distilhubert")
+    optim = recipe.optim
+    assert (optim.lr, optim.max_steps, optim.max_epochs, optim.warmup_ratio, optim.clip) == (
+        2e-4,
+        200_000,
+        None,
+        0.07,
+        5,
+    )
+    assert recipe.data.utterances_per_batch * recipe.trainer.batches_per_update == 24
+    prediction = recipe.objective.prediction_layer
+    assert (prediction.layers, prediction.gelu, prediction.cos_type) == ([4, 8, 12], False, "log_sig")
+    assert (prediction.l1, prediction.l2, prediction.cos) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_new_recipes_prune_as_dphubert_does(name):
+    recipe, base = parse(name), parse("dphubert_base")
+    assert (recipe.pruning, recipe.optim, recipe.final, recipe.data) == (
+        base.pruning,
+        base.optim,
+        base.final,
+        base.data,
+    )
+    assert recipe.objective.layer_to_layer is None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_headers_say_what_to_expect(name):
+    header = re.match(r"(#.*\n)+", (CONF / f"{name}.yaml").read_text())[0]
+    script = re.search(r"scripts/(\S+)( \S+)?", header)
+    assert (ROOT / "scripts" / script[1]).is_file()
+    if name == "demo":
+        return
+    assert "# Hardware: " in header and "# Expected: " in header and " M parameters" in header
+    if script[1] == "run_students.sh":
+        assert script[2].strip() == name and parse(name).exp_dir == Path("exp") / name
+    for file in re.findall(r"\b\w+\.yaml", header):
+        assert (CONF / file).is_file()
+
+
+@pytest.mark.parametrize("name", sorted({*PUBLISHED, "distilhubert", *NEW}))
+def test_recipes_hold_only_what_differs(name):
+    *bases, own = (yaml.safe_load(path.read_text()) for path in recipe_chain(CONF / f"{name}.yaml"))
+
+    def repeated(ours: dict, theirs: dict, path: str) -> list[str]:
+        found = []
+        for key, value in ours.items():
+            if isinstance(value, dict) and isinstance(theirs.get(key), dict):
+                found += repeated(value, theirs[key], f"{path}{key}.")
+            elif key in theirs and theirs[key] == value:
+                found.append(path + key)
+        return found
+
+    merged: dict = {}
+    for base in bases:
+        merge(merged, base)
+    assert repeated(own, merged, "") == []
+
+
+def merge(into: dict, new: dict) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = value
+
+
+# As processes, on a tiny teacher with students to match
+
+
+@pytest.fixture(scope="module")
+def teachers(tiny_config, tmp_path_factory) -> dict[str, Path]:
+    """HuBERT and WavLM, with mask embeddings as the converters write them."""
+    torch.manual_seed(0)
+    wavlm = {key: value for key, value in tiny_config.items() if key not in ("encoder_num_heads", "encoder_head_dim")}
+    wavlm |= {
+        "encoder_total_num_heads": [4] * 4,
+        "encoder_remaining_heads": [[0, 1, 2, 3]] * 4,
+        "encoder_num_buckets": 16,
+        "encoder_max_distance": 40,
+    }
+    folder = tmp_path_factory.mktemp("teachers")
+    for name, config in (("hubert", tiny_config), ("wavlm", wavlm)):
+        save_model(folder / f"{name}.pth", wav2vec2_model(**config), mask_embedding=torch.rand(24))
+    return {name: folder / f"{name}.pth" for name in ("hubert", "wavlm")}
+
+
+def scaled_down(name: str, teachers: dict[str, Path], tsv_dir: Path) -> list[object]:
+    """Flags that fit a recipe to the tiny teacher and five updates on the CPU; the method stays what it is."""
+    recipe = parse(name)
+    flags: dict[str, object] = {
+        "teacher_ckpt": teachers["wavlm" if "wavlm" in name else "hubert"],
+        "teacher_layers": 4,
+        "teacher_width": 24,
+        "data.tsv_dir": tsv_dir,
+        "data.train": "train100.tsv",
+        "data.min_frames": 8000,
+        "data.num_workers": 0,
+        "optim.max_epochs": "null",
+        "optim.max_steps": 5,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.batches_per_update": 2,
+        "trainer.log_every": 1,
+        "trainer.validate_every": 5,
+    }
+    if recipe.data.utterances_per_batch is not None:
+        flags["data.utterances_per_batch"] = 3
+    else:
+        flags["data.seconds_per_batch"] = 5
+    if recipe.student.thin is not None:
+        width = 24 if recipe.student.thin.channels[-1] == recipe.student.thin.width else 16
+        flags |= {"student.thin.num_layers": 4, "student.thin.width": width, "student.thin.heads": 2,
+                  "student.thin.ffn": 20, "student.thin.channels": f"[6,8,{24}]", "student.thin.pos_conv_kernel": 8,
+                  "student.thin.pos_conv_groups": 4}  # fmt: skip
+    if recipe.objective.layer_to_layer is not None:
+        flags["objective.layer_to_layer.layers"] = "[[0],[2,4]]"
+    if recipe.objective.prediction_layer is not None:
+        flags["objective.prediction_layer.layers"] = "[2,4]"
+    if recipe.pruning.units:
+        flags |= {"pruning.target_sparsity": 0.3, "pruning.warmup_steps": 2}
+    if recipe.final is not None:
+        flags["final.max_steps"] = 2
+    return [word for key, value in flags.items() for word in (f"--{key}", value)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*PUBLISHED, "distilhubert", *NEW}))
+def test_five_updates_as_a_process(script, teachers, tsv_dir, tmp_path, name):
+    exp = tmp_path / "exp"
+    flags = ["--config", CONF / f"{name}.yaml", *scaled_down(name, teachers, tsv_dir)]
+    result = script("distill.py", *flags, "--exp_dir", exp)
+    assert "in heads that only training uses" in result.stderr
+    rows = (exp / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 6 and "nan" not in "".join(rows)
+    final = exp / "final.pth"
+    if parse(name).pruning.units:
+        script("prune.py", "--distilled_ckpt", exp / "ckpts/last.ckpt")
+        if name == NEW[0]:
+            script("final_distill.py", *flags, "--student_ckpt", exp / "pruned.pth", "--exp_dir", exp / "final")
+            final = exp / "final" / "final.pth"
+        else:
+            final = exp / "pruned.pth"
+    model, teacher = load_model(final), load_model(teachers["hubert"])
+    for samples in (400, 9000, 9300):
+        waveforms = torch.randn(2, samples)
+        states, targets = model.extract_features(waveforms)[0], teacher.extract_features(waveforms)[0]
+        assert {s.shape[1] for s in states} == {targets[0].shape[1]} and all(s.isfinite().all() for s in states)
+
+
+@pytest.mark.slow
+def test_a_student_resumes_and_starts_step_2_with_its_heads(script, teachers, tsv_dir, tmp_path):
+    """The masking objective has a trained embedding besides its heads; both must survive prune.py."""
+    flags = ["--config", CONF / "dphubert_mask.yaml", *scaled_down("dphubert_mask", teachers, tsv_dir)]
+    exp = tmp_path / "exp"
+    script("distill.py", *flags, "--exp_dir", exp)
+    script("prune.py", "--distilled_ckpt", exp / "ckpts/last.ckpt")
+    result = script("final_distill.py", *flags, "--student_ckpt", exp / "pruned.pth", "--exp_dir", exp / "final")
+    assert "start afresh" not in result.stderr
+    heads = torch.load(exp / "final/final.pth", weights_only=True)["distill_linear_projs"]
+    assert "mask_embedding" in heads
+
+
+def test_an_unknown_student_is_one_line(script_error, teachers, tsv_dir, tmp_path):
+    flags = [
+        "--config",
+        CONF / "fithubert.yaml",
+        *scaled_down("fithubert", teachers, tsv_dir),
+        "--exp_dir",
+        tmp_path / "e",
+    ]
+    assert "student.wide" in script_error("distill.py", *flags, "--student.wide.width", 4)
+    line = script_error("distill.py", *flags, "--student.layers.layers", "[1]")
+    assert "student: thin and layers are set, a student can be only one of them" in line
+    assert "heads is 5: it must divide the width 16" in script_error("distill.py", *flags, "--student.thin.heads", 5)
+    recipe = script_error("distill.py", "--config", CONF / "fithuber.yaml")
+    assert "no such recipe; those in conf/ are " in recipe and "fithubert" in recipe and "starhubert_xs" in recipe
+    assert not (tmp_path / "e").exists()

@@ -1,31 +1,98 @@
-"""A user's mistake becomes one line and exit code 2; anything else keeps its traceback."""
+"""A user's mistake, a full disk or an interruption becomes one line and an exit code; a bug keeps its traceback.
+
+Exit codes: 0 done; 2 something must be put right first; 75 stopped by a signal, saved, the same command resumes;
+130 Ctrl-C; 1 a bug, or another process of the run died.
+"""
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import sys
 from collections.abc import Callable
 
+import torch
+
 from wav2vec2 import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again
+
+ADVICE = {
+    errno.ENOSPC: "make room and run again",
+    errno.EDQUOT: "make room and run again",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f) and run again",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that can be written, or change its rights",
+    errno.EPERM: "choose a folder that can be written, or change its rights",
+    errno.ENOTDIR: "a part of this path is a file",
+    errno.EIO: "is the disk or network mount there? Then run again",
+    errno.ESTALE: "is the network mount there? Then run again",
+    errno.ENOTCONN: "is the network mount there? Then run again",
+}
 
 
 class UserError(ValueError):
     """Bad input: the message names the file and the value, and says what to do."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and has saved."""
+
+
+class PeerLost(Exception):
+    """Another process of the run is gone; its own error says why."""
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate the ``main`` of a script: set up logging, report user errors in one line, exit with code 2."""
+    """Decorate the ``main`` of a script: set up logging, report what a user can cure in one line, set the exit code."""
 
     @functools.wraps(main)
     def run(*args: object, **kwargs: object) -> None:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
         try:
             main(*args, **kwargs)
-        except (UserError, CheckpointError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
+        except Stopped as error:
+            print(f"stopped: {error}", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         except KeyboardInterrupt:
             sys.exit(130)
+        except Exception as error:
+            message = describe(error)
+            if message is None:
+                raise
+            logger.debug("traceback", exc_info=True)
+            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+            sys.exit(FAILED if isinstance(error, PeerLost) else MISTAKE)
 
     return run
+
+
+def describe(error: Exception) -> str | None:
+    """What to tell a user about an error that is no bug; None for a bug."""
+    text = str(error)
+    if isinstance(error, UserError | CheckpointError | PeerLost):
+        return text
+    if isinstance(error, OSError):
+        return describe_os_error(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory: {text.splitlines()[0]}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "out of memory: lower --data.seconds_per_batch or --data.num_workers"
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        reason = text.split(". ")[0]
+        return f"{reason}: out of memory, or of shared memory? Lower --data.num_workers, in Docker raise --shm-size"
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader timed out"):
+        return f"{text.split('. ')[0]}: is the disk or network mount of the audio there?"
+    return None
+
+
+def describe_os_error(error: OSError) -> str:
+    """The file, the reason and what to do."""
+    if error.strerror is None:
+        return str(error)
+    what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    advice = ADVICE.get(error.errno or 0)
+    return what if advice is None else f"{what}; {advice} (what was complete before is intact)"

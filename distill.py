@@ -13,6 +13,7 @@ from distillation.architecture import format_architecture
 from distillation.build import build_run, load_teacher, starting_student, update_count
 from distillation.config import parse_recipe, save_resolved
 from distillation.errors import command
+from distillation.runlock import run_lock
 from distillation.sparsity import make_prunable
 from lightning import AudioDataModule, build_trainer, fit
 from wav2vec2 import prune, save_model
@@ -30,13 +31,14 @@ def main() -> None:
     max_steps = update_count(recipe.optim, data)
     trainer = build_trainer(recipe, recipe.optim, max_steps)
     module = build_run(recipe, recipe.optim, max_steps, student, teacher, pruning=recipe.pruning, resolved=resolved)
-    save_resolved(resolved, recipe.exp_dir)
-    fit(module, data, trainer, recipe)
-    if not trainer.is_global_zero:
-        return
-    if not recipe.pruning.units:
-        save_model(recipe.exp_dir / "final.pth", student, module.objectives.head_state())
-        logger.info("wrote %s", recipe.exp_dir / "final.pth")
+    with run_lock(recipe.exp_dir, owner=trainer.is_global_zero):
+        if trainer.is_global_zero:
+            save_resolved(resolved, recipe.exp_dir)
+        fit(module, data, trainer, recipe)
+        if trainer.is_global_zero and not recipe.pruning.units:
+            save_model(recipe.exp_dir / "final.pth", student, module.objectives.head_state())
+            logger.info("wrote %s", recipe.exp_dir / "final.pth")
+    if not trainer.is_global_zero or not recipe.pruning.units:
         return
     _, found = prune(student)
     num_params = student.get_num_params().item()

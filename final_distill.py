@@ -12,6 +12,7 @@ import logging
 from distillation.build import build_run, load_teacher, update_count
 from distillation.config import parse_recipe, save_resolved
 from distillation.errors import UserError, command
+from distillation.runlock import run_lock
 from lightning import AudioDataModule, build_trainer, fit
 from wav2vec2 import save_model
 from wav2vec2.checkpoint import load_checkpoint
@@ -39,11 +40,13 @@ def main() -> None:
     module = build_run(recipe, recipe.final, max_steps, student.model, teacher, pruning=None, resolved=resolved)
     if not module.objectives.load_head_state(student.heads, recipe.student_ckpt):
         logger.warning("%s holds no distillation heads: they start afresh", recipe.student_ckpt)
-    save_resolved(resolved, recipe.exp_dir)
-    fit(module, data, trainer, recipe)
-    if trainer.is_global_zero:
-        save_model(recipe.exp_dir / "final.pth", student.model, module.objectives.head_state())
-        logger.info("wrote %s", recipe.exp_dir / "final.pth")
+    with run_lock(recipe.exp_dir, owner=trainer.is_global_zero):
+        if trainer.is_global_zero:
+            save_resolved(resolved, recipe.exp_dir)
+        fit(module, data, trainer, recipe)
+        if trainer.is_global_zero:
+            save_model(recipe.exp_dir / "final.pth", student.model, module.objectives.head_state())
+            logger.info("wrote %s", recipe.exp_dir / "final.pth")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ This file shadows the package ``lightning`` for programs run from here: import `
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,23 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 from distillation.config import Recipe, TrainerConfig
 from distillation.data import Batch, DataConfig, make_train_loader, make_valid_loader, read_tsv
 from distillation.errors import UserError
+from distillation.guards import BatchGuard
 from distillation.metrics import MetricsCSV, RunningMeans
 from distillation.objectives import Objectives, Teacher
 from distillation.optim import OptimConfig, lr_factor, param_groups
+from distillation.processes import outlive_stop_signal, supervised
+from distillation.progress import AtomicCheckpointIO, Progress, metrics_table
 from distillation.sparsity import Lagrangian, PruningConfig
-from wav2vec2 import Wav2Vec2Model
-from wav2vec2.checkpoint import read_torch_file, replacing
+from wav2vec2 import CheckpointError, Wav2Vec2Model
+from wav2vec2.checkpoint import read_torch_file
 
 logger = logging.getLogger(__name__)
 # Lightning's own advice on the console; what a user must know is logged here or raised
@@ -57,7 +58,12 @@ class DistillModule(pl.LightningModule):
         pruning: rates of the masks and multipliers.
         seed: of masks and dropout.
         recipe: resolved YAML, kept in checkpoints.
+
+    Attributes:
+        guard: counts what is left out; set before training.
     """
+
+    guard: BatchGuard
 
     def __init__(
         self,
@@ -84,27 +90,53 @@ class DistillModule(pl.LightningModule):
     on_validation_start = on_fit_start
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Copy a batch; one with unreadable files ends the run."""
-        if batch.errors:
-            more = f" (and {len(batch.errors) - 1} more)" if len(batch.errors) > 1 else ""
-            raise UserError(f"{batch.errors[0]}{more}")
+        """Copy a batch."""
         return batch.to(device, non_blocking=True)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
         seed_micro_batch(self.seed, batch.number)
-        loss = self.objectives(self.teacher, self.student, batch.waveforms, batch.lengths)
-        total = loss.total
-        metrics = {"train/distill": loss.total.detach(), **{f"train/{k}": v for k, v in loss.terms.items()}}
+        self.guard.read("train", batch)
+        penalty = torch.zeros((), device=self.device)
         if self.lagrangian is not None:
-            num_params = self.student.get_num_params()
-            total = total + self.lagrangian(num_params, self.global_step)
-        metrics["train/loss"] = total.detach()
-        self.means.add(metrics, batch.seconds)
+            penalty = self.lagrangian(self.student.get_num_params(), self.global_step)
+        if not len(batch.waveforms):  # no file could be read; the other ranks wait for a gradient of everything
+            return penalty + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
+        loss = self.objectives(self.teacher, self.student, batch.waveforms, batch.lengths)
+        total = loss.total + penalty
+        self.guard.loss(self.global_step, total, batch)
+        metrics = {"train/distill": loss.total.detach(), **{f"train/{k}": v for k, v in loss.terms.items()}}
+        self.means.add({**metrics, "train/loss": total.detach()}, batch.seconds)
         return total
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of the whole gradient; an update whose gradient is not finite will have no effect.
+
+        The norm is the same on all ranks. The fused optimizer reads the flag on the device: nobody waits for it.
+        """
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        if self.optim.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(params, self.optim.clip, norm)
+        finite = norm.isfinite()
+        if self._scales_loss:  # the scaler skips by itself, often without trouble: what counts is the loss
+            self.guard.gradient(self.global_step, None)
+        else:
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.guard.gradient(self.global_step, finite)
+
+    @property
+    def _scales_loss(self) -> bool:
+        return self.trainer.precision == "16-mixed"
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same loss with the eval masks, weighted by seconds of audio, over all ranks."""
+        self.guard.read("valid", batch)
         if not len(batch.waveforms):
             return
         loss = self.objectives(self.teacher, self.student, batch.waveforms, batch.lengths)
@@ -117,14 +149,16 @@ class DistillModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Reduce over ranks and log."""
+        self.guard.settle(self.trainer)
         metrics = self.validation.reduce(self.trainer, self.device)
         metrics.pop("seconds")
         self._log(metrics)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """AdamW with one schedule for all groups (the masks' rates may be kept constant)."""
         groups = param_groups(self, self.lagrangian, self.optim, self.pruning)
-        fused = self.device.type in ("cpu", "cuda")
+        # the fused update would take the scaling out of the gradient itself, after it has been clipped
+        fused = self.device.type in ("cpu", "cuda") and not self._scales_loss
         optimizer = torch.optim.AdamW(groups, betas=self.optim.betas, eps=self.optim.eps, fused=fused)
         steps = self.optim.max_steps
         warmup = self.optim.resolved_warmup(steps)
@@ -136,11 +170,14 @@ class DistillModule(pl.LightningModule):
             return 1.0
 
         keep = self.pruning is not None and self.pruning.constant_lr
-        factors = [constant if keep and group["name"] in ("log_alpha", "lambda") else scheduled for group in groups]
+        factors: list[Any] = [
+            constant if keep and group["name"] in ("log_alpha", "lambda") else scheduled for group in groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
 
     def log_training(self) -> None:
-        """Log the means since the last row, and where the constraint and the rates stand."""
+        """Log the means since the last row, what was left out, and where the constraint and the rates stand."""
+        self.guard.settle(self.trainer)
         metrics = self.means.reduce(self.trainer, self.device)
         seconds = metrics.pop("seconds")
         metrics["speed/audio_seconds_per_second"] = seconds / max(1e-9, self.means.elapsed())
@@ -152,6 +189,7 @@ class DistillModule(pl.LightningModule):
             metrics["lagrangian/lambda2"] = self.lagrangian.lambda2.item()
         for group in self.trainer.optimizers[0].param_groups:
             metrics[f"lr/{group['name']}"] = group["lr"]
+        metrics.update(self.guard.metrics())
         self.means = RunningMeans()
         self._log(metrics)
 
@@ -164,21 +202,36 @@ class DistillModule(pl.LightningModule):
         checkpoint["student_config"] = self.student.config
         checkpoint["heads"] = self.objectives.head_state()
         checkpoint["recipe"] = self.recipe
+        self.guard.settle(self.trainer)
+        checkpoint["guard"] = self.guard.state()
         checkpoint["means"] = self.means.state(self.trainer, self.device)
         if self.lagrangian is not None:
             checkpoint["num_params_before"] = self.lagrangian.num_params_before
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another network; continue the row of metrics that was being gathered."""
-        if checkpoint.get("student_config") != self.student.config:
-            raise UserError("the checkpoint holds another network than this recipe builds: use another --exp_dir")
+        """Continue the counts and the row of metrics that were being gathered."""
+        self.guard.load_state(checkpoint["guard"])
         self.means = RunningMeans.from_state(checkpoint["means"], self.trainer.global_rank, self.device)
+
+    def check(self, checkpoint: dict[str, Any], source: Path) -> None:
+        """Refuse the checkpoint of another network or objective.
+
+        Raises:
+            UserError: naming ``source``.
+        """
+        state, expected = checkpoint.get("state_dict"), self.state_dict()
+        fits = isinstance(state, dict) and state.keys() == expected.keys()
+        if checkpoint.get("student_config") != self.student.config or not fits:
+            raise UserError(f"{source}: holds another network or objective than this recipe: use another --exp_dir")
+        for name, tensor in state.items():  # type: ignore[union-attr]
+            if not isinstance(tensor, Tensor) or tensor.shape != expected[name].shape or tensor.layout != torch.strided:
+                raise UserError(f"{source}: {name} does not fit this recipe: use another --exp_dir")
 
 
 def _freeze_unused(student: Wav2Vec2Model, num_layers: int) -> None:
     """Freeze what no objective looks at: it would never get a gradient, and DDP waits for one."""
     transformer = student.encoder.transformer
-    unused = [*transformer.layers[num_layers:], student.aux]
+    unused: list[Any] = [*transformer.layers[num_layers:], student.aux]
     if transformer.layer_norm_first:  # hidden states come before the final norm
         unused.append(transformer.layer_norm)
     for module in unused:
@@ -206,7 +259,7 @@ class AudioDataModule(pl.LightningDataModule):
         gpu = self.trainer.strategy.root_device.type == "cuda"
         per_node = max(1, self.trainer.world_size // self.trainer.num_nodes)
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size, "pin_memory": gpu,
-                "ranks_per_node": per_node}  # fmt: skip
+                "ranks_per_node": per_node, "worker_init_fn": outlive_stop_signal}  # fmt: skip
 
     def train_dataloader(self) -> Any:
         """Endless."""
@@ -217,82 +270,6 @@ class AudioDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> Any:
         """This rank's share."""
         return make_valid_loader(self.valid_manifest, self.config, **self._ranks())
-
-
-class Progress(pl.Callback):
-    """Progress bar over updates, rows of metrics, and checkpoints; all at update boundaries.
-
-    Args:
-        config: intervals.
-        last: path of the newest checkpoint.
-        max_steps: updates of the run.
-    """
-
-    def __init__(self, config: TrainerConfig, last: Path, max_steps: int) -> None:
-        self.config, self.last, self.max_steps = config, last, max_steps
-        self.bar: tqdm | None = None
-        self.saved_at = time.monotonic()
-        self.step = -1
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Open the bar where the run stands."""
-        self.step = trainer.global_step
-        for sink in trainer.loggers:
-            if isinstance(sink, MetricsCSV):
-                sink.resume(trainer.global_step)
-        self.bar = tqdm(total=self.max_steps, initial=trainer.global_step, desc="train", unit="update",
-                        dynamic_ncols=True, disable=not trainer.is_global_zero, mininterval=1.0)  # fmt: skip
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """After an update: log and save when it is time."""
-        assert isinstance(module, DistillModule) and self.bar is not None
-        if trainer.global_step == self.step:  # accumulating
-            return
-        self.step = trainer.global_step
-        self.bar.update(1)
-        if self.step % self.config.log_every == 0 or self.step == self.max_steps:
-            module.log_training()
-            shown = {k: v for k, v in (trainer.loggers[-1].rows[-1] if trainer.is_global_zero else {}).items()
-                     if k in ("train/distill", "sparsity/expected", "sparsity/target")}  # fmt: skip
-            self.bar.set_postfix({k.split("/")[1]: f"{float(v):.4f}" for k, v in shown.items()}, refresh=False)
-        if not self._validates(trainer):  # otherwise after it, so that no validation is lost
-            self._save_if_due(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The checkpoint that waited for the validation."""
-        if trainer.state.fn == "fit":
-            self._save_if_due(trainer)
-
-    def _validates(self, trainer: pl.Trainer) -> bool:
-        return self.step % min(self.config.validate_every, self.max_steps) == 0
-
-    def _save_if_due(self, trainer: pl.Trainer) -> None:
-        late = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
-        late = trainer.strategy.broadcast(late)
-        if late or self.step % self.config.checkpoint_every == 0 or self.step == self.max_steps:
-            trainer.save_checkpoint(self.last)
-            self.saved_at = time.monotonic()
-
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint appears under its name when it is complete, never before."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write to a temporary name, flush, rename."""
-        with replacing(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
 
 
 def fit_batches(data: DataConfig, trainer: TrainerConfig, world_size: int) -> int:
@@ -331,9 +308,13 @@ def build_trainer(recipe: Recipe, optim: OptimConfig, max_steps: int) -> pl.Trai
     strategy: str | Strategy = "auto"
     if world_size > 1:
         backend = "nccl" if accelerator == "gpu" else "gloo"
-        strategy = DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
+        # no exchange of buffers: ranks may validate on unequal numbers of batches
+        strategy = DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True, broadcast_buffers=False)
     logger.info("%d process(es), %d micro-batches each per update", world_size, accumulate)
-    return pl.Trainer(
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # the batch script does
+    trainer = pl.Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=config.num_nodes,
@@ -352,25 +333,64 @@ def build_trainer(recipe: Recipe, optim: OptimConfig, max_steps: int) -> pl.Trai
         enable_checkpointing=False,
         log_every_n_steps=config.log_every,
         logger=[TensorBoardLogger(recipe.exp_dir, name="", version=""), MetricsCSV(recipe.exp_dir / "metrics.csv")],
-        callbacks=[Progress(config, recipe.exp_dir / "ckpts" / "last.ckpt", max_steps)],
-        plugins=[AtomicCheckpointIO()],
+        callbacks=[Progress(recipe, recipe.exp_dir / "ckpts" / "last.ckpt", max_steps)],
+        plugins=plugins,
         default_root_dir=recipe.exp_dir,
         benchmark=False,
     )
+    # Signals are heard by distillation.processes. Lightning's own handlers wait for all ranks inside the handler, and
+    # its loop asks the device before every micro-batch whether one came.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def fit(module: DistillModule, data: AudioDataModule, trainer: pl.Trainer, recipe: Recipe) -> None:
-    """Train to the end, from ``ckpts/last.ckpt`` where there is one."""
-    exp_dir, validate_every = recipe.exp_dir, recipe.trainer.validate_every
+    """Train to the end, from ``ckpts/last.ckpt`` where there is one.
+
+    Raises:
+        UserError: the checkpoint cannot be continued, or too much of the data or of the updates is bad.
+        Stopped: a signal asked for it; everything is saved.
+        PeerLost: another process of the run died.
+    """
+    exp_dir, max_steps = recipe.exp_dir, trainer.max_steps
     last = exp_dir / "ckpts" / "last.ckpt"
+    module.guard = BatchGuard(
+        {"train": data.train_manifest, "valid": data.valid_manifest},
+        recipe.data.max_bad_share,
+        recipe.trainer.max_skipped_updates,
+        exp_dir / "bad_files.tsv",
+    )
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    progress = next(callback for callback in callbacks if isinstance(callback, Progress))
+    table = metrics_table(trainer)
+    validate_last = max_steps % min(recipe.trainer.validate_every, max_steps) != 0
     resume = last if last.is_file() else None
+    step = 0
     if resume is not None:
-        step = read_torch_file(resume).get("global_step")
-        logger.info("resuming from %s at update %s", resume, step)
-        if step == trainer.max_steps:
-            logger.info("%s is complete", exp_dir)
-            module.load_state_dict(read_torch_file(resume)["state_dict"])
-            return
-    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    if trainer.max_steps % validate_every:  # the last weights are always validated
-        trainer.validate(module, data, verbose=False)
+        content = read_torch_file(resume)
+        found = content.get("global_step")
+        if not isinstance(found, int) or found < 0 or "pytorch-lightning_version" not in content:
+            raise UserError(f"{resume}: not a checkpoint of a run: move it away to start afresh")
+        step = found
+        module.check(content, resume)
+        logger.info("resuming from %s at update %d", resume, step)
+    table.resume(step)
+    if step == max_steps and not (validate_last and "valid/distill" not in table.row(max_steps)):
+        logger.info("%s is complete", exp_dir)
+        module.load_state_dict(content["state_dict"])
+        return
+    with progress.stop, supervised(trainer):
+        try:
+            trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        except UNREADABLE as error:
+            if resume is None or progress.step > progress.first_step or isinstance(error, UserError | CheckpointError):
+                raise
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise UserError(f"{resume}: cannot be continued ({reason}): move it away to start afresh") from error
+        if validate_last:
+            trainer.validate(module, data, verbose=False)
+
+
+# What a checkpoint of the right kind with wrong content raises, at the latest in the first update.
+UNREADABLE = (KeyError, TypeError, AttributeError, ValueError, IndexError, AssertionError)

@@ -99,7 +99,8 @@ def evaluate(
                                       dynamic_ncols=True) as bar:  # fmt: skip
         for batch in loader:
             if batch.errors:
-                raise UserError(batch.errors[0])
+                path, reason = next(iter(batch.errors.items()))
+                raise UserError(f"{path}: {reason}")
             batch = batch.to(device)
             states = teacher.extract_features(batch.waveforms, batch.lengths)[0] if comparable else []
             for name, student in students.items():

@@ -91,6 +91,16 @@ def read_crop(path: Path, start: int, num_frames: int, sample_rate: int) -> np.n
     return waveform
 
 
+def level_of(waveform: np.ndarray) -> str | None:
+    """``silent`` or ``clipped`` where a stretch of audio ``[N]`` is suspicious, though it can be used."""
+    level = np.abs(waveform)
+    peak = level.max()
+    if peak < SILENCE_PEAK:
+        return "silent"
+    clipped = peak >= CLIPPED_LEVEL and np.count_nonzero(level >= CLIPPED_LEVEL) > CLIPPED_SHARE * len(level)
+    return "clipped" if clipped else None
+
+
 def check_audio(path: Path, num_frames: int) -> Finding | None:
     """Decode a whole file whose header promises ``num_frames`` and name the worst thing found, if any."""
     count, clipped, peak = 0, 0, 0.0

@@ -70,6 +70,9 @@ class DataConfig:
     valid_seconds_per_batch: float = 160.0
     """Most seconds of audio in one validation batch, padding included."""
 
+    max_bad_share: float = 0.001
+    """Share of the files of a list that may turn out unreadable; they are left out, more of them end the run."""
+
     def __post_init__(self) -> None:
         for name in ("sample_rate", "num_buckets"):
             if getattr(self, name) < 1:
@@ -82,6 +85,8 @@ class DataConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 < value <= MAX_FRAMES / self.sample_rate):
                 raise UserError(f"data.{name} is {value}: it must be a positive number of seconds")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"data.max_bad_share is {self.max_bad_share}: it must lie in [0, 1]")
         if self.min_frames < MIN_INPUT_FRAMES:
             raise UserError(
                 f"data.min_frames is {self.min_frames}: the models need at least {MIN_INPUT_FRAMES} samples"

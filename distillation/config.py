@@ -5,11 +5,12 @@ A recipe names another as its ``base`` and holds only what differs. Flags overri
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import jsonargparse
 import yaml
@@ -62,10 +63,17 @@ class TrainerConfig:
     checkpoint_minutes: float = 15.0
     """Minutes after which a checkpoint is written in any case."""
 
+    max_skipped_updates: int = 25
+    """Updates that may be left without effect, since a loss or gradient is not finite; more of them end the run."""
+
     def __post_init__(self) -> None:
         for name in ("num_nodes", "batches_per_update", "log_every", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}: it must be at least 1")
+        if not self.checkpoint_minutes > 0:
+            raise UserError(f"trainer.checkpoint_minutes is {self.checkpoint_minutes}: it must be positive")
+        if self.max_skipped_updates < 0:
+            raise UserError(f"trainer.max_skipped_updates is {self.max_skipped_updates}: it must be at least 0")
         if self.devices != "auto" and self.devices < 1:
             raise UserError(f"trainer.devices is {self.devices}: it must be at least 1, or auto")
 
@@ -186,6 +194,11 @@ def _expand_bases(argv: list[str]) -> tuple[list[str], list[str]]:
     for word in words:
         name, equals, value = word.partition("=")
         if name != "--config":
+            if name.startswith("--") and "." in name:
+                nested: object = None
+                for part in reversed(name[2:].split(".")):
+                    nested = {part: nested}
+                _check_names(nested, Recipe, "--")
             expanded.append(word)
             continue
         path = value if equals else next(words, None)
@@ -222,11 +235,30 @@ def recipe_chain(path: Path) -> list[Path]:
             content = {}
         if not isinstance(content, dict):
             raise UserError(f"{current}: a recipe is a mapping of settings, found a {type(content).__name__}")
+        _check_names(content, Recipe, f"{current}: ")
         base = content.get("base")
         if base is not None and not isinstance(base, str):
             raise UserError(f"{current}: base is {base!r}, it must be the name of a recipe")
         current = None if base is None else current.parent / base
     return chain[::-1]
+
+
+def _check_names(content: object, kind: object, path: str) -> None:
+    """Refuse unknown names with a list of the known ones; a section that is empty is no excuse.
+
+    Args:
+        content: mapping of settings, or a value.
+        kind: type of the section.
+        path: what comes before the names in messages.
+    """
+    section = next((t for t in (kind, *get_args(kind)) if isinstance(t, type) and dataclasses.is_dataclass(t)), None)
+    if section is None or not isinstance(content, dict):
+        return
+    hints = get_type_hints(section)
+    for name, value in content.items():
+        if name not in hints:
+            raise UserError(f"{path}{name}: no such setting; there are {', '.join(hints)}")
+        _check_names(value, hints[name], f"{path}{name}.")
 
 
 def save_resolved(resolved: str, exp_dir: Path) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from distillation.audio import AudioError, read_crop
+from distillation.audio import AudioError, level_of, read_crop
 from distillation.batching import (
     BatchStream,
     Crop,
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 # One core decodes FLAC several hundred times faster than real time; more readers than this only cost memory.
 MAX_AUTO_WORKERS = 8
+# A reader that gives nothing for so long waits for a file system that is gone.
+READ_TIMEOUT_SECONDS = 900.0
 
 
 @dataclass
@@ -67,14 +70,20 @@ class Batch:
     files: list[str]
     """Path of each row."""
 
-    errors: list[str]
-    """One line per file that was left out."""
+    errors: dict[str, str]
+    """Path of each file that was left out, and why."""
 
     seconds: float
     """Seconds of audio, without padding."""
 
     read_seconds: float
     """Time that one worker took to read the batch, for the loader's share of the step."""
+
+    silent: list[str] = field(default_factory=list)
+    """Paths of the rows without sound."""
+
+    clipped: list[str] = field(default_factory=list)
+    """Paths of the rows that are distorted by full scale."""
 
     def pin_memory(self) -> Batch:
         """Copy in page-locked memory; called by the loader."""
@@ -98,17 +107,24 @@ class AudioDataset(Dataset[Batch]):
         begin = time.perf_counter()
         rows: list[Tensor] = []
         files: list[str] = []
-        errors: list[str] = []
+        errors: dict[str, str] = {}
+        levels: dict[str | None, list[str]] = {"silent": [], "clipped": []}
         for crop in item.crops:
             path = self.manifest.file(crop.index)
             try:
-                rows.append(torch.from_numpy(read_crop(path, crop.start, crop.num_frames, self.sample_rate)))
-                files.append(str(path))
+                waveform = read_crop(path, crop.start, crop.num_frames, self.sample_rate)
             except AudioError as error:
-                errors.append(str(error))
+                errors[str(path)] = error.reason
+                continue
+            rows.append(torch.from_numpy(waveform))
+            files.append(str(path))
+            levels.setdefault(level_of(waveform), []).append(str(path))
         waveforms, lengths = _pad(rows)
         seconds = sum(map(len, rows)) / self.sample_rate
-        return Batch(waveforms, lengths, item.number, files, errors, seconds, time.perf_counter() - begin)
+        taken = time.perf_counter() - begin
+        return Batch(
+            waveforms, lengths, item.number, files, errors, seconds, taken, levels["silent"], levels["clipped"]
+        )
 
 
 def make_train_loader(
@@ -121,6 +137,7 @@ def make_train_loader(
     start: int = 0,
     pin_memory: bool = False,
     ranks_per_node: int | None = None,
+    worker_init_fn: Callable[[int], None] | None = None,
 ) -> DataLoader[Batch]:
     """Endless loader of one rank's training batches; its ``sampler`` is the `BatchStream`.
 
@@ -133,6 +150,7 @@ def make_train_loader(
         start: micro-batches that all ranks together have used before.
         pin_memory: deliver batches in page-locked memory, for a GPU.
         ranks_per_node: processes that share this machine's cores; None: all of them.
+        worker_init_fn: called in every reading process with its number.
 
     Raises:
         UserError: no utterance has a usable length, or one is longer than a batch.
@@ -142,7 +160,7 @@ def make_train_loader(
         logger.info("training data, %s", selection.summary)
     stream = BatchStream(selection, config, seed=seed, rank=rank, world_size=world_size, start=start)
     num_workers = _num_workers(config, ranks_per_node or world_size)
-    return _make_loader(manifest, config, stream, num_workers, pin_memory)
+    return _make_loader(manifest, config, stream, num_workers, pin_memory, worker_init_fn)
 
 
 def make_valid_loader(
@@ -153,6 +171,7 @@ def make_valid_loader(
     world_size: int = 1,
     pin_memory: bool = False,
     ranks_per_node: int | None = None,
+    worker_init_fn: Callable[[int], None] | None = None,
 ) -> DataLoader[Batch]:
     """Loader of one rank's share of the validation data, the same in every pass. Arguments as `make_train_loader`."""
     selection = select_utterances(manifest, config)
@@ -160,7 +179,7 @@ def make_valid_loader(
         logger.info("validation data, %s", selection.summary)
     batches = ValidationBatches(selection, config, rank=rank, world_size=world_size)
     num_workers = min(_num_workers(config, ranks_per_node or world_size), len(batches))
-    return _make_loader(manifest, config, batches, num_workers, pin_memory)
+    return _make_loader(manifest, config, batches, num_workers, pin_memory, worker_init_fn)
 
 
 def _make_loader(
@@ -169,6 +188,7 @@ def _make_loader(
     sampler: BatchStream | ValidationBatches,
     num_workers: int,
     pin_memory: bool,
+    worker_init_fn: Callable[[int], None] | None,
 ) -> DataLoader[Batch]:
     return DataLoader(
         AudioDataset(manifest, config.sample_rate),
@@ -177,6 +197,8 @@ def _make_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
+        timeout=READ_TIMEOUT_SECONDS if num_workers else 0,
+        worker_init_fn=worker_init_fn,
         # The loader draws a number for its workers, which ignore it: not from the generator that draws the masks.
         generator=torch.Generator(),
     )

@@ -1,12 +1,14 @@
 """Metrics of a run: means over updates and ranks, and the table that the report reads.
 
 Columns of ``metrics.csv``: step; train/loss, train/distill and train/<term>; valid/distill and valid/<term>;
-sparsity/expected, sparsity/target, lagrangian/lambda1, lagrangian/lambda2; lr/<group>; speed/audio_seconds_per_second.
+sparsity/expected, sparsity/target, lagrangian/lambda1, lagrangian/lambda2; lr/<group>; speed/audio_seconds_per_second;
+and totals since the start: skipped/files and skipped/updates, audio/silent and audio/clipped (stretches of audio).
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -21,38 +23,43 @@ from wav2vec2.checkpoint import replacing
 
 
 class RunningMeans:
-    """Sums of metrics on the device, so that logging waits for the device only when a row is written."""
+    """Sums of metrics on the device, so that logging waits for the device only when a row is written.
+
+    Micro-batches with a value that is not finite count for the seconds of audio alone.
+    """
 
     def __init__(self, weighted: bool = False) -> None:
         self.weighted = weighted
         self.sums: dict[str, Tensor] = {}
-        self.weight = 0.0
+        self.weight: Tensor | float = 0.0
         self.seconds = 0.0
         self.begin = time.perf_counter()
 
     def add(self, values: dict[str, Tensor], seconds: float) -> None:
         """Add the values of one micro-batch that holds ``seconds`` of audio."""
-        weight = seconds if self.weighted else 1.0
-        for name, value in values.items():
-            value = value.detach().double() * weight
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        finite = stacked.isfinite().all()
+        weight = finite * (seconds if self.weighted else 1.0)
+        for name, value in zip(values, torch.where(finite, stacked, 0.0) * weight):
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.weight += weight
+        self.weight = self.weight + weight.double()
         self.seconds += seconds
 
     def reduce(self, trainer: pl.Trainer, device: torch.device) -> dict[str, float]:
         """Means over all ranks, and the ``seconds`` of audio of all of them."""
         weight, seconds, sums = self._gather(trainer, device)
-        return {"seconds": seconds, **{name: value / max(weight, 1e-9) for name, value in sums.items()}}
+        return {"seconds": seconds, **{name: value / weight if weight else math.nan for name, value in sums.items()}}
 
     def _gather(self, trainer: pl.Trainer, device: torch.device) -> tuple[float, float, dict[str, float]]:
         names = trainer.strategy.broadcast(sorted(self.sums))
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        counts = torch.tensor([self.weight, self.seconds], dtype=torch.float64, device=device)
-        packed = torch.cat([counts, *(self.sums.get(name, zero).to(device).view(1) for name in names)])
+        weight = torch.as_tensor(self.weight, dtype=torch.float64, device=device).view(1)
+        seconds = torch.tensor([self.seconds], dtype=torch.float64, device=device)
+        packed = torch.cat([weight, seconds, *(self.sums.get(name, zero).to(device).view(1) for name in names)])
         if trainer.world_size > 1:
             packed = trainer.strategy.reduce(packed, reduce_op="sum")  # type: ignore[assignment]
-        weight, seconds, *sums = packed.tolist()
-        return weight, seconds, dict(zip(names, sums))
+        total_weight, total_seconds, *sums = packed.tolist()
+        return total_weight, total_seconds, dict(zip(names, sums))
 
     def elapsed(self) -> float:
         """Wall-clock seconds since the first value."""
@@ -93,6 +100,10 @@ class MetricsCSV(Logger):
             with self.path.open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
             self.rows = [row for row in self.rows if int(row["step"]) <= step]
+
+    def row(self, step: int) -> dict[str, Any]:
+        """What is known about a step."""
+        return next(({k: v for k, v in row.items() if v} for row in self.rows if int(row["step"]) == step), {})
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

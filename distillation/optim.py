@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -82,25 +82,23 @@ def lr_factor(step: int, warmup_steps: int, max_steps: int, schedule: str) -> fl
 
 def param_groups(
     module: nn.Module, lagrangian: Lagrangian | None, optim: OptimConfig, pruning: PruningConfig | None
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Optimizer groups: weights (decayed or not), mask parameters, and the maximised multipliers.
 
     Every trainable parameter is in exactly one group.
     """
     multipliers = [] if lagrangian is None else list(lagrangian.parameters())
     masks, decayed, plain = [], [], []
-    norms = (nn.LayerNorm, nn.GroupNorm)
-    norm_params = {p for m in module.modules() if isinstance(m, norms) for p in m.parameters()}
     for name, p in module.named_parameters():
         if not p.requires_grad or any(p is m for m in multipliers):
             continue
         if name.endswith("log_alpha"):
             masks.append(p)
-        elif p.dim() < 2 or p in norm_params:
+        elif p.dim() < 2:
             plain.append(p)
         else:
             decayed.append(p)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"name": "weights", "params": decayed, "lr": optim.lr, "weight_decay": optim.weight_decay},
         {"name": "biases_norms", "params": plain, "lr": optim.lr, "weight_decay": 0.0},
     ]

@@ -71,7 +71,9 @@ def _take(path: Path, content: str) -> None:
                         f"{path.parent} is in use by process {holder['pid']} on {holder['host']}: stop that run or use "
                         f"another --exp_dir; if it is surely dead, delete {path}"
                     )
-                logger.warning("%s: took over from process %s on %s, which is gone", path, holder["pid"], holder["host"])
+                logger.warning(
+                    "%s: took over from process %s on %s, which is gone", path, holder["pid"], holder["host"]
+                )
             file.truncate(0)
             file.write(content)
             file.flush()
@@ -89,11 +91,12 @@ def _identity() -> dict[str, Any]:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, in a form that no other process with this number shares."""
+    """When a process started, in a form that no other one with its number shares; None if it is dead or unknown."""
     with contextlib.suppress(OSError, IndexError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # field 22, counted after the name in parentheses, which may hold blanks
-        return f"{boot}:{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+        # fields after the name in parentheses, which may hold blanks: the 3rd of all is the state, the 22nd the start
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"
     return None
 
 
@@ -103,8 +106,9 @@ def _parse(text: str) -> dict[str, Any] | None:
         holder = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(holder, dict) and isinstance(holder.get("pid"), int) and isinstance(holder.get("host"), str)
-    return holder if whole else None
+    if not (isinstance(holder, dict) and isinstance(holder.get("pid"), int) and isinstance(holder.get("host"), str)):
+        return None
+    return holder if holder["pid"] > 0 else None
 
 
 def _is_dead(holder: dict[str, Any], path: Path) -> bool:

@@ -88,7 +88,7 @@ class UniformSlice:
     """The same share of every conv layer, of every layer's heads and of its FFN units: what pruning must beat."""
 
     num_params: int
-    """Parameters of the student, met to within one FFN unit."""
+    """Parameters of the student, met to within one FFN unit as long as there are FFN units to choose."""
 
 
 @dataclass

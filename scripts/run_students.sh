@@ -17,11 +17,13 @@ setup requirements.txt
 prepare_recipe "$data" "conf/$name.yaml" "$@"
 exp=$(setting exp_dir "conf/$name.yaml" "$@")
 if [ "$(setting pruning.units "conf/$name.yaml" "$@")" = "[]" ]; then
-    python distill.py --config "conf/$name.yaml" "$@" # a finished run only writes final.pth again
     final=$exp/final.pth
+    if [ ! -f "$final" ] || [ "$exp/ckpts/last.ckpt" -nt "$final" ]; then
+        python distill.py --config "conf/$name.yaml" "$@"
+    fi
 else
     two_steps "conf/$name.yaml" "$exp" "$@"
     final=$exp/final/final.pth
 fi
-python report.py "$exp"
+[ "$exp/report.html" -nt "$final" ] || python report.py "$exp"
 echo "Done: $final, $exp/report.html"

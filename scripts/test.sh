@@ -3,9 +3,9 @@
 #   scripts/test.sh [PYTEST_ARGS...]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup requirements-dev.txt
-export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 ruff check .
 ruff format --check .
 mypy
 codespell
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"

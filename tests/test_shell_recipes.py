@@ -22,7 +22,7 @@ def run_recipe(script: str, *args: object, code: int = 0) -> str:
         "NO_VENV": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        "OMP_NUM_THREADS": "1",
     }
     result = subprocess.run(
         ["bash", str(ROOT / "scripts" / script), *map(str, args)],

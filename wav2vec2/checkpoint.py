@@ -1,16 +1,21 @@
 """The ``.pth`` file: ``{"state_dict", "config", "distill_linear_projs"}`` of plain types, safe and strict.
 
 Interchangeable with the files of the released DPHuBERT and DPWavLM. Other top-level entries are allowed and kept:
-``mask_embedding`` [D] of a converted teacher.
+``mask_embedding`` [D] of a converted teacher, ``vocabulary`` of a fine-tuned model.
+
+The same as ``.safetensors``: tensors by their names in ``state_dict``, heads under ``distill_linear_projs.``, other
+top-level tensors under ``extra.``; in the metadata, as JSON, ``config`` and the other top-level entries, ``extra``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hub import FOLDER_FILES, locate
 from .model import Wav2Vec2Model, wav2vec2_model
+from .safetensors import read_safetensors, write_safetensors
 
 DUMMY_WEIGHT = "feature_extractor.dummy_weight"
+HEADS, EXTRA = "distill_linear_projs", "extra"
 
 
 class CheckpointError(ValueError):
@@ -43,17 +51,40 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; on success flush it to disk and rename it, on failure remove it.
 
     Nobody ever sees a half-written file under the final name.
+
+    Raises:
+        OSError: naming ``path``; the disk is full, the folder cannot be written, ...
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the reason is on its way
+            temporary.unlink(missing_ok=True)
+
+
+def write_torch_file(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write what :func:`read_torch_file` reads. Atomic.
+
+    Raises:
+        OSError: naming ``path``; the disk is full, the folder cannot be written, ...
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch puts a message about its own file positions in place of the reason
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_torch_file(path: str | Path) -> dict[str, Any]:
@@ -70,6 +101,8 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
                     raise CheckpointError(f"{path}: unpacks to more than it holds; refused")
+                if archive.testzip() is not None:  # torch does not look at the checksums
+                    raise CheckpointError(f"{path}: damaged, its checksums do not fit; copy or download it again")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -80,20 +113,77 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
             ) from None
         raise CheckpointError(f"{path}: truncated or not a torch file") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
-            zipfile.BadZipFile, MemoryError, AssertionError, OverflowError) as error:  # fmt: skip
+            zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError, AssertionError, OverflowError) as error:  # fmt: skip
         raise CheckpointError(f"{path}: truncated or not a torch file ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict")
     return content
 
 
+def read_safetensors_file(path: str | Path) -> dict[str, Any]:
+    """Read what :func:`save_model` wrote as ``.safetensors``, as the dict of a ``.pth`` file.
+
+    Raises:
+        CheckpointError: missing, truncated, not a safetensors file, or without this toolkit's metadata.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    try:
+        tensors, metadata = read_safetensors(path)
+    except (OSError, ValueError, MemoryError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    try:
+        config, extra = json.loads(metadata["config"]), json.loads(metadata.get(EXTRA, "{}"))
+    except (KeyError, ValueError, RecursionError):
+        raise CheckpointError(f"{path}: no config in its metadata; not a model of this toolkit") from None
+    if not isinstance(extra, dict):
+        raise CheckpointError(f"{path}: {EXTRA!r} in its metadata is no table")
+    groups: dict[str, dict[str, Tensor]] = {"state_dict": {}, HEADS: {}, EXTRA: {}}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        if group in (HEADS, EXTRA):
+            groups[group][rest] = tensor
+        else:
+            groups["state_dict"][name] = tensor
+    return {"config": config, "state_dict": groups["state_dict"], HEADS: groups[HEADS], **extra, **groups[EXTRA]}
+
+
+def read_transformers_folder(path: Path) -> dict[str, Any]:
+    """Read a folder written by ``export.py --to hf`` or ``save_pretrained``, as the dict of a ``.pth`` file.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or the folder holds another kind of model.
+    """
+    config_path, tensors_path = (path / name for name in FOLDER_FILES)
+    for file in (config_path, tensors_path):
+        if not file.is_file():
+            raise CheckpointError(f"{path}: no {file.name} in this folder")
+    try:
+        flat = json.loads(config_path.read_text(encoding="utf-8"))["model_config"]
+        tensors, _ = read_safetensors(tensors_path)
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
+        raise CheckpointError(f"{config_path}: no 'model_config' in it; not a model of this toolkit") from None
+    except (OSError, ValueError, MemoryError) as error:
+        raise CheckpointError(f"{tensors_path}: {error}") from None
+    state = {re.sub(r"^(.*\.)?backbone\.", "", name).replace("lm_head.", "aux."): t for name, t in tensors.items()}
+    if "aux.weight" in state and isinstance(flat, dict):
+        flat["aux_num_out"] = len(state["aux.weight"])
+    return {"config": flat, "state_dict": state}
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Build the model of a ``.pth`` file and load it strictly.
+    """Build the model of a ``.pth`` or ``.safetensors`` file, or of a transformers folder, and load it strictly.
 
     Raises:
         CheckpointError: the file cannot be read, is of another kind, or its tensors do not fit its config.
     """
-    content = read_torch_file(path)
+    if Path(path).is_dir():
+        content = read_transformers_folder(Path(path))
+    elif Path(path).suffix == ".safetensors":
+        content = read_safetensors_file(path)
+    else:
+        content = read_torch_file(path)
     if "pytorch-lightning_version" in content:
         raise CheckpointError(f"{path}: a training checkpoint, not a model; make a model of it with prune.py")
     config, state = content.get("config"), content.get("state_dict")
@@ -155,38 +245,69 @@ def model_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], sou
 
 
 def load_model(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
 ) -> Wav2Vec2Model:
     """Load a model for use: strict, safe, in eval mode.
 
     >>> model = load_model("final.pth")
+    >>> features = model.embed([waveform, another])
     >>> hidden, lengths = model.extract_features(waveforms, lengths)
+
+    Args:
+        path: a ``.pth`` or ``.safetensors`` file, a folder of ``export.py --to hf``, or on the Hugging Face hub
+            "owner/name" (such a folder) or "owner/name/file.pth"; the hub needs ``huggingface_hub``.
+        device: where to.
+        dtype: of the weights.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         CheckpointError: the file cannot be read, is of another kind, or its tensors do not fit its config.
     """
+    try:
+        path = locate(path, revision)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     return load_checkpoint(path).model.to(device=device, dtype=dtype)
 
 
 def save_model(
     path: str | Path, model: Wav2Vec2Model, heads: Mapping[str, Tensor] | None = None, **extra: object
 ) -> None:
-    """Write a ``.pth`` file that :func:`load_model` and the released code read. Atomic.
+    """Write a ``.pth`` file that :func:`load_model` and the released code read, or ``.safetensors``. Atomic.
 
     Args:
-        path: the file.
+        path: the file; its suffix decides.
         model: saved with its config; tensors go to the CPU in float32.
         heads: state of the distillation heads.
         extra: further top-level entries of plain types.
     """
-    content = {
+    content: dict[str, Any] = {
         "state_dict": {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.state_dict().items()},
         "config": model.config,
         "distill_linear_projs": {k: v.detach().cpu().contiguous() for k, v in (heads or {}).items()},
         **extra,
     }
+    if Path(path).suffix == ".safetensors":
+        _write_safetensors_file(path, content)
+    else:
+        write_torch_file(path, content)
+
+
+def _write_safetensors_file(path: str | Path, content: dict[str, Any]) -> None:
+    extra = {k: v for k, v in content.items() if k not in ("state_dict", "config", HEADS)}
+    tensors = {
+        **content["state_dict"],
+        **{f"{HEADS}.{name}": tensor for name, tensor in content[HEADS].items()},
+        **{f"{EXTRA}.{name}": value for name, value in extra.items() if isinstance(value, Tensor)},
+    }
+    plain = {name: value for name, value in extra.items() if not isinstance(value, Tensor)}
+    metadata = {"format": "pt", "config": json.dumps(content["config"]), EXTRA: json.dumps(plain)}
     with replacing(path) as temporary:
-        torch.save(content, temporary)
+        write_safetensors(temporary, tensors, metadata)
 
 
 def add_masks(model: Wav2Vec2Model, **flags: bool) -> Wav2Vec2Model:

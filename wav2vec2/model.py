@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .attention import SelfAttention, WavLMSelfAttention
 from .config import check_config
+from .embed import embed, frame_times
 from .feature_extractor import ConvLayerBlock, FeatureExtractor, FeatureProjection, valid_frames
 from .hardconcrete import Alive, Gates, HardConcrete, alive_probabilities, draw_gates
 from .passes import HiddenStates, PassOptions
@@ -119,6 +120,26 @@ class Wav2Vec2Model(nn.Module):
         num_frames = output.features.shape[1]
         layers = [self.encoder.transformer.hold(state, num_frames) for state in output.layers]
         return [output.features, *layers], frames
+
+    def embed(self, waveforms: Tensor | Sequence[Tensor], layer: int = -1) -> list[Tensor]:
+        """Features of whole waveforms of any lengths, without gradients and as in eval mode.
+
+        Args:
+            waveforms: one [N] at 16 kHz with full scale 1, a list of them, or [B, N] without padding. They go to the
+                model's device in batches of similar length.
+            layer: which state of :meth:`extract_features`; -1 is the last layer.
+
+        Returns:
+            [T, D] of each waveform; T is 0 for one shorter than 400 samples.
+
+        Raises:
+            ValueError: another shape or type, samples that are not finite, or no such layer.
+        """
+        return embed(self, waveforms, layer)
+
+    def frame_times(self, num_frames: int) -> Tensor:
+        """Middle of each frame in seconds from the start of the audio, float64 [num_frames]."""
+        return frame_times(self, num_frames)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The last layer's output [B, T, D], normalised in pre-norm models, through ``aux`` where there is one.

@@ -63,8 +63,8 @@ def make_student(teacher: Wav2Vec2Model) -> Callable[..., Wav2Vec2Model]:
 
 def _random(model: Wav2Vec2Model) -> Wav2Vec2Model:
     """In eval mode and float64, every parameter random: norms and biases start as 1 and 0, which hides mistakes."""
-    for name, p in model.named_parameters():
-        if not name.endswith("log_alpha"):
+    for p in model.parameters():
+        if p.requires_grad:  # all but the dummy weight
             p.data.add_(torch.randn_like(p), alpha=0.3)
     return model.double().eval()
 

@@ -80,7 +80,8 @@ def test_chain(tmp_path):
         ("base: recipe.yaml", "its own base"),
         ("base: [1]", "base is"),
         ("pruning: {units: [neuron]}", "unknown unit 'neuron', choose from conv"),
-        ("objective: {layer_to_layer: {layer: [1]}}", "layer_to_layer.*'layer'"),
+        ("objective: {layer_to_layer: {layer: [1]}}", "layer_to_layer.layer: no such setting; there are .*layers"),
+        ("objective: {hnt: {}}", "objective.hnt: no such setting; there are layer_to_layer.*hint"),
         ("seed: !!python/object/apply:os.system ['false']", "not valid YAML"),
     ],
 )

@@ -172,7 +172,7 @@ def test_other_kinds_of_file_are_refused(tmp_path, content):
 
 def test_missing_files_and_folders_are_refused(tmp_path):
     assert refusal(tmp_path / "model.pth") == "no such file"
-    assert refusal(tmp_path) == "not a file"
+    assert refusal(tmp_path) == "no config.json in this folder"
 
 
 def test_truncated_files_are_refused(tiny, tmp_path):

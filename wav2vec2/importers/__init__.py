@@ -4,6 +4,16 @@ from .fairseq import import_fairseq
 from .huggingface import import_huggingface
 from .mapping import ImportedModel, naming
 from .pickles import load_pickled
+from .students import ImportedStudent, import_student
 from .torchaudio import import_torchaudio
 
-__all__ = ["ImportedModel", "import_fairseq", "import_huggingface", "import_torchaudio", "load_pickled", "naming"]
+__all__ = [
+    "ImportedModel",
+    "ImportedStudent",
+    "import_fairseq",
+    "import_huggingface",
+    "import_student",
+    "import_torchaudio",
+    "load_pickled",
+    "naming",
+]

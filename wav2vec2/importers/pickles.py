@@ -24,7 +24,7 @@ from wav2vec2.checkpoint import CheckpointError
 SAFE = re.compile(r"torch\..*|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|bytearray|complex)")
 # Left behind by fairseq and omegaconf: their classes, the types in their annotations, numpy scalars of their meters.
 INERT = re.compile(
-    r"argparse\.Namespace|(omegaconf|fairseq|typing|numpy)\..*|_?operator\.getitem|pathlib\.\w*Path"
+    r"argparse\.Namespace|(omegaconf|fairseq|pytorch_lightning|typing|numpy)\..*|_?operator\.getitem|pathlib\.\w*Path"
     r"|builtins\.(int|float|bool|str|bytes|list|dict|tuple|object)|collections\.defaultdict"
 )
 

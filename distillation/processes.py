@@ -1,0 +1,197 @@
+"""The processes of a run: signals that ask them to stop, decisions that all ranks share, ends that nobody waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.plugins.environments import LightningEnvironment
+
+from distillation.errors import FAILED, INTERRUPTED, MISTAKE, PeerLost, Stopped
+
+# SIGTERM comes with a pre-emption; `sbatch --signal` announces the time limit with any of them
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+POLL_SECONDS = 0.5
+# for the other ranks to end by themselves when all of them have the same reason to
+GRACE_SECONDS = 5.0
+# a reader outlives a SIGTERM to the whole job for as long as the longest update and checkpoint may take
+READER_SECONDS = 600
+
+
+class StopRequest:
+    """Whether a signal has asked this process to stop; a context manager that listens while it is open."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+
+
+def outlive_stop_signal(worker_id: int) -> None:
+    """For a process that reads audio: a stop signal is for its parent, which still needs it until it has saved."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: signal.alarm(READER_SECONDS))
+
+
+class Agreement:
+    """Turns what one rank wants into what all ranks do, at the same update, and never waits for the device.
+
+    What the ranks want at one update boundary travels between their CPUs during the next update and is read at its
+    end. Alone, a process hears itself at once.
+
+    Args:
+        world_size: processes of the run; all must make one at the same place.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if world_size > 1 else None
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+
+    def __call__(self, wishes: list[bool], wait: bool = False) -> list[bool]:
+        """Which wishes any rank had at the last boundary; with ``wait`` also at this one."""
+        if self.group is None:
+            return wishes
+        agreed = self._receive(len(wishes))
+        tensor = torch.tensor(wishes, dtype=torch.int32)
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        assert work is not None
+        self._pending = tensor, work
+        if wait:
+            agreed = [a or b for a, b in zip(agreed, self._receive(len(wishes)))]
+        return agreed
+
+    def forget(self) -> None:
+        """Drop what is under way, since it has just been done."""
+        self._receive(0)
+
+    def _receive(self, count: int) -> list[bool]:
+        if self._pending is None:
+            return [False] * count
+        tensor, work = self._pending
+        self._pending = None
+        work.wait()
+        return [bool(value) for value in tensor.tolist()]
+
+
+def shared(trainer: pl.Trainer, error: Exception) -> BaseException:
+    """What to raise here when all ranks end at the same place for the same reason: rank 0 alone tells it."""
+    if trainer.is_global_zero:
+        return error
+    if isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment):
+        return SystemExit(0)  # rank 0 is its launcher, and would take another code for an accident
+    return SystemExit(INTERRUPTED if isinstance(error, Stopped) else MISTAKE)
+
+
+@contextlib.contextmanager
+def supervised(trainer: pl.Trainer) -> Iterator[None]:
+    """While training: no process of the run outlives another one that died, whatever it waits for.
+
+    Raises:
+        PeerLost: the connection to another process broke.
+    """
+    with _Watchdog(trainer) as watchdog:
+        try:
+            yield
+        except RuntimeError as error:
+            if not _lost_connection(error):
+                raise
+            time.sleep(2 * POLL_SECONDS)  # the watchdog may know which process died, and ends this one
+            raise PeerLost(
+                "the connection to another process of the run broke, its own error tells why; the same command resumes"
+            ) from None
+        finally:
+            watchdog.finished.set()
+            watchdog.release()
+
+
+def _lost_connection(error: RuntimeError) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    return dist.is_initialized() and any(
+        text in str(error).lower() for text in ("connection closed by peer", "connection reset by peer", "broken pipe")
+    )
+
+
+def _ended(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed (by the system, for want of memory?)"
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with code {code}, its own error tells why"
+
+
+class _Watchdog:
+    """Rank 0 of a machine watches the processes it launched, they watch it."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.trainer = trainer
+        self.finished = threading.Event()
+        self.parent = os.getppid() if "LOCAL_RANK" in os.environ else None
+
+    def __enter__(self) -> _Watchdog:
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.finished.set()
+
+    def release(self) -> None:
+        """At the end: give the launched processes a moment, then end them; and readers that are left at once."""
+        if readers := multiprocessing.active_children():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would raise
+            for reader in readers:  # they ignore the polite request that they get at exit
+                reader.kill()
+        deadline = time.monotonic() + GRACE_SECONDS
+        for process in self._launched():
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.kill()
+
+    def _launched(self) -> list[Any]:
+        return getattr(self.trainer.strategy.launcher, "procs", [])
+
+    def _watch(self) -> None:
+        while not self.finished.wait(POLL_SECONDS):
+            if self.parent is not None and os.getppid() != self.parent:
+                self._end(FAILED, "the process that started this one is gone")
+            for rank, process in enumerate(self._launched(), start=1):
+                code = process.poll()
+                if code:
+                    self._end(
+                        MISTAKE if code == MISTAKE else FAILED,
+                        f"process {rank} of the run {_ended(code)}; the same command resumes",
+                    )
+
+    def _end(self, code: int, message: str) -> None:
+        """End this process from a thread while its main thread waits for somebody who will never answer."""
+        if self.finished.wait(POLL_SECONDS):
+            return
+        print(f"\nerror: {message}", file=sys.stderr, flush=True)  # below the progress bar
+        for process in [*self._launched(), *multiprocessing.active_children()]:
+            process.kill()
+        os._exit(code)

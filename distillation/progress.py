@@ -1,0 +1,137 @@
+"""What happens at update boundaries: the progress bar, rows of metrics, checkpoints, the stop that was asked for."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from tqdm import tqdm
+
+from distillation import memory
+from distillation.config import Recipe
+from distillation.errors import Stopped, UserError
+from distillation.metrics import MetricsCSV
+from distillation.processes import Agreement, StopRequest, shared
+from wav2vec2.checkpoint import read_torch_file, write_torch_file
+
+if TYPE_CHECKING:
+    from lightning import DistillModule
+
+
+SHOWN = ("train/distill", "sparsity/expected", "sparsity/target")  # beside the bar
+
+
+class Progress(pl.Callback):
+    """Progress bar over updates, rows of metrics, and checkpoints; all at update boundaries.
+
+    Args:
+        recipe: intervals.
+        last: path of the newest checkpoint.
+        max_steps: updates of the run.
+    """
+
+    def __init__(self, recipe: Recipe, last: Path, max_steps: int) -> None:
+        self.recipe, self.config, self.last, self.max_steps = recipe, recipe.trainer, last, max_steps
+        self.stop = StopRequest()
+        self.bar: tqdm | None = None
+        self.saved_at = time.monotonic()
+        self.step = self.first_step = -1
+
+    def on_train_start(self, trainer: pl.Trainer, module: DistillModule) -> None:  # type: ignore[override]
+        """Open the bar where the run stands."""
+        self.step = self.first_step = trainer.global_step
+        self.agree = Agreement(trainer.world_size)
+        _check_optimizer_state(trainer.optimizers[0], self.last)
+        self.bar = tqdm(total=self.max_steps, initial=trainer.global_step, desc="train", unit="update",
+                        dynamic_ncols=True, disable=not trainer.is_global_zero, mininterval=1.0)  # fmt: skip
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: pl.Trainer, module: DistillModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an update: log and save when it is time, stop when a signal asked for it."""
+        if trainer.global_step == self.step:  # accumulating
+            return
+        assert self.bar is not None
+        self.step = trainer.global_step
+        self.bar.update(1)
+        if self.step % self.config.log_every == 0 or self.step == self.max_steps:
+            module.log_training()
+            row = metrics_table(trainer).row(self.step)
+            shown = {k.split("/")[1]: f"{float(row[k]):.4f}" for k in SHOWN if k in row}
+            self.bar.set_postfix(shown, refresh=False)
+        if self.step % min(self.config.validate_every, self.max_steps):
+            self._save_if_due(trainer)
+        # else after the validation, so that none is lost
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The checkpoint that waited for the validation."""
+        if trainer.state.fn == "fit":
+            self._save_if_due(trainer, wait=True)
+
+    def _save_if_due(self, trainer: pl.Trainer, wait: bool = False) -> None:
+        late = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
+        stop, late = self.agree([self.stop.signal is not None, late], wait)
+        stop = stop and self.step < self.max_steps
+        if stop or late or self.step % self.config.checkpoint_every == 0 or self.step == self.max_steps:
+            trainer.save_checkpoint(self.last)
+            self.saved_at = time.monotonic()
+            self.agree.forget()
+        if stop:
+            why = self.stop.signal or "another process of the run was asked to end"
+            raise shared(
+                trainer, Stopped(f"{why} at update {self.step}: saved in {self.last}; the same command resumes")
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_exception(  # type: ignore[override]
+        self, trainer: pl.Trainer, module: DistillModule, exception: BaseException
+    ) -> None:
+        """Close the bar; where memory ran out, find out what would fit while the models are still on the GPU."""
+        if self.bar is not None:
+            self.bar.close()
+        if isinstance(exception, torch.OutOfMemoryError):
+
+            def loss(waveforms: torch.Tensor) -> torch.Tensor:
+                with trainer.precision_plugin.train_step_context():
+                    return module.objectives(module.teacher, module.student, waveforms, None).total
+
+            has_state = any(optimizer.state for optimizer in trainer.optimizers)
+            message = memory.advice(exception, module, loss, self.recipe.data, self.config, has_state)
+            raise UserError(message) from None
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint appears under its name when it is complete, never before; reading one executes nothing."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write to a temporary name, flush, rename."""
+        write_torch_file(path, checkpoint)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read tensors and plain types, to the CPU."""
+        return read_torch_file(path)
+
+
+def metrics_table(trainer: pl.Trainer) -> MetricsCSV:
+    """The ``metrics.csv`` of a run."""
+    return next(sink for sink in trainer.loggers if isinstance(sink, MetricsCSV))
+
+
+def _check_optimizer_state(optimizer: torch.optim.Optimizer, source: Path) -> None:
+    """The fused update trusts the shapes of its state."""
+    for p, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            tensor = state.get(name)
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != p.shape or tensor.dtype != p.dtype:
+                raise UserError(f"{source}: the optimizer state in it does not fit: move it away to start afresh")
+        step = state.get("step")
+        if not isinstance(step, torch.Tensor) or step.numel() != 1 or step.dtype != torch.float32:
+            raise UserError(f"{source}: the optimizer state in it does not fit: move it away to start afresh")

@@ -1,0 +1,73 @@
+"""A run that is killed anywhere and started again ends with the same bits as one that never was."""
+
+from __future__ import annotations
+
+import csv
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def metrics(exp: Path) -> list[dict[str, str]]:
+    with (exp / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in csv.DictReader(file)]
+
+
+def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert_same_tensors(weights(a / "ckpts/last.ckpt"), weights(b / "ckpts/last.ckpt"))
+    assert metrics(a) == metrics(b)
+    assert not [path.name for path in b.rglob(".*") if path.is_file()], "a lock or temporary file is left"
+
+
+def test_step_1_killed_everywhere(server, reference, tiny_flags, tmp_path):
+    """Within an epoch, in validation, while writing, before the rename, and across epochs (one is 2 to 3 updates)."""
+    exp = tmp_path / "run"
+    args = ["distill.py", *tiny_flags, "--exp_dir", exp]
+    last = exp / "ckpts/last.ckpt"
+    for fault, saved in (
+        (["kill", "update", 2], None),
+        (["kill", "rename", 0], None),
+        (["kill", "update", 4], 3),
+        (["kill", "valid", 4], 3),
+        (["kill", "write", 0], 3),
+        (["SIGTERM", "update", 4], 5),
+        (["SIGUSR1", "update", 7], 8),  # a validation follows this update, and is not lost
+        (["kill", "valid", 12], 9),
+    ):
+        finished = server.run(*args, fault=fault, code=75 if fault[0] != "kill" else -signal.SIGKILL)
+        assert last.is_file() == (saved is not None)
+        if saved is not None:
+            assert torch.load(last, weights_only=True)["global_step"] == saved
+        if fault[0] != "kill":
+            assert f"stopped: {fault[0]} at update {saved}: saved" in finished.error
+            assert not (exp / ".lock").exists()
+    server.run(*args)
+    assert_same_run(reference, exp)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_step_2_killed_everywhere(server, reference, tiny_flags, tmp_path, workers):
+    """Here validation after the last update is a pass of its own."""
+    exp = tmp_path / "final"
+    args = ["final_distill.py", *tiny_flags, "--student_ckpt", reference / "pruned.pth", "--exp_dir", exp,
+            "--data.num_workers", workers]  # fmt: skip
+    faults = [["kill", "update", 5], ["SIGTERM", "update", 3], ["kill", "write", 0], ["kill", "valid", 6]]
+    faults += [["kill", "write", 0]]  # of final.pth: the run itself is complete
+    for fault in faults if workers == 0 else faults[:2]:
+        server.run(*args, fault=fault, code=75 if fault[0] != "kill" else -signal.SIGKILL)
+    assert not (exp / "final.pth").exists()
+    server.run(*args)
+    assert_same_run(reference / "final", exp)
+    assert_same_tensors(weights(reference / "final/final.pth"), weights(exp / "final.pth"))

@@ -1,0 +1,82 @@
+"""scripts/run_students.sh: from a folder of audio and a Hugging Face teacher to the file and the report."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from wav2vec2 import load_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*args: object, code: int = 0) -> str:
+    environment = {
+        **os.environ,
+        "NO_VENV": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    result = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "run_students.sh"), *map(str, args)],
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == code, f"{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
+    return result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_from_audio_to_report(corpus, tmp_path):
+    """ARMHuBERT, whose teacher must bring its mask embedding along."""
+    torch.manual_seed(0)
+    config = transformers.HubertConfig(
+        hidden_size=32,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=[8] * 7,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=4,
+    )
+    transformers.HubertModel(config).save_pretrained(tmp_path / "hf")
+    flags = {
+        "teacher_id": tmp_path / "hf",
+        "teacher_ckpt": tmp_path / "teacher.pth",
+        "teacher_width": 32,
+        "exp_dir": tmp_path / "exp",
+        "data.tsv_dir": tmp_path / "data",
+        "data.min_frames": 16000,
+        "data.num_workers": 0,
+        "student.thin.width": 16,
+        "student.thin.channels": "[4,8,16]",
+        "student.thin.heads": 2,
+        "student.thin.ffn": 16,
+        "optim.max_epochs": 2,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.batches_per_update": 1,
+        "trainer.log_every": 1,
+    }
+    args = ["armhubert_s_100h", corpus, *(word for key, value in flags.items() for word in (f"--{key}", value))]
+    out = run(*args)
+    final = tmp_path / "exp" / "final.pth"
+    assert f"Done: {final}" in out and "over all layers" in out
+    model = load_model(final)
+    assert model.config["encoder_reuse_attention"] == [False, True] * 6
+    assert (tmp_path / "exp" / "report.html").stat().st_size > 10_000
+    stamp = final.stat().st_mtime_ns
+    run(*args)  # again: nothing is left to do
+    assert final.stat().st_mtime_ns == stamp
+
+
+def test_usage_and_unknown_names(tmp_path):
+    assert "NAME LIBRISPEECH_DIR" in run("--help") and "NAME LIBRISPEECH_DIR" in run("fithubert", code=2)
+    names = run("fithuber", tmp_path, code=2)
+    assert "no such recipe; there are" in names and "starhubert_xs.yaml" in names
+    assert "no such folder" in run("fithubert", tmp_path / "none", code=2)

@@ -1,4 +1,4 @@
-"""One chart as a file of its own: a line per method over the teacher's layers, a band from its worst to its best seed."""
+"""One chart as a file: a line per method over the teacher's layers, a band from its worst seed to its best."""
 
 from __future__ import annotations
 

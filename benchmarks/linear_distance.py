@@ -9,6 +9,7 @@ Shapes: B batch, T frames, D student width, E teacher width, L layers.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,7 +101,7 @@ def _parts(manifest: Manifest, data: DataConfig, seconds: tuple[float, ...]) -> 
     ends = np.cumsum(manifest.num_frames[order]) / data.sample_rate
     bounds = [0, *np.searchsorted(ends, np.cumsum(seconds) * min(1.0, ends[-1] / sum(seconds)), side="right")]
     parts = []
-    for begin, end in zip(bounds, bounds[1:]):
+    for begin, end in itertools.pairwise(bounds):
         chosen = np.sort(order[begin : max(end, begin + 1)])
         parts.append(Manifest(manifest.root, [manifest.paths[i] for i in chosen], manifest.num_frames[chosen]))
     return parts

@@ -117,24 +117,35 @@ def supervised(trainer: pl.Trainer) -> Iterator[None]:
     with _Watchdog(trainer) as watchdog:
         try:
             yield
-        except RuntimeError as error:
-            if not _lost_connection(error):
-                raise
-            time.sleep(2 * POLL_SECONDS)  # the watchdog may know which process died, and ends this one
-            raise PeerLost(
-                "the connection to another process of the run broke, its own error tells why; the same command resumes"
-            ) from None
+        except BaseException as error:
+            if lost := _lost_connection(error):
+                time.sleep(3 * POLL_SECONDS)  # the watchdog may know which process died, and ends this one
+            watchdog.end_launched()
+            if lost:
+                raise PeerLost(
+                    "the connection to another process of the run broke, its own error tells why; "
+                    "the same command resumes"
+                ) from None
+            raise
         finally:
-            watchdog.finished.set()
-            watchdog.release()
+            _end_readers()
 
 
-def _lost_connection(error: RuntimeError) -> bool:
+def _lost_connection(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
-    return dist.is_initialized() and any(
-        text in str(error).lower() for text in ("connection closed by peer", "connection reset by peer", "broken pipe")
+    return (
+        isinstance(error, RuntimeError)
+        and dist.is_initialized()
+        and any(text in str(error).lower() for text in ("closed by peer", "reset by peer", "broken pipe"))
     )
+
+
+def _end_readers() -> None:
+    if readers := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would raise
+        for reader in readers:  # they ignore the polite request that they get at exit
+            reader.kill()
 
 
 def _ended(code: int) -> str:
@@ -160,12 +171,9 @@ class _Watchdog:
     def __exit__(self, *exc_info: object) -> None:
         self.finished.set()
 
-    def release(self) -> None:
-        """At the end: give the launched processes a moment, then end them; and readers that are left at once."""
-        if readers := multiprocessing.active_children():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would raise
-            for reader in readers:  # they ignore the polite request that they get at exit
-                reader.kill()
+    def end_launched(self) -> None:
+        """When this process ends before its time: give those it launched a moment to do the same, then end them."""
+        self.finished.set()
         deadline = time.monotonic() + GRACE_SECONDS
         for process in self._launched():
             while process.poll() is None and time.monotonic() < deadline:

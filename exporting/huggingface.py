@@ -77,13 +77,22 @@ def _write(model: Wav2Vec2Model, folder: Path, vocabulary: list[str] | None) -> 
             "feature-extraction": {"impl": f"{module}.AudioFeatureExtractionPipeline", "pt": ["AutoModel"]}
         },
     )
-    backbone = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("aux.")}
-    hf_model: CompressedSpeechModel | CompressedSpeechForCTC = CompressedSpeechModel(config)
+    backbone = {
+        name.replace(".weight_g", ".parametrizations.weight.original0").replace(
+            ".weight_v", ".parametrizations.weight.original1"
+        ): tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("aux.")
+    }
+    base = CompressedSpeechModel(config)
+    whole: CompressedSpeechModel | CompressedSpeechForCTC = base
     if vocabulary is not None:
-        hf_model = CompressedSpeechForCTC(config)
-        hf_model.lm_head.load_state_dict(model.aux.state_dict())
-    hf_model.base_model.backbone.load_state_dict(backbone)
-    hf_model.to(torch.float32).save_pretrained(folder)
+        assert model.aux is not None
+        whole = CompressedSpeechForCTC(config)
+        whole.lm_head.load_state_dict(model.aux.state_dict())
+        base = whole.compressed_speech
+    base.backbone.load_state_dict(backbone)
+    whole.save_pretrained(folder)
     # the waveform is normalised inside the model
     extractor = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
     extractor.save_pretrained(folder)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers import Pipeline, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
@@ -39,6 +40,11 @@ class CompressedSpeechModel(CompressedSpeechPreTrainedModel):
     def __init__(self, config: CompressedSpeechConfig) -> None:
         super().__init__(config)
         self.backbone = wav2vec2_model(**{**config.model_config, "aux_num_out": None})
+        # torch's own weight norm computes the same; transformers renames weights of the other spelling when it loads
+        position = self.backbone.encoder.transformer.pos_conv_embed
+        width, _, kernel = position.conv.weight_v.shape
+        conv = nn.Conv1d(width, width, kernel, padding=position.conv.padding, groups=position.conv.groups)
+        position.conv = weight_norm(conv, dim=2)
         self.post_init()
 
     def forward(

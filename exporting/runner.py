@@ -1,4 +1,4 @@
-"""Run an exported model in a process that imports only what its format needs: ``runner.py KIND MODEL IN.npz OUT.npz``."""
+"""``runner.py KIND MODEL IN.npz OUT.npz``: run an exported model in a process with only what its format needs."""
 
 import sys
 

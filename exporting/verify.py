@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class ExportedOutputs(torch.nn.Module):
         return ["hidden_states", "frames", *(["logits"] if self.model.aux is not None else [])]
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        """Waveforms [B, N] and lengths [B] -> states [S, B, T, D] or the last [B, T, D], frames [B], logits [B, T, V]."""
+        """Waveforms [B, N], lengths [B] -> states [S, B, T, D] or the last [B, T, D], frames [B], logits [B, T, V]."""
         states, frames = self.model.extract_features(waveforms, lengths)
         assert frames is not None
         outputs = [states[-1] if self.last else torch.stack(states), frames]
@@ -86,8 +87,10 @@ def max_difference(outputs: ExportedOutputs, kind: str, exported: Path) -> float
     batches = make_batches()
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder, "given.npz"), Path(folder, "made.npz")
-        arrays = {f"{name}{i}": a for i, b in enumerate(batches) for name, a in zip(("waveforms", "lengths"), b)}
-        np.savez(given, **arrays, num_batches=np.array(len(batches)))
+        arrays: dict[str, Any] = {"num_batches": np.array(len(batches))}
+        for i, (waveforms, lengths) in enumerate(batches):
+            arrays |= {f"waveforms{i}": waveforms, f"lengths{i}": lengths}
+        np.savez(given, **arrays)
         environment = {**os.environ, "HF_MODULES_CACHE": folder, "HF_HUB_OFFLINE": "1"}
         words = [sys.executable, "-I", RUNNER, kind, exported.resolve(), given, made]
         result = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment, cwd=folder)

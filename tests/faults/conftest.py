@@ -27,8 +27,12 @@ class Process:
         os.kill(self.pid, number)
 
     def wait(self) -> Finished:
-        code = self.server.ask({"wait": self.pid})
-        return Finished(code, self.log.read_text())
+        self.code = self.server.ask({"wait": self.pid})
+        return self.finished()
+
+    def finished(self) -> Finished:
+        """What has been printed up to now."""
+        return Finished(self.code, self.log.read_text())
 
     def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds

@@ -1,0 +1,159 @@
+"""The comparison of methods: its distance, the sizes of its students, and a run as a process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.compare_methods import METHODS, Result, fit_thin, recipe_of, table, used_params
+from benchmarks.compare_plot import draw
+from benchmarks.linear_distance import Moments
+from distillation.config import parse_recipe
+from distillation.objectives import Objectives
+from distillation.students import CopiedLayers, StudentConfig, build_student
+from wav2vec2 import load_model, save_model, wav2vec2_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def demo(tiny_config, tsv_dir, tmp_path_factory) -> Path:
+    """A folder as scripts/demo.sh leaves it, with a random teacher of the demo's size."""
+    torch.manual_seed(0)
+    config = tiny_config | {
+        "extractor_conv_layer_config": [(40, *layer[1:]) for layer in tiny_config["extractor_conv_layer_config"]],
+        "encoder_embed_dim": 144,
+        "encoder_num_layers": 6,
+        "encoder_use_attention": [True] * 6,
+        "encoder_use_feed_forward": [True] * 6,
+        "encoder_num_heads": [6] * 6,
+        "encoder_head_dim": 24,
+        "encoder_ff_interm_features": [576] * 6,
+    }
+    folder = tmp_path_factory.mktemp("demo")
+    save_model(folder / "teacher.pth", wav2vec2_model(**config), mask_embedding=torch.rand(144))
+    (folder / "data").symlink_to(tsv_dir)
+    return folder
+
+
+# The distance
+
+
+def test_unexplained_variance_is_that_of_a_linear_fit():
+    torch.manual_seed(0)
+    x, y = torch.randn(400, 6, dtype=torch.float64), torch.randn(400, 8, dtype=torch.float64)
+    y[:, :4] += 2 * x[:, :4] + 3
+    moments = Moments(1, 2)
+    for part in (slice(0, 150), slice(150, 400)):
+        moments.add([x[None, part]], [y[None, part, :4], y[None, part, 4:]], None)
+    design = np.concatenate([x.numpy(), np.ones((400, 1))], axis=1)
+    fit, *_ = np.linalg.lstsq(design, y.numpy(), rcond=None)
+    residual = ((y.numpy() - design @ fit) ** 2).sum(0)
+    expected = [residual[c].sum() / (400 * y.numpy()[:, c].var(0).sum()) for c in (slice(0, 4), slice(4, 8))]
+    np.testing.assert_allclose(moments.unexplained(moments.fit())[0], expected, rtol=1e-3)
+    assert expected[0] < 0.3 < 0.9 < expected[1]
+
+
+def test_padding_does_not_count():
+    x, y = torch.randn(2, 30, 3), torch.randn(2, 30, 4)
+    valid = torch.arange(30) < torch.tensor([30, 11])[:, None]
+    padded, alone = Moments(1, 1), Moments(1, 1)
+    padded.add([x], [y], valid)
+    alone.add([x[:1]], [y[:1]], None)
+    alone.add([x[1:, :11]], [y[1:, :11]], None)
+    assert padded.num_frames == alone.num_frames == 41
+    torch.testing.assert_close(padded.unexplained(padded.fit()), alone.unexplained(alone.fit()))
+
+
+# Sizes and recipes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_students_have_the_budget(demo, name, tmp_path):
+    teacher = load_model(demo / "teacher.pth")
+    teacher.mask_embedding = torch.zeros(144)
+    budget = used_params(build_student(StudentConfig(layers=CopiedLayers()), teacher))
+    settings = recipe_of(METHODS[name], teacher, budget, 100, 3, tmp_path)
+    settings["base"] = str(ROOT / "conf" / "demo.yaml")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    recipe, _ = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
+    student = build_student(recipe.student, teacher)
+    Objectives(recipe.objective, student, teacher)
+    assert recipe.seed == 3
+    if recipe.pruning.units:
+        assert (1 - recipe.pruning.target_sparsity) * used_params(teacher) == pytest.approx(budget)
+        assert recipe.optim.max_steps + recipe.final.max_steps == 100
+    else:
+        assert used_params(student) == pytest.approx(budget, rel=0.01)
+        assert recipe.optim.max_steps == 100 and recipe.final is None
+
+
+def test_thin_students_keep_the_published_shape(demo):
+    teacher = load_model(demo / "teacher.pth")
+    budget = used_params(build_student(StudentConfig(layers=CopiedLayers()), teacher))
+    thin = {name: fit_thin(METHODS[name], teacher, budget) for name in ("fithubert", "starhubert", "armhubert")}
+    assert thin["fithubert"].time_reduction == 2 and thin["armhubert"].reuse_attention
+    assert thin["fithubert"].width > thin["starhubert"].width  # FFN units: 1 and 2.3 times the width
+    for name, student in thin.items():
+        assert 0.6 < student.ffn / student.width / METHODS[name].ffn_ratio < 1.6
+
+
+def test_table_and_plot():
+    results = [
+        Result(name, seed, 100, 7, [0.1 * seed, 0.5], [0, 1]) for name in ("dphubert", "slice") for seed in (1, 2)
+    ]
+    text = table(results)
+    assert "| DPHuBERT | 100 | 7 | 15.0 ± 7.1 | 50.0 ± 0.0 | 32.5 ± 3.5 |" in text and text.count("\n") == 3
+    plot = draw({"a": [[0.1, 0.5], [0.2, 0.4]], "b < c": [[0.3, 0.3]]}, 100)
+    root = xml.etree.ElementTree.fromstring(plot)
+    assert len(root.findall("{*}polyline")) == len(root.findall("{*}polygon")) == 2
+    assert "b < c" in {element.text for element in root.findall("{*}text")}
+
+
+# As a process
+
+
+def run(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.compare_methods", *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+@pytest.mark.slow
+def test_two_methods_as_a_process(demo, tmp_path):
+    args = [
+        "--demo",
+        demo,
+        "--out",
+        tmp_path / "out",
+        "--methods",
+        "[dphubert,starhubert]",
+        "--seeds",
+        1,
+        "--steps",
+        10,
+    ]
+    result = run(*args)
+    assert "| DPHuBERT | " in result.stdout and "| STaRHuBERT | " in result.stdout
+    kept = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [row["method"] for row in kept] == ["dphubert", "starhubert"]
+    assert all(len(row["unexplained"]) == 7 and min(row["unexplained"]) > 0 for row in kept)
+    assert (tmp_path / "out" / "compare.svg").is_file()
+    assert run(*args).stdout == result.stdout  # nothing is trained again
+    line = run(*args[:-1], 20, code=2).stderr.strip().splitlines()[-1]
+    assert "made with other settings; use another --out" in line
+
+
+def test_mistakes_are_one_line(demo, tmp_path):
+    assert (
+        "no method 'hubert'; there are dphubert, slice" in run("--demo", demo, "--methods", "[hubert]", code=2).stderr
+    )
+    assert "run scripts/demo.sh" in run("--demo", tmp_path, code=2).stderr

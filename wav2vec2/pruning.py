@@ -142,10 +142,11 @@ def eval_rule(model: Wav2Vec2Model) -> Survivors:
 
 @torch.no_grad()
 def survivors_for_size(model: Wav2Vec2Model, num_params: int) -> Survivors:
-    """Survivors that give the pruned model the wanted size, to within one unit.
+    """Survivors that give the pruned model the wanted size, to within one unit, and never a larger one.
 
     Whole-block masks follow the published rule; all other units are ranked by their probability of being alive, over
-    all masks together, and the highest are kept.
+    all masks together. The highest are kept; where a large one (a head) would overshoot, smaller ones that rank below
+    it fill what is left.
 
     Args:
         model: masked.
@@ -163,23 +164,38 @@ def survivors_for_size(model: Wav2Vec2Model, num_params: int) -> Survivors:
     order = rank.argsort(stable=True, descending=True)
     sizes = [len(mask) for mask in units]
 
-    def keep(count: int) -> Survivors:
-        chosen = torch.zeros(len(rank), dtype=torch.bool)
-        chosen[order[:count]] = True
+    def choose(chosen: Tensor) -> Survivors:
         return {**survivors, **dict(zip(units, chosen.split(sizes)))}
 
-    def size(count: int) -> int:
-        choice = keep(count)
+    def size(chosen: Tensor) -> int:
+        choice = choose(chosen)
         return int(model.get_num_params(lambda mask: choice[mask].to(mask.log_alpha.device, torch.float64)).item())
 
+    def first(count: int) -> Tensor:
+        chosen = torch.zeros(len(rank), dtype=torch.bool)
+        chosen[order[:count]] = True
+        return chosen
+
     low, high = 0, len(rank)
-    if not size(low) <= num_params <= size(high):
+    if not size(first(low)) <= num_params <= size(first(high)):
         raise ValueError(
-            f"no choice of units gives {num_params:,} parameters: pruning everything leaves {size(low):,}, "
-            f"nothing {size(high):,}"
+            f"no choice of units gives {num_params:,} parameters: pruning everything leaves {size(first(low)):,}, "
+            f"nothing {size(first(high)):,}"
         )
-    while low < high:  # the smallest count that reaches the size
-        middle = (low + high) // 2
-        low, high = (low, middle) if size(middle) >= num_params else (middle + 1, high)
-    best = min((count for count in (low - 1, low) if count >= 0), key=lambda count: abs(size(count) - num_params))
-    return keep(best)
+    while low < high:  # the largest count that does not exceed the size
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(first(middle)) <= num_params else (low, middle - 1)
+    chosen = first(low)
+    group = torch.repeat_interleave(torch.arange(len(units)), torch.tensor(sizes))
+    too_large: set[int] = set()  # masks whose units no longer fit
+    for unit in order[low:].tolist():
+        mask = int(group[unit])
+        if mask in too_large:
+            continue
+        chosen[unit] = True
+        if size(chosen) > num_params:
+            chosen[unit] = False
+            too_large.add(mask)
+            if len(too_large) == len(units):
+                break
+    return choose(chosen)

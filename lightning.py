@@ -380,6 +380,7 @@ def fit(module: DistillModule, data: AudioDataModule, trainer: pl.Trainer, recip
         logger.info("%s is complete", exp_dir)
         module.load_state_dict(content["state_dict"])
         return
+    progress.expected_step = step
     with progress.stop, supervised(trainer):
         try:
             trainer.fit(module, data, ckpt_path=resume, weights_only=True)

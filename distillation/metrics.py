@@ -15,6 +15,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
@@ -51,7 +52,11 @@ class RunningMeans:
         return {"seconds": seconds, **{name: value / weight if weight else math.nan for name, value in sums.items()}}
 
     def _gather(self, trainer: pl.Trainer, device: torch.device) -> tuple[float, float, dict[str, float]]:
-        names = trainer.strategy.broadcast(sorted(self.sums))
+        names = sorted(self.sums)
+        if trainer.world_size > 1:  # a rank whose files were all unreadable has none
+            everyone: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(everyone, names)
+            names = sorted(set().union(*everyone))
         zero = torch.zeros((), dtype=torch.float64, device=device)
         weight = torch.as_tensor(self.weight, dtype=torch.float64, device=device).view(1)
         seconds = torch.tensor([self.seconds], dtype=torch.float64, device=device)

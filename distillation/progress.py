@@ -32,11 +32,16 @@ class Progress(pl.Callback):
         recipe: intervals.
         last: path of the newest checkpoint.
         max_steps: updates of the run.
+
+    Attributes:
+        expected_step: update at which training will start; set before.
+        stop: listens for signals; to be opened around training.
     """
 
     def __init__(self, recipe: Recipe, last: Path, max_steps: int) -> None:
         self.recipe, self.config, self.last, self.max_steps = recipe, recipe.trainer, last, max_steps
         self.stop = StopRequest()
+        self.expected_step = 0
         self.bar: tqdm | None = None
         self.saved_at = time.monotonic()
         self.step = self.first_step = -1
@@ -44,6 +49,8 @@ class Progress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: DistillModule) -> None:  # type: ignore[override]
         """Open the bar where the run stands."""
         self.step = self.first_step = trainer.global_step
+        if self.step != self.expected_step:
+            raise UserError(f"{self.last}: does not say where it stands in the data: move it away to start afresh")
         self.agree = Agreement(trainer.world_size)
         _check_optimizer_state(trainer.optimizers[0], self.last)
         self.bar = tqdm(total=self.max_steps, initial=trainer.global_step, desc="train", unit="update",

@@ -15,34 +15,12 @@ import pytest
 import soundfile
 import torch
 
+from tests.configs import TINY
 from wav2vec2 import save_model, wav2vec2_model
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-
-TINY = {
-    "extractor_mode": "group_norm",
-    "extractor_conv_layer_config": [(12, 10, 5), *[(12, 3, 2)] * 4, *[(12, 2, 2)] * 2],
-    "extractor_conv_bias": False,
-    "encoder_embed_dim": 24,
-    "encoder_projection_dropout": 0.1,
-    "encoder_pos_conv_kernel": 8,
-    "encoder_pos_conv_groups": 4,
-    "encoder_num_layers": 4,
-    "encoder_use_attention": [True] * 4,
-    "encoder_use_feed_forward": [True] * 4,
-    "encoder_num_heads": [4] * 4,
-    "encoder_head_dim": 6,
-    "encoder_attention_dropout": 0.1,
-    "encoder_ff_interm_features": [40] * 4,
-    "encoder_ff_interm_dropout": 0.0,
-    "encoder_dropout": 0.1,
-    "encoder_layer_norm_first": False,
-    "encoder_layer_drop": 0.05,
-    "aux_num_out": None,
-    "normalize_waveform": False,
-}
 
 
 @pytest.fixture(scope="session")

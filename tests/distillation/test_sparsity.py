@@ -9,31 +9,9 @@ import torch
 
 from distillation.errors import UserError
 from distillation.sparsity import UNITS, Lagrangian, PruningConfig, make_prunable
+from tests.configs import HUBERT_BASE
 from wav2vec2 import wav2vec2_model
 from wav2vec2.hardconcrete import alive_probability
-
-HUBERT_BASE = {
-    "extractor_mode": "group_norm",
-    "extractor_conv_layer_config": [(512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2],
-    "extractor_conv_bias": False,
-    "encoder_embed_dim": 768,
-    "encoder_projection_dropout": 0.1,
-    "encoder_pos_conv_kernel": 128,
-    "encoder_pos_conv_groups": 16,
-    "encoder_num_layers": 12,
-    "encoder_use_attention": [True] * 12,
-    "encoder_use_feed_forward": [True] * 12,
-    "encoder_num_heads": [12] * 12,
-    "encoder_head_dim": 64,
-    "encoder_attention_dropout": 0.1,
-    "encoder_ff_interm_features": [3072] * 12,
-    "encoder_ff_interm_dropout": 0.0,
-    "encoder_dropout": 0.1,
-    "encoder_layer_norm_first": False,
-    "encoder_layer_drop": 0.05,
-    "aux_num_out": None,
-    "normalize_waveform": False,
-}
 
 
 def test_target_ramp():

@@ -20,6 +20,7 @@ import os
 import runpy
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def inject(what: str, where: str, number: int) -> None:
 
     def sync(descriptor: int) -> None:
         fsync(descriptor)
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
         if where == "rename" and len(written) == number + 1 and ("ckpt" in name or ".pth" in name):
             strike()
 

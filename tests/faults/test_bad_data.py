@@ -80,13 +80,22 @@ def test_too_many_bad_files(server, bad_data, tiny_flags, tmp_path):
     assert sum(path in message for path in reasons) == 3 and str(exp / "bad_files.tsv") in message
 
 
+def assert_close(a: list[dict[str, str]], b: list[dict[str, str]]) -> None:
+    """Two processes add up their gradients in another order than one."""
+    for left, right in zip(a, b, strict=True):
+        assert left.keys() == right.keys()
+        for name in left:
+            assert (left[name] == right[name] == "") or float(left[name]) == pytest.approx(float(right[name]), rel=1e-4)
+
+
 @pytest.fixture
 def explosive_data(tsv_dir, corpus, tmp_path) -> tuple[Path, Path]:
     """Lists of a copy of the corpus with one file of finite samples that no network survives; and that file."""
     root = tmp_path / "corpus"
     shutil.copytree(corpus, root)
     path = sorted((root / "train-clean-100").rglob("*.flac"))[4]
-    samples = soundfile.read(path)[0].astype(np.float32) * 1e30
+    num_samples = soundfile.info(path).frames
+    samples = np.random.default_rng(0).choice(np.array([-3e38, 3e38], dtype=np.float32), num_samples)
     with path.open("wb") as file:
         soundfile.write(file, samples, 16000, subtype="FLOAT", format="WAV")
     for name in ("train100.tsv", "valid.tsv"):
@@ -109,7 +118,7 @@ def test_update_that_is_not_finite_has_no_effect(server, explosive_data, tiny_fl
     for row in metrics(one):
         assert "nan" not in row.values() and "inf" not in row.values()
     assert parallel.wait().code == 0
-    assert metrics(one) == metrics(two)
+    assert_close(metrics(one), metrics(two))
     left, right = weights(one / "ckpts/last.ckpt"), weights(two / "ckpts/last.ckpt")
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-6)
@@ -127,7 +136,7 @@ def test_uneven_ranks_never_wait(server, bad_data, tiny_flags, tmp_path):
     parallel = server.start("distill.py", *flags, "--exp_dir", two, "--trainer.devices", 2)
     server.run("distill.py", *flags, "--exp_dir", one)
     assert parallel.wait().code == 0
-    assert metrics(one) == metrics(two)
+    assert_close(metrics(one), metrics(two))
 
 
 def test_vanished_mount(server, corpus, tsv_dir, tiny_flags, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -68,10 +69,113 @@ def test_folder_is_a_file(server, tiny_flags, tmp_path):
 def test_second_run_is_refused(server, tiny_flags, tmp_path):
     exp = tmp_path / "run"
     flags = [*tiny_flags, "--exp_dir", exp]
-    first = server.start("distill.py", *flags, "--optim.max_steps", 200)
+    first = server.start("distill.py", *flags, "--optim.max_steps", 400)
     first.until((exp / "metrics.csv").exists)
     message = server.run("distill.py", *flags, "--seed", 5, code=2).error
-    assert f"{exp} is in use by process {first.pid} on {socket.gethostname()}" in message and str(exp / ".lock") in message
+    assert f"{exp} is in use by process {first.pid} on {socket.gethostname()}" in message
+    assert str(exp / ".lock") in message
     assert "seed: 2022" in (exp / "config.yaml").read_text(), "the second run changed the folder of the first"
-    first.kill(runlock.os.signal.SIGTERM if hasattr(runlock.os, "signal") else 15)
+    first.kill(signal.SIGTERM)
     assert first.wait().code == 75
+
+
+def held_by(folder: Path, age: float = 0, **changes: object) -> Path:
+    """The lock of another owner: by default one that lives, this process."""
+    lock = folder / ".lock"
+    lock.write_text(json.dumps({**runlock._identity(), **changes}))
+    os.utime(lock, (time.time() - age, time.time() - age))
+    return lock
+
+
+@pytest.mark.parametrize(
+    ("owner", "age"),
+    [
+        ({"host": "elsewhere"}, 30),
+        ({}, 5000),  # on this machine a living process counts, not the age
+    ],
+)
+def test_living_owner_keeps_the_lock(tmp_path, owner, age):
+    lock = held_by(tmp_path, age, **owner)
+    before = lock.read_text()
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()}"), run_lock(tmp_path, owner=True):
+        pass
+    assert lock.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("owner", "age"),
+    [
+        ({"pid": 2**22 + 1}, 0),  # no such process
+        ({"started": "another boot:17"}, 0),  # its number was given to another process
+        ({"host": "elsewhere"}, 700),  # touched every minute while its owner lives
+        ({"host": "elsewhere", "job": "4711"}, 0),  # the same job, requeued elsewhere
+        ({"pid": -1}, 0),
+        ({"pid": "1"}, 0),
+    ],
+)
+def test_dead_owner_does_not_keep_the_lock(tmp_path, monkeypatch, owner, age):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711" if "job" in owner else "12")
+    lock = held_by(tmp_path, age, **owner)
+    (tmp_path / "ckpts").mkdir()
+    (tmp_path / "ckpts/.last.ckpt.77.tmp").write_text("half")
+    with run_lock(tmp_path, owner=True):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+        with pytest.raises(UserError), run_lock(tmp_path, owner=True):
+            pass
+    assert not lock.exists() and not list((tmp_path / "ckpts").iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff" * 9000, b"[" * 4096])
+def test_broken_lock(tmp_path, content):
+    (tmp_path / ".lock").write_bytes(content)
+    with run_lock(tmp_path, owner=True):
+        pass
+    assert not (tmp_path / ".lock").exists()
+
+
+def zombie() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    return process.pid
+
+
+def test_dead_process_that_nobody_has_buried(tmp_path):
+    started = runlock._started(os.getpid())
+    held_by(tmp_path, pid=zombie(), started=started)
+    with run_lock(tmp_path, owner=True):
+        pass
+
+
+def other_shape(content: dict) -> None:
+    state = content["optimizer_states"][0]["state"]
+    state[0]["exp_avg"] = state[0]["exp_avg"].flatten()[:1]
+
+
+def other_heads(content: dict) -> None:
+    content["state_dict"].pop(next(name for name in content["state_dict"] if name.startswith("objectives.")))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda content: content.pop("loops"), "does not say where it stands"),
+        (lambda content: content["guard"].pop("counts"), "cannot be continued"),
+        (lambda content: content["optimizer_states"][0]["param_groups"][0].update(lr="fast"), "cannot be continued"),
+        (lambda content: content.update(global_step="nine"), "not a checkpoint of a run"),
+        (other_shape, "optimizer state"),
+        (other_heads, "another network or objective"),
+    ],
+)
+def test_checkpoint_with_wrong_content(server, reference, tiny_flags, tmp_path, change, reason):
+    """Nothing is written over it."""
+    exp = tmp_path / "run"
+    shutil.copytree(reference / "ckpts", exp / "ckpts")
+    last = exp / "ckpts/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    change(content)
+    torch.save(content, last)
+    before = last.read_bytes()
+    message = server.run("distill.py", *tiny_flags, "--exp_dir", exp, "--optim.max_steps", 15, code=2).error
+    assert reason in message and str(last) in message
+    assert last.read_bytes() == before and not (exp / ".lock").exists()

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.configs import HUBERT_BASE
 from wav2vec2 import prune, wav2vec2_model
 from wav2vec2.hardconcrete import sample
 from wav2vec2.macs import expected_macs, num_macs
@@ -21,31 +22,7 @@ def traced_macs(model, lengths: list[int]) -> int:
 
 
 def hubert_base(**changes):
-    return wav2vec2_model(
-        **{
-            "extractor_mode": "group_norm",
-            "extractor_conv_layer_config": [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2,
-            "extractor_conv_bias": False,
-            "encoder_embed_dim": 768,
-            "encoder_projection_dropout": 0.1,
-            "encoder_pos_conv_kernel": 128,
-            "encoder_pos_conv_groups": 16,
-            "encoder_num_layers": 12,
-            "encoder_use_attention": [True] * 12,
-            "encoder_use_feed_forward": [True] * 12,
-            "encoder_num_heads": [12] * 12,
-            "encoder_head_dim": 64,
-            "encoder_attention_dropout": 0.1,
-            "encoder_ff_interm_features": [3072] * 12,
-            "encoder_ff_interm_dropout": 0.0,
-            "encoder_dropout": 0.1,
-            "encoder_layer_norm_first": False,
-            "encoder_layer_drop": 0.05,
-            "aux_num_out": None,
-            "normalize_waveform": False,
-            **changes,
-        }
-    )
+    return wav2vec2_model(**{**HUBERT_BASE, **changes})
 
 
 @pytest.mark.parametrize("architecture", ["hubert_base", "hubert_large", "wavlm_base", "wavlm_large"])

@@ -9,8 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distillation.errors import UserError
 from exporting.card import model_card
 from exporting.configuration_compressed_speech import CompressedSpeechConfig

@@ -45,6 +45,11 @@ class CompressedSpeechModel(CompressedSpeechPreTrainedModel):
         width, _, kernel = position.conv.weight_v.shape
         conv = nn.Conv1d(width, width, kernel, padding=position.conv.padding, groups=position.conv.groups)
         position.conv = weight_norm(conv, dim=2)
+        # never trained: a buffer, since transformers makes every parameter that it loads trainable
+        extractor = self.backbone.feature_extractor
+        weight = extractor.dummy_weight.detach()
+        del extractor.dummy_weight
+        extractor.register_buffer("dummy_weight", weight)
         self.post_init()
 
     def forward(

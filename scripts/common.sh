@@ -27,7 +27,7 @@ setup() {
     # shellcheck disable=SC1091
     source .venv/bin/activate
     local stamp
-    stamp=".venv/installed-$(cat "$@" requirements.txt | cksum | cut -d' ' -f1)"
+    stamp=".venv/installed-$(echo "$@" | cat - requirements*.txt | cksum | cut -d" " -f1)"
     if [ ! -f "$stamp" ]; then
         echo "Installing $* into .venv (a few minutes, about 5 GB with the CUDA libraries)"
         local args=() file
@@ -35,6 +35,27 @@ setup() {
         python -m pip install --quiet --disable-pip-version-check "${args[@]}"
         touch "$stamp"
     fi
+}
+
+# stage COMMAND...: run it; a signal to this script (Ctrl-C, the time limit of a job) makes it save and end with code 75.
+stage() {
+    local child code=0 signalled=0
+    "$@" &
+    child=$!
+    trap 'signalled=1; kill -TERM "$child" 2>/dev/null || true' INT TERM USR1 USR2
+    wait "$child" || code=$?
+    while [ "$signalled" = 1 ]; do # a signal ends the wait, not the child
+        signalled=0 code=0
+        wait "$child" || code=$?
+    done
+    trap - INT TERM USR1 USR2
+    return "$code"
+}
+
+# requeue CODE: end a SLURM job; one that was stopped by a signal goes back into the queue and resumes there.
+requeue() {
+    case $1 in 75 | 143) scontrol requeue "$SLURM_JOB_ID" ;; esac
+    exit "$1"
 }
 
 # setting KEY RECIPE FLAGS...: a resolved value of a recipe.
@@ -47,11 +68,11 @@ two_steps() {
     local recipe=$1 exp=$2
     shift 2
     if [ ! -f "$exp/pruned.pth" ] || [ "$exp/ckpts/last.ckpt" -nt "$exp/pruned.pth" ]; then
-        python distill.py --config "$recipe" "$@" --exp_dir "$exp"
+        stage python distill.py --config "$recipe" "$@" --exp_dir "$exp"
         python prune.py --distilled_ckpt "$exp/ckpts/last.ckpt" --out "$exp/pruned.pth"
     fi
     if [ ! -f "$exp/final/final.pth" ] || [ "$exp/pruned.pth" -nt "$exp/final/final.pth" ]; then
-        python final_distill.py --config "$recipe" "$@" --student_ckpt "$exp/pruned.pth" --exp_dir "$exp/final"
+        stage python final_distill.py --config "$recipe" "$@" --student_ckpt "$exp/pruned.pth" --exp_dir "$exp/final"
     fi
 }
 

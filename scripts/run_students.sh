@@ -19,7 +19,7 @@ exp=$(setting exp_dir "conf/$name.yaml" "$@")
 if [ "$(setting pruning.units "conf/$name.yaml" "$@")" = "[]" ]; then
     final=$exp/final.pth
     if [ ! -f "$final" ] || [ "$exp/ckpts/last.ckpt" -nt "$final" ]; then
-        python distill.py --config "conf/$name.yaml" "$@"
+        stage python distill.py --config "conf/$name.yaml" "$@"
     fi
 else
     two_steps "conf/$name.yaml" "$exp" "$@"

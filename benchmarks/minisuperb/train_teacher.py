@@ -8,8 +8,9 @@
    are as good as its upper ones, with which compression methods cannot be told apart; this makes depth matter.
 4. ``probe``: words and phones per frame from every layer, on speakers and sentences not trained on.
 
-About a quarter of an hour on 2 idle cores that multiply bfloat16 (0.19 s per update); on a busy machine four times that.
-A finished training stage leaves ``WORK/<stage>.pt`` and is not run again. Shapes: B batch, T frames, L layers, D width.
+An update takes 0.19 s on 2 idle cores that multiply bfloat16, so that all of it is a matter of a quarter of an hour; on
+a busy machine it took an hour. A finished training stage leaves ``WORK/<stage>.pt`` and is not run again.
+Shapes: B batch, T frames, L layers, D width.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,24 +88,22 @@ def read_huggingface(model: str, normalize: Normalize) -> Teacher:
     folder = locate(model)
     check_model_type_of(folder)
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logger.info("reading %s", folder)
     weights = read_weights(folder)
     with naming(folder):
-        try:
+        with refusing("its config.json is not valid"):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-            raise CheckpointError(f"its config.json is not valid: {error}") from error
         normalize_waveform = choose_normalization(normalize, config, folder)
         imported = import_huggingface(config, weights, normalize_waveform)
     converted = model_from_state(imported.config, imported.state_dict, source=folder)
     with naming(folder):
-        original, report = transformers.AutoModel.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-        )
+        with refusing("transformers cannot load it"):
+            original, report = transformers.AutoModel.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            )
         missing = set(report["missing_keys"]) - {"masked_spec_embed"}
         if missing:
             raise CheckpointError(f"transformers finds no weights for {', '.join(sorted(missing)[:3])}")
@@ -122,9 +121,10 @@ def read_huggingface(model: str, normalize: Normalize) -> Teacher:
         return [[state[row, :length] for state in states] for row, length in enumerate(lengths)]
 
     logger.info("running the original on %d random waveforms", len(PROBE_SAMPLES))
-    alone = [run([waveform])[0] for waveform in probe()]
-    # With a group norm, transformers lets padding into the statistics of every frame; ours does not.
-    batched = run(probe()) if config["feat_extract_norm"] == "layer" else alone
+    with naming(folder), refusing("transformers cannot run it"):
+        alone = [run([waveform])[0] for waveform in probe()]
+        # With a group norm, transformers lets padding into the statistics of every frame; ours does not.
+        batched = run(probe()) if config["feat_extract_norm"] == "layer" else alone
     return Teacher(imported, converted, alone, batched)
 
 
@@ -157,6 +157,16 @@ def read_torchaudio(name: str, normalize: Normalize) -> Teacher:
 
     alone = [run(waveform) for waveform in probe()]
     return Teacher(imported, converted, alone, alone)
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Whatever transformers raises over a file with strange values becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise CheckpointError(f"{what}: {reason}") from error
 
 
 def locate(model: str) -> Path:

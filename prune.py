@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import jsonargparse
+import torch
 import yaml
 
 from distillation.architecture import format_architecture
@@ -24,21 +25,24 @@ from wav2vec2.pruning import survivors_for_size
 
 logger = logging.getLogger(__name__)
 STUDENT = "student."
+ENTRIES = {"student_config": dict, "state_dict": dict, "heads": dict, "recipe": str, "num_params_before": int}
 
 
 def run(distilled_ckpt: Path, out: Path | None, faithful: bool, target_sparsity: float | None) -> None:
     """Prune the student of a checkpoint; the arguments are the flags."""
     out = out if out is not None else distilled_ckpt.parent.parent / "pruned.pth"
     checkpoint = read_torch_file(distilled_ckpt)
-    if "student_config" not in checkpoint or "num_params_before" not in checkpoint:
+    if not all(isinstance(checkpoint.get(name), kind) for name, kind in ENTRIES.items()):
         raise UserError(f"{distilled_ckpt}: not a checkpoint of step 1 with pruning (made by distill.py)")
-    state = {k.removeprefix(STUDENT): v for k, v in checkpoint["state_dict"].items() if k.startswith(STUDENT)}
+    state = {k: v for k, v in checkpoint["state_dict"].items() if isinstance(k, str) and k.startswith(STUDENT)}
+    state = {k.removeprefix(STUDENT): v for k, v in state.items()}
     student = model_from_state(checkpoint["student_config"], state, source=distilled_ckpt)
-    recipe = yaml.safe_load(checkpoint["recipe"])
-    target = recipe["pruning"]["target_sparsity"] if target_sparsity is None else target_sparsity
+    target = recipe_target(checkpoint["recipe"], distilled_ckpt) if target_sparsity is None else target_sparsity
     if not 0 <= target < 1:
         raise UserError(f"--target_sparsity {target}: it must lie in [0, 1)")
-    before = int(checkpoint["num_params_before"])
+    before, heads = checkpoint["num_params_before"], checkpoint["heads"]
+    if before < 1 or not all(isinstance(tensor, torch.Tensor) for tensor in heads.values()):
+        raise UserError(f"{distilled_ckpt}: damaged: {before} parameters before pruning, or heads without tensors")
 
     by_rule, config = prune(student)
     num_expected, num_by_rule = student.get_num_params().item(), sum(p.numel() for p in by_rule.parameters())
@@ -54,9 +58,17 @@ def run(distilled_ckpt: Path, out: Path | None, faithful: bool, target_sparsity:
             raise UserError(f"{distilled_ckpt}: {error}; set another --target_sparsity, or --faithful") from None
         logger.info("kept the highest-ranked units that give the target size; --faithful keeps the rule's")
     num_params = sum(p.numel() for p in model.parameters())
-    save_model(out, model, checkpoint["heads"])
+    save_model(out, model, heads)
     print(format_architecture(checkpoint["student_config"], config))
     print(f"{num_params:,} parameters, sparsity {1 - num_params / before:.4f} -> {out}")
+
+
+def recipe_target(resolved: str, source: Path) -> float:
+    """The target sparsity in the recipe of a checkpoint."""
+    try:
+        return float(yaml.safe_load(resolved)["pruning"]["target_sparsity"])
+    except (yaml.YAMLError, RecursionError, LookupError, TypeError, ValueError):
+        raise UserError(f"{source}: no target sparsity in its recipe; name it with --target_sparsity") from None
 
 
 @command

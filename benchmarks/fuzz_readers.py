@@ -41,7 +41,7 @@ import prune
 from benchmarks import mutations
 from distillation.config import RECIPES, parse_recipe
 from distillation.data import AudioDataset, Crop, MicroBatch, read_tsv
-from distillation.errors import command
+from distillation.errors import UserError, command
 from distillation.manifest import Manifest
 from tests.conftest import TINY, write_noise
 from tests.released_students import TINY as STUDENTS
@@ -98,13 +98,17 @@ def read_model(path: Path) -> None:
         model(torch.zeros(1, 4000))
 
 
+@command
 def read_audio(folder: Path, out: Path) -> None:
-    """As training does, and then as prepare_data.py --check does."""
+    """As training does, and as prepare_data.py --check does; what both leave out counts as refused."""
     names = sorted(path.name for path in folder.iterdir())
     dataset = AudioDataset(Manifest(folder, names, np.full(len(names), 8000)), 16000)
-    dataset[MicroBatch(0, [Crop(i, 500, 7000) for i in range(len(names))])]
+    batch = dataset[MicroBatch(0, [Crop(i, 500, 7000) for i in range(len(names))])]
     call(prepare_data.main, "--data", folder, "--out", out.parent / "lists", "--check", "--skip_broken",
          "--num_threads", 1, "--valid_fraction", 0.5)  # fmt: skip
+    broken = out.parent / "lists/broken.tsv"
+    if broken.exists() or batch.errors:
+        raise UserError(broken.read_text() if broken.exists() else str(batch.errors))
 
 
 def make_readers(folder: Path) -> dict[str, Reader]:

@@ -165,7 +165,7 @@ def read_safetensors_file(path: str | Path) -> dict[str, Any]:
 
 
 def read_transformers_folder(path: Path) -> dict[str, Any]:
-    """Read a folder written by ``export.py --to hf`` or ``save_pretrained``, as the dict of a ``.pth`` file.
+    """Read a folder of config.json and model.safetensors (transformers' layout), as the dict of a ``.pth`` file.
 
     Raises:
         CheckpointError: a file is missing or broken, or the folder holds another kind of model.
@@ -273,7 +273,7 @@ def load_model(
     >>> hidden, lengths = model.extract_features(waveforms, lengths)
 
     Args:
-        path: a ``.pth`` or ``.safetensors`` file, a folder of ``export.py --to hf``, or on the Hugging Face hub
+        path: a ``.pth`` or ``.safetensors`` file, a folder in the layout of transformers, or on the Hugging Face hub
             "owner/name" (such a folder) or "owner/name/file.pth"; the hub needs ``huggingface_hub``.
         device: where to.
         dtype: of the weights.

@@ -1,4 +1,4 @@
-"""Where a model comes from: a file, a folder written by ``export.py --to hf``, or either on the Hugging Face hub."""
+"""Where a model comes from: a file, a folder in the layout of transformers, or either on the Hugging Face hub."""
 
 from __future__ import annotations
 

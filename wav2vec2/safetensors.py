@@ -55,19 +55,23 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write floating-point tensors, on whichever device, and a table of strings."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # values start at a multiple of 8 bytes
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+        file.write(make_header({name: (t.dtype, list(t.shape)) for name, t in tensors.items()}, metadata))
         for tensor in tensors.values():
             values = tensor.detach().cpu().contiguous()
             file.write(ctypes.string_at(values.data_ptr(), values.nbytes))  # torch's own way needs numpy
+
+
+def make_header(entries: Mapping[str, tuple[torch.dtype, list[int]]], metadata: Mapping[str, str]) -> bytes:
+    """What a file starts with, for tensors of these types and shapes whose values follow in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # values start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text
 
 
 def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:

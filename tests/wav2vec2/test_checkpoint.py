@@ -108,9 +108,9 @@ def bad_states(state: dict[str, torch.Tensor]) -> dict[str, tuple[dict, str]]:
         "wrong shape": ({**state, name: torch.ones(15)}, f"{name} is torch.float32 [15], {wants}"),
         "whole numbers": ({**state, name: torch.ones(16, dtype=torch.int64)}, f"{name} is torch.int64 [16], {wants}"),
         "no tensor": ({**state, name: [1.0] * 16}, f"{name} is list, {wants}"),
-        "sparse": ({**state, name: torch.ones(16).to_sparse()}, f"{name} is no dense tensor"),
-        "without values": ({**state, name: torch.ones(16, device="meta")}, f"{name} is no dense tensor"),
-        "one value for all": ({**state, name: torch.ones(1).expand(16)}, "no dense tensor with all of its 16 values"),
+        "sparse": ({**state, name: torch.ones(16).to_sparse()}, "holds a tensor without all of its values"),
+        "without values": ({**state, name: torch.ones(16, device="meta")}, "holds a tensor without all of its values"),
+        "one value for all": ({**state, name: torch.ones(1).expand(16)}, "holds a tensor without all of its values; refused"),
     }
 
 

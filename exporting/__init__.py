@@ -1,1 +1,0 @@
-"""Other formats of a model: what ``export.py`` writes, and how each is checked against PyTorch."""

@@ -110,7 +110,10 @@ def bad_states(state: dict[str, torch.Tensor]) -> dict[str, tuple[dict, str]]:
         "no tensor": ({**state, name: [1.0] * 16}, f"{name} is list, {wants}"),
         "sparse": ({**state, name: torch.ones(16).to_sparse()}, "holds a tensor without all of its values"),
         "without values": ({**state, name: torch.ones(16, device="meta")}, "holds a tensor without all of its values"),
-        "one value for all": ({**state, name: torch.ones(1).expand(16)}, "holds a tensor without all of its values; refused"),
+        "one value for all": (
+            {**state, name: torch.ones(1).expand(16)},
+            "holds a tensor without all of its values; refused",
+        ),
     }
 
 

@@ -4,9 +4,9 @@
     python -m benchmarks.compare_methods --demo demo_out    # then hours on the CPU; run again to resume
 
 Every method is the demo recipe with another student, objective or pruning, and runs through the ordinary stages.
-Methods that prune spend 30 % of the updates on step 2. All have the size of DistilHuBERT's two layers, to 1 %; heads,
-which only training uses, come on top. The distance to the teacher is that of benchmarks/linear_distance.py. Prints a
-table, writes compare.json and compare.svg.
+Methods that prune spend 30 % of the updates on step 2. All have one size, by default that of DistilHuBERT's two layers,
+to 1 %; heads, which only training uses, come on top. The distance to the teacher is that of
+benchmarks/linear_distance.py. Prints a table, writes compare.json and compare.svg.
 """
 
 from __future__ import annotations
@@ -234,6 +234,7 @@ def compare(
     methods: list[str] = DEFAULT,
     seeds: int = 3,
     steps: int = 1000,
+    num_params: int | None = None,
 ) -> None:
     """Train, measure, print and plot.
 
@@ -244,6 +245,7 @@ def compare(
             dphubert_mask, dphubert_both.
         seeds: runs per method.
         steps: updates per run, both steps together.
+        num_params: size of the students; that of DistilHuBERT's two layers by default, the only one it can have.
     """
     out = out or demo / "compare"
     if unknown := [name for name in methods if name not in METHODS]:
@@ -256,7 +258,9 @@ def compare(
     demo, out = demo.resolve(), out.resolve()
     torch.manual_seed(0)
     teacher = load_model(demo / "teacher.pth")
-    budget = used_params(build_student(StudentConfig(layers=CopiedLayers()), teacher))
+    budget = num_params or used_params(build_student(StudentConfig(layers=CopiedLayers()), teacher))
+    if num_params and any(METHODS[name].student == "layers" for name in methods):
+        raise UserError("--num_params: DistilHuBERT has the size of two teacher layers; leave it out of --methods")
     logger.info("teacher: %s parameters, budget of the students: %s", f"{used_params(teacher):,}", f"{budget:,}")
     results = []
     runs = [(name, seed) for seed in range(1, seeds + 1) for name in methods]

@@ -131,6 +131,11 @@ def _draw_speakers(settings: CorpusSettings) -> list[Speaker]:
     return speakers
 
 
+def training_sentences(settings: CorpusSettings) -> list[str]:
+    """What the training speakers of such a corpus say, without making it."""
+    return [text for speaker in _draw_speakers(settings) if speaker.split == TRAIN for text in speaker.sentences]
+
+
 def _resample_and_colour(samples: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
     """Resample [N] from ``rate`` Hz to 16 kHz through a smooth random channel, in one Fourier transform."""
     size = 1024 * (len(samples) // 1024 + 2)  # at least 1024 zeros at the end, so that the channel does not wrap around

@@ -156,4 +156,5 @@ def test_mistakes_are_one_line(demo, tmp_path):
     assert (
         "no method 'hubert'; there are dphubert, slice" in run("--demo", demo, "--methods", "[hubert]", code=2).stderr
     )
+    assert "leave it out of --methods" in run("--demo", demo, "--num_params", 400_000, code=2).stderr
     assert "run scripts/demo.sh" in run("--demo", tmp_path, code=2).stderr

@@ -211,9 +211,11 @@ def mutate(reader: Reader, folder: Path, rng: random.Random) -> str:
     """Copy a seed into an empty folder and spoil one file; returns the name of the mutation."""
     shutil.copytree(rng.choice(reader.seeds), folder)
     victim = rng.choice(sorted(path for path in folder.glob(reader.victim) if path.is_file()))
-    mutation = rng.choice(reader.mutations)
-    victim.write_bytes(mutation(victim.read_bytes(), rng))
-    return f"{mutation.__name__} of {victim.name}"
+    while True:
+        mutation = rng.choice(reader.mutations)
+        with contextlib.suppress(Exception):  # what cannot be written is no file
+            victim.write_bytes(mutation(victim.read_bytes(), rng))
+            return f"{mutation.__name__} of {victim.name}"
 
 
 def outcome(reader: Reader, folder: Path) -> str:

@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import jsonargparse
 import yaml
@@ -141,19 +141,33 @@ def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[
     try:
         namespace = parse_arguments(parser, argv)
     except UserError as error:
-        for recipe in recipes:  # is it a file or the command line?
+        for path in recipes:  # is it a file or the command line?
             try:
-                parse_arguments(parser, ["--config", recipe])
+                parse_arguments(parser, ["--config", path])
             except UserError as its_own:
-                raise UserError(f"{recipe}: {its_own}") from None
+                raise UserError(f"{path}: {its_own}") from None
         raise error from None
     namespace.pop("config", None)
     namespace.base = None
     resolved = parser.dump(namespace, skip_unset=False)
     try:
-        return Recipe(**vars(parser.instantiate(namespace))), resolved
+        recipe = Recipe(**vars(parser.instantiate(namespace)))
     except ValueError as error:  # the checks of optional sections run here
         raise UserError(_one_line(error)) from None
+    except TypeError as error:  # the parser lets null pass everywhere
+        raise UserError(f"a setting is null that needs a value ({error})") from None
+    _require_values(recipe)
+    return recipe, resolved
+
+
+def _require_values(settings: Any, prefix: str = "") -> None:
+    types = get_type_hints(type(settings))
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if value is None and type(None) not in get_args(types[entry.name]):
+            raise UserError(f"{prefix}{entry.name} is null: it needs a value")
+        if dataclasses.is_dataclass(value):
+            _require_values(value, f"{prefix}{entry.name}.")
 
 
 def parse_arguments(parser: jsonargparse.ArgumentParser, argv: list[str]) -> jsonargparse.Namespace:

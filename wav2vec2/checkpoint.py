@@ -252,6 +252,8 @@ def model_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], sou
             raise CheckpointError(f"{source}: {name} is {found}, its config wants float {list(expected[name].shape)}")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
             raise CheckpointError(f"{source}: {name} is no dense tensor with all of its {tensor.numel()} values")
+        if name.endswith("log_alpha") and not tensor.isfinite().all():
+            raise CheckpointError(f"{source}: {name} is not finite: nobody can tell what it keeps")
         state[name] = tensor.detach().to(torch.float32)
     if DUMMY_WEIGHT not in state:
         state[DUMMY_WEIGHT] = torch.ones(expected[DUMMY_WEIGHT].shape)

@@ -1,0 +1,55 @@
+"""What a user reads, and the exit code, for everything that is no bug."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+
+from distillation.errors import PeerLost, Stopped, UserError, command
+from wav2vec2 import CheckpointError
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("a\n  b"), 2, "error: a b"),
+        (CheckpointError("x.pth: damaged"), 2, "error: x.pth: damaged"),
+        (Stopped("SIGTERM at update 3"), 75, "stopped: SIGTERM at update 3"),
+        (PeerLost("another process"), 1, "error: another process"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "e/last.ckpt"), 2,
+         "error: e/last.ckpt: No space left on device; make room and run again (what was complete before is intact)"),
+        (PermissionError(errno.EACCES, "Permission denied", "e"), 2, "error: e: Permission denied; choose a folder"),
+        (OSError(errno.ESTALE, "Stale file handle"), 2, "error: Stale file handle; is the network mount there?"),
+        (OSError("no such model on the hub"), 2, "error: no such model on the hub"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "error: out of GPU memory: CUDA out of memory."),
+        (MemoryError(), 2, "error: out of memory: lower --data.seconds_per_batch"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 2,
+         "error: DataLoader worker (pid 7) is killed by signal: Killed: out of memory, or of shared memory?"),
+        (RuntimeError("DataLoader timed out after 900 seconds"), 2, "error: DataLoader timed out after 900 seconds"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)  # fmt: skip
+def test_one_line_and_exit_code(error, code, line, capsys):
+    @command
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(line) and printed.count("\n") == bool(line)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), AssertionError()])
+def test_a_bug_keeps_its_traceback(error):
+    @command
+    def main() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        main()

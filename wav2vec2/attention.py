@@ -122,7 +122,10 @@ class SelfAttention(nn.Module):
         if mixed is None:
             assert source is not None
             mixed = F.dropout(source.weights, dropout).to(v.dtype) @ v
-        x = mixed.transpose(1, 2).reshape(batch, num_frames, -1)
+        if torch.compiler.is_exporting():  # a graph must not depend on the memory layout that a kernel leaves
+            x = torch.cat(mixed.unbind(1), dim=-1)
+        else:
+            x = mixed.transpose(1, 2).reshape(batch, num_frames, -1)
         weight: Tensor = self.out_proj.weight
         if heads is not None:
             weight = weight.view(self.embed_dim, self.num_heads, self.head_dim)

@@ -1,0 +1,126 @@
+"""A folder that transformers loads: weights, config, feature extractor, the model's own code, and a model card."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from distillation.errors import UserError
+from exporting.card import model_card
+from exporting.configuration_compressed_speech import CompressedSpeechConfig
+from exporting.modeling_compressed_speech import CompressedSpeechForCTC, CompressedSpeechModel
+from exporting.verify import ExportedOutputs, require_agreement
+from wav2vec2 import Wav2Vec2Model
+
+ROOT = Path(__file__).parent.parent
+CODE = ("configuration_compressed_speech", "modeling_compressed_speech")
+WORD_DELIMITER = "|"
+
+
+def export_huggingface(
+    model: Wav2Vec2Model, out: Path, vocabulary: list[str] | None, source: Path, report: dict[str, Any] | None
+) -> float:
+    """Write the folder and run it in a fresh process against PyTorch.
+
+    Args:
+        model: dense, in eval mode; with ``aux`` it becomes a model with a CTC head.
+        out: folder to write; it must not exist or be empty.
+        vocabulary: what each output of ``aux`` stands for, blank first and "|" between words; None without a head.
+        source: file the model came from, named in the card.
+        report: content of its report.json.
+
+    Returns:
+        The largest difference.
+
+    Raises:
+        UserError: ``out`` is not empty, or the result differs by more than 1e-4; nothing is left behind.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: exists; name a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        temporary.chmod(0o755)
+        _write(model, temporary, vocabulary)
+        (temporary / "README.md").write_text(
+            model_card(model, out.name, vocabulary is not None, source, report), "utf-8"
+        )
+        difference = require_agreement(ExportedOutputs(model, last=False), "transformers", temporary)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return difference
+
+
+def _write(model: Wav2Vec2Model, folder: Path, vocabulary: list[str] | None) -> None:
+    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+
+    flat = {**model.config, "aux_num_out": None}
+    module = CODE[1]
+    config = CompressedSpeechConfig(
+        model_config=flat,
+        vocab_size=len(vocabulary) if vocabulary else 32,
+        auto_map={
+            "AutoConfig": f"{CODE[0]}.CompressedSpeechConfig",
+            "AutoModel": f"{module}.CompressedSpeechModel",
+            "AutoModelForCTC": f"{module}.CompressedSpeechForCTC",
+        },
+        custom_pipelines={
+            "feature-extraction": {"impl": f"{module}.AudioFeatureExtractionPipeline", "pt": ["AutoModel"]}
+        },
+    )
+    backbone = {
+        name.replace(".weight_g", ".parametrizations.weight.original0").replace(
+            ".weight_v", ".parametrizations.weight.original1"
+        ): tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("aux.")
+    }
+    base = CompressedSpeechModel(config)
+    whole: CompressedSpeechModel | CompressedSpeechForCTC = base
+    if vocabulary is not None:
+        assert model.aux is not None
+        whole = CompressedSpeechForCTC(config)
+        whole.lm_head.load_state_dict(model.aux.state_dict())
+        base = whole.compressed_speech
+    base.backbone.load_state_dict(backbone)
+    whole.save_pretrained(folder)
+    # the waveform is normalised inside the model
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
+    extractor.save_pretrained(folder)
+    if vocabulary is not None:
+        (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+        tokenizer = Wav2Vec2CTCTokenizer(
+            str(folder / "vocab.json"),
+            bos_token=None,
+            eos_token=None,
+            unk_token=vocabulary[0],
+            pad_token=vocabulary[0],
+            word_delimiter_token=WORD_DELIMITER,
+        )
+        Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)
+    for name, text in remote_code().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for file in folder.iterdir():  # some of transformers' files come readable for their owner alone
+        file.chmod(0o644)
+
+
+def remote_code() -> dict[str, str]:
+    """The files of code that make a folder work alone, by name: copied from the packages, imports made relative."""
+    files: dict[str, str] = {}
+    todo = [ROOT / "exporting" / f"{name}.py" for name in CODE]
+    while todo:
+        path = todo.pop()
+        text = re.sub(r"^(from )(?:exporting|wav2vec2)\.", r"\1.", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        files[path.name] = text
+        for name in re.findall(r"^\s*from \.(\w+) import", text, flags=re.MULTILINE):
+            found = [p for p in (path.with_name(f"{name}.py"), ROOT / "wav2vec2" / f"{name}.py") if p.is_file()]
+            if f"{name}.py" not in files:
+                todo.append(found[0])
+    return files

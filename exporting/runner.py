@@ -1,0 +1,65 @@
+"""``runner.py KIND MODEL IN.npz OUT.npz``: run an exported model in a process with only what its format needs."""
+
+import sys
+
+import numpy as np
+
+
+def onnx(path):
+    """ONNX Runtime and numpy."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda w, n: dict(zip(names, session.run(None, {"waveforms": w, "lengths": n})))
+
+
+def torch_export(path):
+    """Plain torch."""
+    import torch
+
+    model = torch.export.load(path).module()
+
+    def run(waveforms, lengths):
+        with torch.no_grad():
+            outputs = model(torch.from_numpy(waveforms), torch.from_numpy(lengths))
+        return dict(zip(("hidden_states", "frames", "logits"), (x.numpy() for x in outputs)))
+
+    return run
+
+
+def transformers(path):
+    """Transformers with the code in the folder, its feature extractor included."""
+    import torch
+    from transformers import AutoFeatureExtractor, AutoModel
+
+    model = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
+    extractor = AutoFeatureExtractor.from_pretrained(path)
+
+    def run(waveforms, lengths):
+        rows = [row[:length] for row, length in zip(waveforms, lengths)]
+        inputs = extractor(rows, sampling_rate=16000, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            states = model(**inputs, output_hidden_states=True).hidden_states
+        return {"hidden_states": torch.stack(states).numpy()}
+
+    return run
+
+
+def main():
+    """Run every batch of the input file."""
+    kind, model, given, made = sys.argv[1:]
+    run = {"onnx": onnx, "torch_export": torch_export, "transformers": transformers}[kind](model)
+    batches = np.load(given)
+    outputs = {}
+    for i in range(int(batches["num_batches"])):
+        for name, array in run(batches[f"waveforms{i}"], batches[f"lengths{i}"]).items():
+            outputs[f"{name}{i}"] = array
+    foreign = {"onnx": {"torch", "transformers"}, "torch_export": {"transformers"}, "transformers": set()}[kind]
+    if found := (foreign | {"wav2vec2", "distillation"}) & sys.modules.keys():
+        raise SystemExit(f"needs {', '.join(sorted(found))}, which the format should not")
+    np.savez(made, **outputs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Runs an exported model in a fresh process and compares it with PyTorch.
+
+Shapes: S states, B batch, T frames, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillation.errors import UserError
+from wav2vec2 import Wav2Vec2Model
+from wav2vec2.embed import SAMPLE_RATE
+
+logger = logging.getLogger(__name__)
+TOLERANCE = 1e-4
+# seconds of each row of a batch, from what a keyword spotter sees to LibriSpeech's longest utterance, padded and not
+BATCHES = [[0.05], [0.05, 1.0, 0.31], [2.345], [35.0], [9.1, 35.0, 0.05]]
+RUNNER = Path(__file__).with_name("runner.py")
+
+
+class ExportedOutputs(torch.nn.Module):
+    """A model with the outputs that exported files have.
+
+    Args:
+        model: dense, in eval mode.
+        last: give the last layer alone.
+    """
+
+    def __init__(self, model: Wav2Vec2Model, last: bool) -> None:
+        super().__init__()
+        self.model, self.last = model, last
+
+    @property
+    def names(self) -> list[str]:
+        """Of the outputs, in order."""
+        return ["hidden_states", "frames", *(["logits"] if self.model.aux is not None else [])]
+
+    def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        """Waveforms [B, N], lengths [B] -> states [S, B, T, D] or the last [B, T, D], frames [B], logits [B, T, V]."""
+        states, frames = self.model.extract_features(waveforms, lengths)
+        assert frames is not None
+        outputs = [states[-1] if self.last else torch.stack(states), frames]
+        if self.model.aux is not None:
+            transformer = self.model.encoder.transformer
+            x = transformer.layer_norm(states[-1]) if transformer.layer_norm_first else states[-1]
+            outputs.append(self.model.aux(x))
+        return tuple(outputs)
+
+
+def make_batches() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Waveforms [B, N] in float32 and lengths [B] in samples: low-passed noise of speech-like level."""
+    random = np.random.default_rng(0)
+    batches = []
+    for seconds in BATCHES:
+        lengths = np.array([round(s * SAMPLE_RATE) for s in seconds])
+        waveforms = np.zeros((len(lengths), lengths.max()), np.float32)
+        for row, length in zip(waveforms, lengths):
+            noise = np.convolve(random.standard_normal(length), np.hanning(32), "same")
+            row[:length] = 0.1 * noise / noise.std()
+        batches.append((waveforms, lengths))
+    return batches
+
+
+@torch.no_grad()
+def max_difference(outputs: ExportedOutputs, kind: str, exported: Path) -> float:
+    """Largest difference on valid frames, over every batch and output, between PyTorch and a fresh process.
+
+    Args:
+        outputs: the PyTorch model.
+        kind: function of ``runner.py`` that runs the exported one.
+        exported: file or folder.
+
+    Raises:
+        UserError: the process fails, or gives other shapes or lengths.
+    """
+    worst = 0.0
+    batches = make_batches()
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder, "given.npz"), Path(folder, "made.npz")
+        arrays: dict[str, Any] = {"num_batches": np.array(len(batches))}
+        for i, (waveforms, lengths) in enumerate(batches):
+            arrays |= {f"waveforms{i}": waveforms, f"lengths{i}": lengths}
+        np.savez(given, **arrays)
+        environment = {**os.environ, "HF_MODULES_CACHE": folder, "HF_HUB_OFFLINE": "1"}
+        words = [sys.executable, "-I", RUNNER, kind, exported.resolve(), given, made]
+        result = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment, cwd=folder)
+        if result.returncode != 0:
+            reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+            raise UserError(f"{exported}: does not run in a fresh process: {reason}")
+        results = np.load(made)
+        for i, (waveforms, lengths) in enumerate(batches):
+            expected = dict(zip(outputs.names, outputs(torch.from_numpy(waveforms), torch.from_numpy(lengths))))
+            frames = expected.pop("frames")
+            if f"frames{i}" in results and results[f"frames{i}"].tolist() != frames.tolist():
+                raise UserError(f"{exported}: gives other numbers of frames than PyTorch for batch {BATCHES[i]} s")
+            for name, tensor in expected.items():
+                if f"{name}{i}" not in results:
+                    continue
+                found = torch.from_numpy(results[f"{name}{i}"])
+                if found.shape != tensor.shape or not found.isfinite().all():
+                    raise UserError(f"{exported}: {name} has another shape or values that are not finite")
+                valid = torch.arange(tensor.shape[-2])[None] < frames[:, None]
+                difference = ((found - tensor).abs().amax(-1) * valid).max().item()
+                logger.info("%s, %s s: max difference %.1e", name, "/".join(f"{s:g}" for s in BATCHES[i]), difference)
+                worst = max(worst, difference)
+    return worst
+
+
+def require_agreement(outputs: ExportedOutputs, kind: str, exported: Path) -> float:
+    """As :func:`max_difference`, but refuse what differs by more than TOLERANCE."""
+    difference = max_difference(outputs, kind, exported)
+    if not difference <= TOLERANCE:
+        raise UserError(f"{exported}: differs from PyTorch by {difference:.1e}, more than {TOLERANCE:g}; not kept")
+    return difference

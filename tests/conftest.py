@@ -88,6 +88,14 @@ def run_error(name: str, *args: object) -> str:
     return lines[-1]
 
 
+@pytest.fixture(scope="module")
+def modules_cache(tmp_path_factory):
+    """Where transformers copies the code of folders."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def script():
     return run_script

@@ -98,14 +98,6 @@ def short_batches():
 
 
 @pytest.fixture(scope="module")
-def modules_cache(tmp_path_factory):
-    """Where transformers copies the code of folders."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
-
-
-@pytest.fixture(scope="module")
 def hf_folder(tmp_path_factory, tiny_config, modules_cache, short_batches) -> Path:
     """A pruned model for transformers."""
     folder = tmp_path_factory.mktemp("hf")

@@ -27,7 +27,7 @@ class LayerWeightedClassifier(nn.Module):
         """Features [N, K, D] to scores [N, C]."""
         x = (x.float() - self.mean) * self.scale
         return self.classifier(
-            torch.einsum("nkd,k->nd", x, self.layers.softmax(0)) if len(self.layers) > 1 else x[:, 0]
+            torch.einsum("bkd,k->bd", x, self.layers.softmax(0)) if len(self.layers) > 1 else x[:, 0]
         )
 
     @torch.no_grad()

@@ -1,0 +1,145 @@
+"""CTC training of a compressed model with an output layer over characters.
+
+Shapes: B batch, T frames, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.text import CharErrorRate, WordErrorRate
+from tqdm import tqdm
+
+from distillation.errors import UserError
+from distillation.optim import lr_factor
+from finetuning.decoding import Decoder, greedy_decoder
+from finetuning.transcripts import Batch
+from wav2vec2 import Wav2Vec2Model, wav2vec2_model
+
+
+@dataclass
+class FinetuneConfig:
+    """How to fine-tune."""
+
+    max_steps: int = 20_000
+    """Updates."""
+
+    freeze_steps: int = 2_000
+    """Updates in which the output layer alone learns."""
+
+    lr: float = 1e-4
+    """Peak rate of the Transformer."""
+
+    head_lr: float = 1e-3
+    """Peak rate of the output layer."""
+
+    warmup_ratio: float = 0.1
+    """Share of the updates after the freeze in which the Transformer's rate rises; then it falls to 0."""
+
+    seconds_per_batch: float = 100.0
+    """Audio of an update, padding included."""
+
+    train_extractor: bool = False
+    """Train the convolutions too."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.freeze_steps < self.max_steps:
+            raise UserError(
+                f"--freeze_steps {self.freeze_steps}: it must be at least 0 and less than --max_steps {self.max_steps}"
+            )
+        if min(self.lr, self.head_lr, self.seconds_per_batch) <= 0 or not 0 <= self.warmup_ratio <= 1:
+            raise UserError("--lr, --head_lr and --seconds_per_batch must be positive, --warmup_ratio within [0, 1]")
+
+
+def with_output_layer(model: Wav2Vec2Model, vocabulary: list[str]) -> Wav2Vec2Model:
+    """The same network, dense, with a new output layer."""
+    result = wav2vec2_model(**{**model.config, "aux_num_out": len(vocabulary)})
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("aux.")}
+    missing, unexpected = result.load_state_dict(state, strict=False)
+    assert set(missing) == {"aux.weight", "aux.bias"} and not unexpected
+    return result
+
+
+class CTCModule(pl.LightningModule):
+    """Trains the output layer, then everything above the convolutions.
+
+    Args:
+        model: with an output layer.
+        vocabulary: blank first.
+        config: rates and lengths.
+    """
+
+    def __init__(self, model: Wav2Vec2Model, vocabulary: list[str], config: FinetuneConfig) -> None:
+        super().__init__()
+        self.model, self.vocabulary, self.config = model, vocabulary, config
+        model.feature_extractor.requires_grad_(config.train_extractor)
+        model.feature_extractor.dummy_weight.requires_grad_(False)
+        self.decode = greedy_decoder(vocabulary)
+        self.wer, self.cer = WordErrorRate(), CharErrorRate()
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Copy a batch."""
+        return batch.to(device)
+
+    def log_probs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B, T, V] in float32, and valid frames [B]."""
+        logits, frames = self.model(batch.waveforms, batch.lengths)
+        assert frames is not None
+        return F.log_softmax(logits, -1, dtype=torch.float32), frames
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean CTC loss per utterance, each divided by its characters."""
+        self.model.encoder.requires_grad_(self.global_step >= self.config.freeze_steps)  # AdamW skips what has none
+        log_probs, frames = self.log_probs(batch)
+        loss = F.ctc_loss(
+            log_probs.transpose(0, 1), batch.labels, frames, batch.label_lengths, blank=0, zero_infinity=True
+        )
+        self.log("train/loss", loss, batch_size=len(batch.texts), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Error rates over the whole set, greedily decoded."""
+        texts = self.decode(*self.log_probs(batch))
+        for name, metric in (("valid/wer", self.wer), ("valid/cer", self.cer)):
+            metric.update(texts, batch.texts)
+            self.log(name, metric, batch_size=len(texts), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a rate for the Transformer, which rises after the freeze, and one for the output layer."""
+        config, model = self.config, self.model
+        assert model.aux is not None
+        head = list(model.aux.parameters())
+        ids = {id(parameter) for parameter in head}
+        body = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+        groups = [{"params": body, "lr": config.lr}, {"params": head, "lr": config.head_lr}]
+        left = config.max_steps - config.freeze_steps
+
+        def body_factor(step: int) -> float:
+            step -= config.freeze_steps
+            return 0.0 if step < 0 else lr_factor(step, round(config.warmup_ratio * left), left, "linear")
+
+        def head_factor(step: int) -> float:
+            return lr_factor(step, 0, config.max_steps, "linear")
+
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+        scheduler = LambdaLR(optimizer, [body_factor, head_factor])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@torch.no_grad()
+def error_rates(module: CTCModule, batches: Iterable[Batch], decode: Decoder) -> tuple[float, float]:
+    """Word and character error rate in percent."""
+    module.eval()
+    wer, cer = WordErrorRate(), CharErrorRate()
+    for batch in tqdm(batches, "decoding", leave=False, disable=None):
+        texts = decode(*module.log_probs(batch.to(module.device)))
+        wer.update(texts, batch.texts)
+        cer.update(texts, batch.texts)
+    return 100 * wer.compute().item(), 100 * cer.compute().item()

@@ -1,0 +1,57 @@
+"""From log-probabilities of characters to text: greedy, or lexicon-free beam search by torchaudio's flashlight binding.
+
+Shapes: B batch, T frames, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from distillation.errors import UserError
+from finetuning.transcripts import SPACE
+
+Decoder = Callable[[Tensor, Tensor], list[str]]
+"""Log-probabilities [B, T, V] and valid frames [B] -> texts."""
+
+
+def to_text(ids: Sequence[int], vocabulary: Sequence[str]) -> str:
+    """Characters without the blank, with single spaces."""
+    return " ".join("".join(vocabulary[i] for i in ids if i != 0).replace(SPACE, " ").split())
+
+
+def greedy_decoder(vocabulary: Sequence[str]) -> Decoder:
+    """The best character of each frame, repetitions merged."""
+
+    def decode(log_probs: Tensor, frames: Tensor) -> list[str]:
+        best = log_probs.argmax(-1).cpu()
+        rows = zip(best, frames.tolist())
+        return [to_text(row[:count].unique_consecutive().tolist(), vocabulary) for row, count in rows]
+
+    return decode
+
+
+def beam_decoder(vocabulary: Sequence[str], beam_size: int) -> Decoder:
+    """The best text over all alignments that a beam finds; neither lexicon nor language model.
+
+    Raises:
+        UserError: flashlight-text is not installed.
+    """
+    try:
+        from torchaudio.models.decoder import ctc_decoder
+
+        search = ctc_decoder(
+            lexicon=None, tokens=list(vocabulary), beam_size=beam_size, blank_token=vocabulary[0], sil_token=SPACE,
+            log_add=True,
+        )  # fmt: skip
+    except (ImportError, RuntimeError):
+        raise UserError(
+            f"--beam_size {beam_size}: pip install -r requirements-export.txt, or 0 for greedy decoding"
+        ) from None
+
+    def decode(log_probs: Tensor, frames: Tensor) -> list[str]:
+        found = search(log_probs.float().cpu().contiguous(), frames.cpu())
+        return [to_text(hypotheses[0].tokens.tolist() if hypotheses else [], vocabulary) for hypotheses in found]
+
+    return decode

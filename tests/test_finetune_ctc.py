@@ -1,0 +1,191 @@
+"""Fine-tuning: a language of tones is learnt to few errors; freezing, resuming, transcripts, decoding, mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import export
+import finetune_ctc
+from distillation.errors import UserError
+from exporting import verify
+from finetuning.ctc import CTCModule, FinetuneConfig, with_output_layer
+from finetuning.decoding import beam_decoder, greedy_decoder
+from finetuning.transcripts import LengthBatches, SpeechDataset, Utterance, make_vocabulary, read_transcripts
+from wav2vec2 import load_model, save_model, wav2vec2_model
+from wav2vec2.checkpoint import load_checkpoint
+
+TONES = {"A": 300.0, "B": 700.0, "C": 1500.0, "D": 3000.0, " ": 0.0}
+VOCABULARY = ["<pad>", "|", "A", "B", "C", "D"]
+
+
+def say(text: str, random: np.random.Generator) -> np.ndarray:
+    """80 ms of a character's tone and 40 ms of silence each, in noise."""
+    time = np.arange(1280) / 16_000
+    parts = [np.concatenate([np.sin(2 * np.pi * TONES[c] * time), np.zeros(640)]) for c in text]
+    wave = np.concatenate(parts)
+    return (0.3 * wave + 0.01 * random.standard_normal(len(wave))).astype(np.float32)
+
+
+def make_corpus(folder: Path, count: int, seed: int) -> Path:
+    """LibriSpeech-shaped, words of one to three characters."""
+    random = np.random.default_rng(seed)
+    chapter = folder / "1" / "2"
+    chapter.mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        words = ["".join(random.choice(list("ABCD"), random.integers(1, 4))) for _ in range(random.integers(2, 5))]
+        soundfile.write(chapter / f"1-2-{i:04d}.flac", say(" ".join(words), random), 16_000)
+        lines.append(f"1-2-{i:04d} {' '.join(words)}")
+    (chapter / "1-2.trans.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tones")
+    return make_corpus(folder / "train", 160, 0), make_corpus(folder / "valid", 24, 1)
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory, tiny_config) -> Path:
+    torch.manual_seed(0)
+    half = {name: value[:2] for name, value in tiny_config.items() if isinstance(value, list) and len(value) == 4}
+    changes = {"encoder_num_layers": 2, "encoder_layer_drop": 0.0, "encoder_dropout": 0.0}
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    save_model(path, wav2vec2_model(**{**tiny_config, **half, **changes}))
+    return path
+
+
+def run(model: Path, tones: tuple[Path, Path], exp_dir: Path, beam_size: int = 0, **changes) -> dict[str, float]:
+    settings = {
+        "max_steps": 140, "freeze_steps": 20, "lr": 5e-3, "head_lr": 5e-3, "seconds_per_batch": 24.0,
+        "train_extractor": True, **changes,
+    }  # fmt: skip
+    config = FinetuneConfig(**settings)
+    return finetune_ctc.run(str(model), *tones, exp_dir, config, config.max_steps // 2, beam_size, "cpu", 0, 0)
+
+
+def test_tones_are_learnt_and_travel_to_transformers(random_model, tones, tmp_path, monkeypatch, modules_cache):
+    results = run(random_model, tones, tmp_path / "exp")
+    assert results["wer"] < 30 and results["cer"] < 10  # without a word written both are 100
+    assert json.loads((tmp_path / "exp" / "results.json").read_text()) == results
+    rows = list(csv.DictReader((tmp_path / "exp" / "metrics.csv").open()))
+    measured = [float(row["valid/wer"]) for row in rows if row.get("valid/wer")]
+    assert len(measured) == 2 and measured[-1] == pytest.approx(results["wer"] / 100, abs=1e-4)
+    checkpoint = load_checkpoint(tmp_path / "exp" / "final.pth")
+    assert checkpoint.extra["vocabulary"] == VOCABULARY
+
+    from transformers import pipeline
+
+    monkeypatch.setattr(verify, "BATCHES", [[0.05]])
+    export.run(tmp_path / "exp" / "final.pth", "hf", tmp_path / "recogniser", False, None, None)
+    recognise = pipeline("automatic-speech-recognition", model=str(tmp_path / "recogniser"), trust_remote_code=True)
+    utterance = read_transcripts(tones[1])[0]
+    decode = greedy_decoder(VOCABULARY)
+    waveform, _ = soundfile.read(utterance.path, dtype="float32")
+    with torch.no_grad():
+        logits, frames = checkpoint.model(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
+    (expected,) = decode(logits, frames)
+    assert " ".join(recognise(waveform)["text"].split()) == expected != ""
+
+
+def test_the_freeze_trains_the_output_layer_alone(random_model, tones, tmp_path):
+    before = load_model(random_model).state_dict()
+    run(random_model, tones, tmp_path / "a", max_steps=4, freeze_steps=3, train_extractor=False)
+    after = load_model(tmp_path / "a" / "final.pth").state_dict()
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"encoder"}
+    module = CTCModule(
+        with_output_layer(load_model(random_model), VOCABULARY), VOCABULARY, FinetuneConfig(freeze_steps=1)
+    )
+    dataset = SpeechDataset(read_transcripts(tones[1]), VOCABULARY)
+    module.log = lambda *args, **kwargs: None
+    module.training_step(dataset[[0, 1]], 0).backward()
+    learning = {name for name, parameter in module.model.named_parameters() if parameter.grad is not None}
+    assert learning == {"aux.weight", "aux.bias"}
+
+
+def test_a_stopped_run_resumes(random_model, tones, tmp_path):
+    run(random_model, tones, tmp_path, max_steps=8, freeze_steps=2)
+    steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "metrics.csv").open())]
+    run(random_model, tones, tmp_path, max_steps=16, freeze_steps=2)
+    again = [int(row["step"]) for row in csv.DictReader((tmp_path / "metrics.csv").open())]
+    assert again[: len(steps)] == steps and max(again) > max(steps) and len(set(again)) == len(again)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpts", "final.pth", "metrics.csv", "results.json"]
+    assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["last.ckpt"]
+
+
+def test_greedy_decoding_by_hand():
+    ids = [2, 2, 0, 2, 1, 1, 0, 3, 3, 0, 5, 1, 4]
+    log_probs = torch.nn.functional.one_hot(torch.tensor([ids]), 6).float().log()
+    assert greedy_decoder(VOCABULARY)(log_probs, torch.tensor([13])) == ["AA BD C"]
+    assert greedy_decoder(VOCABULARY)(log_probs, torch.tensor([4])) == ["AA"]
+
+
+def test_a_beam_adds_what_greedy_decoding_cannot():
+    pytest.importorskip("flashlight")
+    # two frames: blank is best in each, but the alignments A-, -A and AA together outweigh it
+    probs = torch.tensor([[[0.5, 0.01, 0.46, 0.01, 0.01, 0.01]] * 2])
+    frames = torch.tensor([2])
+    assert greedy_decoder(VOCABULARY)(probs.log(), frames) == [""]
+    assert beam_decoder(VOCABULARY, 10)(probs.log(), frames) == ["A"]
+
+
+def test_transcripts_of_both_kinds(tones, tmp_path):
+    train = read_transcripts(tones[0])
+    assert len(train) == 160 and make_vocabulary(train) == VOCABULARY
+    assert train[0].num_frames == soundfile.info(train[0].path).frames
+    lines = [f"{u.path}\t  {u.text.lower().replace(' ', '   ')} " for u in train[:3]]
+    manifest = tmp_path / "list.tsv"
+    manifest.write_text("\n".join([*lines, "", ""]))
+    assert read_transcripts(manifest) == train[:3]
+
+
+def test_batches_lose_nothing_hold_the_budget_and_change():
+    utterances = [Utterance(Path("x"), n, "A") for n in torch.randint(8_000, 240_000, (97,)).tolist()]
+    batches = LengthBatches(utterances, 40.0, 0)
+    first, second = list(batches), list(batches)
+    for epoch in (first, second):
+        assert sorted(i for batch in epoch for i in batch) == list(range(97))
+        assert all(len(b) * max(utterances[i].num_frames for i in b) <= 40 * 16_000 for b in epoch)
+        assert len(epoch) < 40
+    assert sorted(map(sorted, first)) != sorted(map(sorted, second))
+    assert list(LengthBatches(utterances, 40.0, 0)) == first
+    fixed = LengthBatches(utterances, 40.0, None)
+    assert list(fixed) == list(fixed)
+    alone = LengthBatches([Utterance(Path("x"), 10**6, "A")] * 2, 10.0, 0)
+    assert [len(batch) for batch in alone] == [1, 1]
+
+
+def test_mistakes(random_model, tones, noise, tmp_path):
+    def refusal(content: str) -> str:
+        (tmp_path / "list.tsv").write_text(content)
+        with pytest.raises(UserError) as caught:
+            read_transcripts(tmp_path / "list.tsv")
+        return str(caught.value)
+
+    noise(tmp_path / "fast.wav", 1, 0, 8_000)
+    noise(tmp_path / "a.wav", 1, 0)
+    assert "line 2 is not path<TAB>text" in refusal("a.wav\tA\nb.wav A\n")
+    assert "the transcript of" in refusal("a.wav\t \n")
+    assert "8000 Hz, 1 channels; wanted 16000 Hz mono" in refusal("fast.wav\tA\n")
+    assert "no.wav" in refusal("no.wav\tA\n")
+    assert "no transcribed utterance" in refusal("\n")
+    with pytest.raises(UserError, match="neither a folder nor a readable text file"):
+        read_transcripts(tmp_path / "nothing.tsv")
+    with pytest.raises(UserError, match="--freeze_steps 5: it must be at least 0 and less than --max_steps 5"):
+        FinetuneConfig(max_steps=5, freeze_steps=5)
+
+
+def test_mistakes_on_the_command_line(random_model, tones, script_error, tmp_path):
+    words = [random_model, "--train", tones[0], "--valid", tones[1], "--exp_dir", tmp_path / "exp"]
+    assert "--validate_every must be at least 1" in script_error("finetune_ctc.py", *words, "--validate_every", 0)
+    assert "no such file" in script_error("finetune_ctc.py", tmp_path / "no.pth", *words[1:], "--accelerator", "cpu")
+    assert not (tmp_path / "exp").exists()

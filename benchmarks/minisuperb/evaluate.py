@@ -23,8 +23,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 import numpy as np
@@ -50,7 +52,7 @@ from benchmarks.minisuperb.labels import HOP, IGNORE, FrameLabels, Utterance, re
 from benchmarks.minisuperb.score_plot import draw
 from distillation.config import parse_arguments
 from distillation.errors import UserError, command
-from wav2vec2 import Wav2Vec2Model, load_model, wav2vec2_model
+from wav2vec2 import load_model, wav2vec2_model
 from wav2vec2.checkpoint import replacing
 
 logger = logging.getLogger(__name__)
@@ -83,14 +85,19 @@ class Data:
 
 
 class Features:
-    """Frozen features of utterances, float16 [T, K, D] each: of a model, of its layer 0 alone, or filter banks."""
+    """Frozen features of utterances, float16 [T, K, D] each.
 
-    def __init__(self, model: Wav2Vec2Model | None, only_first: bool = False) -> None:
-        self.model, self.only_first = model, only_first
+    Args:
+        extract: ``extract_features`` of a model, or what has its signature; None for filter banks.
+        num_layers: of its layers; None for all, 0 for the Transformer's input alone.
+    """
+
+    def __init__(self, extract: Callable[..., Any] | None, num_layers: int | None = None) -> None:
+        self.extract, self.num_layers = extract, num_layers
 
     def __call__(self, utterances: list[Utterance]) -> list[Tensor]:
         """In the order of the utterances."""
-        if self.model is None:
+        if self.extract is None:
             return [filter_banks(u) for u in utterances]
         found: dict[int, Tensor] = {}
         batch: list[int] = []
@@ -105,12 +112,12 @@ class Features:
 
     @torch.inference_mode()
     def _batch(self, utterances: list[Utterance]) -> list[Tensor]:
-        assert self.model is not None
+        assert self.extract is not None
         lengths = torch.tensor([len(u.audio) for u in utterances])
         waveforms = torch.zeros(len(utterances), int(lengths.max()))
         for row, utterance in zip(waveforms, utterances):
             row[: len(utterance.audio)] = utterance.waveform
-        states, frames = self.model.extract_features(waveforms, lengths, num_layers=0 if self.only_first else None)
+        states, frames = self.extract(waveforms, lengths, num_layers=self.num_layers)
         stacked = torch.stack(states, dim=2).half()
         assert frames is not None
         for utterance, num in zip(utterances, frames.tolist()):
@@ -157,17 +164,8 @@ def count(right: Tensor, speakers: list[int], weight: Tensor | None = None) -> d
 
 def evaluate(features: Features, data: Data, steps: int = 600) -> Counts:
     """All tasks on one model. ``steps`` are the updates of each probe."""
-    result: Counts = {}
     train, test = features(data.train), features(data.test)
-    fit, held_out = torch.cat(train), torch.cat(test)
-    choose = torch.tensor([u.speaker in data.choosing for u in data.train for _ in range(u.num_frames)])
-    frame_speakers = [u.speaker for u in data.test for _ in range(u.num_frames)]
-    for kind, label in data.labels.items():
-        known, expected = (torch.cat([label(u) for u in some]) for some in (data.train, data.test))
-        found = linear_probe(fit, known, held_out, len(label), steps=steps, strengths=STRENGTHS, choose=choose)
-        counts = (expected != IGNORE) & (expected != (0 if kind == "phones" else IGNORE))  # class 0 is silence
-        result[kind] = count(found == expected, frame_speakers, counts)
-    del fit, held_out
+    result: Counts = {kind: frame_counts(kind, data, train, test, steps) for kind in data.labels}
 
     fitting = {u.speaker for u in data.train}
     pooled = torch.stack([x.float().mean(0) for x in features(data.keywords)])
@@ -189,6 +187,17 @@ def evaluate(features: Features, data: Data, steps: int = 600) -> Counts:
 
     result["speakers"] = speaker_counts(data, train, test, steps // 2)
     return result
+
+
+def frame_counts(kind: str, data: Data, train: list[Tensor], test: list[Tensor], steps: int) -> dict[str, list[float]]:
+    """Words or phones per frame; silence does not count."""
+    label = data.labels[kind]
+    known, expected = (torch.cat([label(u) for u in some]) for some in (data.train, data.test))
+    choose = torch.tensor([u.speaker in data.choosing for u in data.train for _ in range(u.num_frames)])
+    found = linear_probe(torch.cat(train), known, torch.cat(test), len(label), steps=steps, strengths=STRENGTHS,
+                         choose=choose)  # fmt: skip
+    speakers = [u.speaker for u in data.test for _ in range(u.num_frames)]
+    return count(found == expected, speakers, (expected != IGNORE) & (expected != (0 if kind == "phones" else IGNORE)))
 
 
 def speaker_counts(data: Data, train: list[Tensor], test: list[Tensor], steps: int) -> dict[str, list[float]]:
@@ -267,7 +276,7 @@ def measured(path: Path, data: Data, steps: int) -> tuple[int, Counts]:
         if saved["steps"] == steps:
             return saved["num_params"], saved["counts"]
     model = load_model(path)
-    counts = evaluate(Features(model), data, steps)
+    counts = evaluate(Features(model.extract_features), data, steps)
     num_params = used_params(model)
     with replacing(kept) as temporary:
         temporary.write_text(json.dumps({"steps": steps, "num_params": num_params, "counts": counts}))
@@ -318,8 +327,8 @@ def run(
     blank = wav2vec2_model(**teacher_model.config).eval()
     controls = [
         ("filter banks, 11 frames", None, Features(None)),
-        ("random weights", blank, Features(blank)),
-        ("teacher's layer 0", teacher_model, Features(teacher_model, only_first=True)),
+        ("random weights", blank, Features(blank.extract_features)),
+        ("teacher's layer 0", teacher_model, Features(teacher_model.extract_features, num_layers=0)),
     ]
     rows = []
     with tqdm(total=1 + len(controls) + sum(len(files) for _, files in finals), desc="probing", unit="model") as bar:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import xml.etree.ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import formats
 from benchmarks.minisuperb import evaluate
 from benchmarks.minisuperb.abx import SHORTEST, abx_right, draw_triples, warped_distance
 from benchmarks.minisuperb.corpus import CorpusSettings, make_corpus, training_sentences
@@ -17,6 +20,7 @@ from benchmarks.minisuperb.evaluate import Row, rates, scores, table
 from benchmarks.minisuperb.frame_probe import accuracy, linear_probe
 from benchmarks.minisuperb.labels import IGNORE, read_split
 from distillation.errors import UserError
+from exporting import verify
 from tests.configs import TINY
 from wav2vec2 import save_model, wav2vec2_model
 
@@ -76,6 +80,24 @@ def test_warped_distance():
     assert warped_distance(x, slower).max() < 1e-3  # said more slowly, it is the same word
 
 
+@pytest.fixture
+def small(corpus, tmp_path, monkeypatch) -> Path:
+    """A folder as scripts/demo.sh leaves it, tiny, and settings to match."""
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    torch.manual_seed(0)
+    save_model(demo / "teacher.pth", wav2vec2_model(**TINY))
+    save_model(demo / "final.pth", wav2vec2_model(**{**TINY, "encoder_ff_interm_features": [8] * 4}))
+    (demo / "corpus").symlink_to(corpus[0])
+    for module in (evaluate, formats):
+        monkeypatch.setattr(module, "CORPUS", corpus[1])
+    monkeypatch.setattr(evaluate, "MIN_COUNT", {"words": 2, "phones": 3})
+    monkeypatch.setattr(evaluate, "NUM_CHOOSING", 2)
+    monkeypatch.setattr(evaluate, "NUM_TRIPLES", 20)
+    monkeypatch.setattr(evaluate, "training_sentences", lambda _: [])
+    return demo
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     out = tmp_path_factory.mktemp("made") / "corpus"
@@ -132,22 +154,11 @@ def test_intervals():
 # As a whole
 
 
-def test_a_run(corpus, tmp_path, monkeypatch, capsys):
-    demo = tmp_path / "demo"
-    demo.mkdir()
-    torch.manual_seed(0)
-    config = dict(TINY)
-    save_model(demo / "teacher.pth", wav2vec2_model(**config))
-    (demo / "corpus").symlink_to(corpus[0])
+def test_a_run(small, tmp_path, capsys):
     run = tmp_path / "compare" / "slice" / "seed1"
     run.mkdir(parents=True)
-    save_model(run / "final.pth", wav2vec2_model(**{**config, "encoder_ff_interm_features": [8] * 4}))
-    monkeypatch.setattr(evaluate, "CORPUS", corpus[1])
-    monkeypatch.setattr(evaluate, "MIN_COUNT", {"words": 2, "phones": 3})
-    monkeypatch.setattr(evaluate, "NUM_CHOOSING", 2)
-    monkeypatch.setattr(evaluate, "NUM_TRIPLES", 20)
-    monkeypatch.setattr(evaluate, "training_sentences", lambda _: [])
-    evaluate.run(demo, [tmp_path / "compare"], None, tmp_path / "out", steps=4, threads=1)
+    shutil.copy(small / "final.pth", run)
+    evaluate.run(small, [tmp_path / "compare"], None, tmp_path / "out", steps=4, threads=1)
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "minisuperb.json").read_text())
     assert [row["name"] for row in rows] == [
@@ -163,9 +174,25 @@ def test_a_run(corpus, tmp_path, monkeypatch, capsys):
         "words": 2, "phones": 2, "keywords": 2, "ABX": 2, "speakers": 5
     }  # fmt: skip
     with pytest.raises(UserError, match=r"no finished run of benchmarks\.compare_methods"):
-        evaluate.run(demo, [tmp_path], None, tmp_path / "out")
+        evaluate.run(small, [tmp_path], None, tmp_path / "out")
     with pytest.raises(UserError, match=r"run scripts/demo\.sh"):
         evaluate.run(tmp_path)
+
+
+def test_formats_side_by_side(small, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(verify, "BATCHES", [[0.05, 0.4]])
+    formats.run(small, tmp_path / "out", rounds=1, steps=4, threads=1)
+    rows = json.loads((tmp_path / "out" / "formats.json").read_text())
+    printed = capsys.readouterr().out
+    assert [row["name"] for row in rows] == ["teacher", "compressed", "compressed, ONNX", "compressed, ONNX int8"]
+    assert all(f"| {row['name']} | {row['bytes'] / 1e6:.2f} |" in printed for row in rows)
+    assert rows[2]["max_difference"] < 1e-4 < rows[3]["max_difference"]
+    assert rows[1]["phones"] == pytest.approx(rows[2]["phones"], abs=1.0)  # float16 features may round differently
+    xml.etree.ElementTree.fromstring((tmp_path / "out" / "formats.svg").read_text())
+    with pytest.raises(UserError, match=r"no final\.pth"):
+        (small / "final.pth").unlink()
+        formats.run(small, tmp_path / "out")
 
 
 def test_rare_labels_do_not_count():

@@ -1,0 +1,196 @@
+"""Teacher, compressed model, and its ONNX and 8-bit exports side by side on the CPU.
+
+    scripts/demo.sh demo_out
+    python -m benchmarks.formats --demo demo_out [--out DIR]
+
+Speed is measured in turns: every round runs each of them once on the same 10 s. Accuracy is phones per frame of
+mini-SUPERB, a linear probe on the weighted layers, with 95 % intervals over 30 held-out speakers. Prints a table,
+writes formats.json and formats.svg. Needs requirements-export.txt.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.minisuperb.corpus import CorpusSettings, make_corpus, read_marker
+from benchmarks.minisuperb.evaluate import CORPUS, Features, frame_counts, load_data, rates
+from distillation.config import parse_arguments
+from distillation.errors import UserError, command
+from exporting.graphs import export_graph
+from exporting.verify import ExportedOutputs
+from wav2vec2 import load_model
+from wav2vec2.checkpoint import replacing
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+
+SECONDS = 10.0
+SAMPLE_RATE = 16_000
+Extract = Callable[..., tuple[Any, Any]]
+
+
+def onnx_extract(path: Path, threads: int) -> Extract:
+    """An exported file with the signature of ``extract_features``."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def extract(waveforms: Tensor, lengths: Tensor, num_layers: int | None = None) -> tuple[list[Tensor], Tensor]:
+        states, frames = session.run(None, {"waveforms": waveforms.numpy(), "lengths": lengths.numpy()})
+        return list(torch.from_numpy(states).unbind()), torch.from_numpy(frames)
+
+    return extract
+
+
+def time_in_turns(extracts: dict[str, Extract], rounds: int) -> dict[str, float]:
+    """Median computing seconds per second of audio, one waveform of 10 s."""
+    waveform = torch.randn(1, int(SECONDS * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([waveform.shape[1]])
+    times: dict[str, list[float]] = {name: [] for name in extracts}
+    with torch.inference_mode():
+        for i in tqdm(range(rounds + 1), "timing", unit="round", leave=False):
+            for name, extract in extracts.items():
+                begin = time.perf_counter()
+                extract(waveform, lengths)
+                if i:  # the first round warms up
+                    times[name].append((time.perf_counter() - begin) / SECONDS)
+    return {name: statistics.median(some) for name, some in times.items()}
+
+
+@torch.inference_mode()
+def max_difference(extract: Extract, reference: Extract, waveforms: list[Tensor]) -> float:
+    """Largest difference of any state on some utterances, each alone."""
+    found = 0.0
+    for waveform in waveforms:
+        inputs = waveform[None], torch.tensor([len(waveform)])
+        for ours, theirs in zip(extract(*inputs)[0], reference(*inputs)[0], strict=True):
+            found = max(found, (ours - theirs).abs().max().item())
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| model | size on disk MB | real-time factor | faster | max difference | phones per frame % |",
+        "|---" * 6 + "|",
+    ]
+    for row in rows:
+        low, high = row["interval"]
+        difference = "" if row["max_difference"] is None else f"{row['max_difference']:.1e}"
+        lines.append(
+            f"| {row['name']} | {row['bytes'] / 1e6:.2f} | {row['real_time_factor']:.5f} | "
+            f"{rows[0]['real_time_factor'] / row['real_time_factor']:.1f} x | {difference} | "
+            f"{row['phones']:.1f} [{low:.1f}, {high:.1f}] |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]]) -> str:
+    """SVG: three bars per model."""
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.6), sharey=True, layout="constrained")
+    names = [row["name"] for row in rows]
+    panels = (
+        ("size on disk, MB", [row["bytes"] / 1e6 for row in rows], None),
+        ("ms per second of audio", [1000 * row["real_time_factor"] for row in rows], None),
+        ("phones per frame, %", [row["phones"] for row in rows],
+         np.abs(np.array([row["interval"] for row in rows]).T - [row["phones"] for row in rows])),
+    )  # fmt: skip
+    for axis, (title, values, spread) in zip(axes, panels):
+        bars = axis.barh(names, values, xerr=spread, color=[f"C{i}" for i in range(len(rows))], height=0.6)
+        axis.bar_label(bars, fmt="%.3g", padding=4, fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.2)
+    axes[0].invert_yaxis()
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return text.getvalue()
+
+
+def run(
+    demo: Path = Path("demo_out"), out: Path | None = None, rounds: int = 15, steps: int = 600, threads: int = 2
+) -> None:
+    """Export, measure, print and plot.
+
+    Args:
+        demo: folder that scripts/demo.sh has left.
+        out: folder of the exports, the probes' corpus, formats.json and formats.svg; DEMO/minisuperb by default.
+        rounds: timed runs of each model.
+        steps: updates of each probe.
+        threads: of torch and ONNX Runtime.
+    """
+    torch.set_num_threads(threads)
+    for name in ("teacher.pth", "final.pth"):
+        if not (demo / name).is_file():
+            raise UserError(f"{demo}: no {name} in it; run scripts/demo.sh {demo} first")
+    out = out or demo / "minisuperb"
+    out.mkdir(parents=True, exist_ok=True)
+    make_corpus(out / "corpus", CORPUS)
+    data = load_data(out / "corpus", CorpusSettings(**read_marker(demo / "corpus")["settings"]))
+    teacher, student = load_model(demo / "teacher.pth"), load_model(demo / "final.pth")
+    files = {
+        "teacher": demo / "teacher.pth",
+        "compressed": demo / "final.pth",
+        "compressed, ONNX": out / "final.onnx",
+        "compressed, ONNX int8": out / "final.int8.onnx",
+    }
+    for name, int8 in (("compressed, ONNX", False), ("compressed, ONNX int8", True)):
+        export_graph(ExportedOutputs(student, last=False), "onnx", files[name], int8)
+    extracts: dict[str, Extract] = {
+        "teacher": teacher.extract_features,
+        "compressed": student.extract_features,
+        **{name: onnx_extract(path, threads) for name, path in files.items() if path.suffix == ".onnx"},
+    }
+    factors = time_in_turns(extracts, rounds)
+    rows = []
+    for name, extract in tqdm(extracts.items(), "probing", unit="model"):
+        features = Features(extract)
+        runs = [{"phones": frame_counts("phones", data, features(data.train), features(data.test), steps)}]
+        drawn = rates(runs, "phones", np.random.default_rng(0), 2000)
+        checked = [u.waveform for u in data.test[:20]]
+        rows.append(
+            {
+                "name": name,
+                "bytes": files[name].stat().st_size,
+                "real_time_factor": factors[name],
+                "max_difference": None if name in ("teacher", "compressed") else max_difference(
+                    extract, student.extract_features, checked
+                ),
+                "phones": float(rates(runs, "phones", None, 1)[0]),
+                "interval": np.percentile(drawn, [2.5, 97.5]).tolist(),
+            }
+        )  # fmt: skip
+    for path, text in ((out / "formats.json", json.dumps(rows, indent=1) + "\n"), (out / "formats.svg", draw(rows))):
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(table(rows))
+    print(f"\n-> {out / 'formats.json'}, {out / 'formats.svg'}")
+
+
+@command
+def main() -> None:
+    """Run the comparison."""
+    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser.add_function_arguments(run)
+    run(**vars(parse_arguments(parser, sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ die() {
 # usage SCRIPT: the lines of its header comment.
 usage() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"; }
 
-# setup REQUIREMENTS...: make and enter .venv with these packages; NO_VENV=1 takes the active environment as it is.
+# setup REQUIREMENTS...: make and enter .venv (or $VENV) with these packages; NO_VENV=1 takes the active environment.
 setup() {
     if [ "${NO_VENV:-0}" = 1 ]; then return; fi
     local python="" candidate
@@ -23,13 +23,14 @@ setup() {
         fi
     done
     [ -n "$python" ] || die "Python 3.11 or 3.12 with venv is needed and was not found"
-    [ -d .venv ] || "$python" -m venv .venv
+    local venv=${VENV:-.venv}
+    [ -d "$venv" ] || "$python" -m venv "$venv"
     # shellcheck disable=SC1091
-    source .venv/bin/activate
+    source "$venv/bin/activate"
     local stamp
-    stamp=".venv/installed-$(echo "$@" | cat - requirements*.txt | cksum | cut -d" " -f1)"
+    stamp="$venv/installed-$(echo "$@" | cat - requirements*.txt | cksum | cut -d" " -f1)"
     if [ ! -f "$stamp" ]; then
-        echo "Installing $* into .venv (a few minutes, about 5 GB with the CUDA libraries)"
+        echo "Installing $* into $venv (a few minutes, about 5 GB with the CUDA libraries)"
         local args=() file
         for file in "$@"; do args+=(-r "$file"); done
         python -m pip install --quiet --disable-pip-version-check "${args[@]}"

@@ -1,0 +1,1 @@
+"""SUPERB through s3prl, and its scores."""

@@ -1,0 +1,265 @@
+"""The ten tasks of SUPERB on one model, by s3prl's run_downstream with the published settings; run again to resume.
+
+    S3PRL=/path/to/s3prl scripts/superb.sh final.pth DATA_ROOT [PR KS ...] [--out DIR] [--device cuda] [-s heads]
+
+S3PRL is a checkout of s3prl 0.4.18: the package on PyPI lacks the tasks' configs and lexicons. DATA_ROOT holds, or
+links to, the corpora as s3prl's SUPERB guide prepares them:
+
+    LibriSpeech  speech_commands_v0.01  speech_commands_test_set_v0.01  fluent_speech_commands_dataset
+    quesst14Database  SNIPS  VoxCeleb1  IEMOCAP  Libri2Mix (data folders train, dev and test)
+
+QbE and SD are scored by programs that come with their data (NIST's TWV) and with s3prl's guide (dscore).
+OUT/results.json collects the tasks; python -m evaluation.superb_score OUT/results.json gives the scores.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jsonargparse
+from tqdm import tqdm
+
+from distillation.config import parse_arguments
+from distillation.errors import UserError, command
+from distillation.runlock import run_lock
+from wav2vec2 import load_model
+from wav2vec2.checkpoint import replacing
+
+logger = logging.getLogger(__name__)
+
+RUN = (sys.executable, "-m", "evaluation.s3prl_upstream", "s3prl.run_downstream")
+EXPERT = "config.downstream_expert"
+FOLDS = tuple(f"fold{i}" for i in range(1, 6))
+Results = dict[str, float]
+
+
+@dataclass
+class Task:
+    """What differs between the tasks that train and are then tested on their best checkpoint."""
+
+    downstream: str
+    data: dict[str, str]  # settings that name corpora: key of the expert's config -> folder in DATA_ROOT
+    metrics: dict[str, tuple[str, float]]  # column of the results -> what is printed before the value, and a factor
+    config: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)  # others that the published runs change
+    best: str = "dev-best.ckpt"
+    split: str = "test"
+
+
+TASKS: dict[str, Task] = {
+    "PR": Task("ctc", {"corpus.path": "LibriSpeech"}, {"PR": ("test per", 100)}, "downstream/ctc/libriphone.yaml"),
+    "ASR": Task(
+        "asr", {"datarc.libri_root": "LibriSpeech"}, {"ASR": ("test-clean wer", 1)}, best="dev-clean-best.ckpt",
+        split="test-clean",
+    ),
+    "KS": Task(
+        "speech_commands",
+        {
+            "datarc.speech_commands_root": "speech_commands_v0.01",
+            "datarc.speech_commands_test_root": "speech_commands_test_set_v0.01",
+        },
+        {"KS": ("test acc", 100)},
+    ),
+    "IC": Task("fluent_commands", {"datarc.file_path": "fluent_speech_commands_dataset"}, {"IC": ("test acc", 100)}),
+    "SF": Task(
+        "ctc", {"corpus.path": "SNIPS", "text.slots_file": "SNIPS/slots.txt"},
+        {"SF_F1": ("test slot_type_f1", 100), "SF_CER": ("test slot_value_cer", 100)}, "downstream/ctc/snips.yaml",
+    ),
+    "SID": Task(
+        "voxceleb1", {"datarc.file_path": "VoxCeleb1"}, {"SID": ("test acc", 100)},
+        settings={"config.optimizer.lr": "5e-3"},  # as the DPHuBERT paper; others have used 1e-4 to 1e-1
+    ),
+    "ER": Task("emotion", {"datarc.root": "IEMOCAP"}, {"ER": ("test acc", 100)}),
+    "ASV": Task("sv_voxceleb1", {"datarc.file_path": "VoxCeleb1"}, {"ASV": ("test-EER", 100)}),
+    "SD": Task(
+        "diarization",
+        {f"loaderrc.{part}_dir": f"Libri2Mix/{part}" for part in ("train", "dev", "test")},
+        {"SD": ("OVERALL", 1)}, best="best-states-dev.ckpt",
+    ),
+    "QbE": Task("quesst14_dtw", {"datarc.dataset_root": "quesst14Database"}, {"QbE": ("maxTWV", 1)}),
+}  # fmt: skip
+
+
+@dataclass
+class Superb:
+    """One model, its data and its folder."""
+
+    model: Path
+    data: Path
+    out: Path
+    checkout: Path
+    device: str
+    features: str
+
+    def run(self, log: Path, *words: object, program: tuple[str, ...] | None = None) -> str:
+        """Run a program in the checkout and return what it printed; also kept in ``log``.
+
+        Raises:
+            UserError: it failed.
+        """
+        program = RUN if program is None else program
+        root = Path(__file__).parent.parent
+        paths = [str(self.checkout), str(root), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            code = subprocess.run(
+                [*program, *map(str, words)], cwd=self.checkout / "s3prl", env=environment, stdout=file,
+                stderr=subprocess.STDOUT,
+            ).returncode  # fmt: skip
+        printed = log.read_text(errors="replace")
+        if code:
+            last = (printed.strip() or "nothing was printed").splitlines()[-1]
+            raise UserError(f"{log}: {Path(program[-1]).name} ended with {code}: {last}")
+        return printed
+
+    def train(self, task: Task, exp: Path, more: dict[str, str] | None = None) -> None:
+        """Train, or go on from the newest checkpoint."""
+        if (exp / "trained").is_file():
+            return
+        config = [] if task.config is None else ["-c", task.config]
+        self.run(exp / "train.log", "-m", "train", "-a", "-p", exp, "-u", "dphubert", "-k", self.model, "-s",
+                 self.features, "-d", task.downstream, *config, "-o", self.overrides(task, more), "--device",
+                 self.device)  # fmt: skip
+        (exp / "trained").touch()
+
+    def overrides(self, task: Task, more: dict[str, str] | None = None) -> str:
+        """Settings in the form of run_downstream's -o."""
+        data = {f"{EXPERT}.{key}": str(self.data / folder) for key, folder in task.data.items()}
+        return ",,".join(f"{key}={value}" for key, value in {**data, **task.settings, **(more or {})}.items())
+
+    def evaluate(self, task: Task, exp: Path, checkpoint: Path) -> Results:
+        """Metrics of one checkpoint."""
+        log = exp / f"{checkpoint.stem}.{task.split}.log"
+        printed = self.run(log, "-m", "evaluate", "-t", task.split, "-e", checkpoint, "--device", self.device)
+        return {name: read_metric(printed, *pattern, log) for name, pattern in task.metrics.items()}
+
+
+def read_metric(
+    printed: str, label: str, factor: float, log: Path, best: Callable[[list[float]], float] | None = None
+) -> float:
+    """The last value that is printed after a label, or the best of all."""
+    found = [float(x) for x in re.findall(rf"{re.escape(label)}[^0-9\n]*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)", printed)]
+    if not found:
+        raise UserError(f"{log}: no line with {label!r} in it")
+    return factor * (best(found) if best else found[-1])
+
+
+def standard(superb: Superb, task: Task, exp: Path) -> Results:
+    """Train once, test the best checkpoint."""
+    superb.train(task, exp)
+    return superb.evaluate(task, exp, exp / task.best)
+
+
+def emotion(superb: Superb, task: Task, exp: Path) -> Results:
+    """The mean of five folds."""
+    runs = []
+    for fold in FOLDS:
+        superb.train(task, exp / fold, {f"{EXPERT}.datarc.test_fold": fold})
+        runs.append(superb.evaluate(task, exp / fold, exp / fold / task.best))
+    return {name: statistics.mean(run[name] for run in runs) for name in task.metrics}
+
+
+def speaker_verification(superb: Superb, task: Task, exp: Path) -> Results:
+    """The best of all checkpoints, as s3prl's own script has it."""
+    superb.train(task, exp)
+    checkpoints = sorted(exp.glob("states-*.ckpt"))
+    if not checkpoints:
+        raise UserError(f"{exp}: no states-*.ckpt to test")
+    runs = [superb.evaluate(task, exp, checkpoint) for checkpoint in checkpoints]
+    return {name: min(run[name] for run in runs) for name in task.metrics}
+
+
+def diarization(superb: Superb, task: Task, exp: Path) -> Results:
+    """The best threshold and median filter by dscore."""
+    superb.train(task, exp)
+    superb.run(exp / "test.log", "-m", "evaluate", "-e", exp / task.best, "--device", superb.device)
+    log = exp / "score.log"
+    printed = superb.run(log, exp, superb.data / "Libri2Mix" / "test",
+                         program=("bash", "downstream/diarization/score.sh"))  # fmt: skip
+    return {name: read_metric(printed, *pattern, log, min) for name, pattern in task.metrics.items()}
+
+
+def query_by_example(superb: Superb, task: Task, exp: Path) -> Results:
+    """Nothing is trained: the layer that is best on dev, on test."""
+    settings = f"{superb.overrides(task)},,{EXPERT}.dtwrc.dist_method=cosine"
+    scorer = superb.data / "quesst14Database" / "scoring"
+
+    def score(layer: int, split: str) -> float:
+        folder, log = exp / f"layer{layer}_{split}", exp / f"layer{layer}_{split}.score.log"
+        if not (folder / "done").is_file():
+            superb.run(
+                folder / "log.txt", "-m", "evaluate", "-t", split, "-u", "dphubert", "-k", superb.model, "-l", layer,
+                "-d", task.downstream, "-p", folder, "-o", settings, "--device", superb.device,
+            )  # fmt: skip
+            (folder / "done").touch()
+        printed = superb.run(log, folder, scorer / f"groundtruth_quesst14_{split}", -10,
+                             program=("bash", str(scorer / "score-TWV-Cnxe.sh")))  # fmt: skip
+        return read_metric(printed, *task.metrics["QbE"], log)
+
+    layers = range(load_model(superb.model).num_layers + 1)
+    return {"QbE": score(max(layers, key=lambda layer: score(layer, "dev")), "eval")}
+
+
+SPECIAL: dict[str, Callable[[Superb, Task, Path], Results]] = {
+    "ER": emotion, "ASV": speaker_verification, "SD": diarization, "QbE": query_by_example,
+}  # fmt: skip
+
+
+def run(
+    model: Path, data: Path, tasks: list[str], out: Path | None, checkout: Path, device: str, features: str
+) -> Path:
+    """Run the tasks that results.json lacks; its path."""
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise UserError(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
+    load_model(model)  # refuse what is no model before hours of training
+    if not data.is_dir():
+        raise UserError(f"{data}: no such folder")
+    if not (checkout / "s3prl" / "run_downstream.py").is_file():
+        raise UserError(f"S3PRL={checkout}: no checkout of s3prl; git clone -b v0.4.18 its repository there")
+    out = (out or Path("exp") / "superb" / model.resolve().stem).resolve()
+    superb = Superb(model.resolve(), data.resolve(), out, checkout.resolve(), device, features)
+    results_path = out / "results.json"
+    with run_lock(out, owner=True):
+        results: Results = json.loads(results_path.read_text()) if results_path.is_file() else {}
+        for name in tqdm(tasks or list(TASKS), "SUPERB", unit="task"):
+            task = TASKS[name]
+            if task.metrics.keys() <= results.keys():
+                continue
+            for folder in task.data.values():
+                if not (superb.data / folder).exists():
+                    raise UserError(f"{superb.data / folder}: missing, {name} needs it")
+            results |= SPECIAL.get(name, standard)(superb, task, out / name)
+            with replacing(results_path) as temporary:
+                temporary.write_text(json.dumps(results, indent=1) + "\n")
+            logger.info("%s: %s", name, {key: round(results[key], 4) for key in task.metrics})
+    return results_path
+
+
+@command
+def main() -> None:
+    """Parse the command line and run."""
+    parser = jsonargparse.ArgumentParser(prog="scripts/superb.sh", description=__doc__, exit_on_error=False)
+    parser.add_argument("model", type=Path, help="Model file.")
+    parser.add_argument("data", type=Path, help="Folder of the corpora.")
+    parser.add_argument("tasks", nargs="*", help=f"Any of {' '.join(TASKS)}; all by default.")
+    parser.add_argument("--out", type=Path | None, help="Folder of the runs. (default: exp/superb/MODEL)")
+    parser.add_argument("--device", type=str, default="cuda", help="Of torch.")
+    text = "heads for students whose published features are their heads (MaskHuBERT, ARMHuBERT)."
+    parser.add_argument("-s", "--features", type=str, default="hidden_states", help=text)
+    options = vars(parse_arguments(parser, sys.argv[1:]))
+    path = run(**options, checkout=Path(os.environ.get("S3PRL", "s3prl")))
+    print(f"-> {path}; python -m evaluation.superb_score {path}")
+
+
+if __name__ == "__main__":
+    main()

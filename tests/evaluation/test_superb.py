@@ -1,0 +1,159 @@
+"""Scores against the published ones, and the ten tasks with programs that stand in for s3prl and the scorers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distillation.errors import UserError
+from evaluation import superb
+from evaluation.superb_score import COLUMNS, leaderboard_score, overall_score, published, read_results, table
+
+ROOT = Path(__file__).parents[2]
+# what stands in for run_downstream: it leaves the checkpoints that the tasks test and prints their metrics
+PROGRAM = """
+import json, os, pathlib, sys
+words = [word for word in sys.argv[1:] if word != "-a"]
+flags = dict(zip(words[::2], words[1::2]))
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps(flags) + "\\n")
+if flags["-m"] == "train":
+    folder = pathlib.Path(flags["-p"])
+    for name in ("dev-best", "dev-clean-best", "best-states-dev", "states-20000", "states-40000"):
+        (folder / f"{name}.ckpt").touch()
+    sys.exit(os.environ.get("FAIL") == flags["-d"])
+name = flags.get("-e", "")
+value = 0.05 if "states-40000" in name else 0.06
+value += 0.01 * ("fold1" in name)
+for label in ("test per:", "test acc:", "sv-voxceleb1/test-EER:", "test slot_type_f1:", "test slot_value_cer:"):
+    print(label, value)
+print("test-clean wer: 10.47")
+"""
+SCORE = 'echo "maxTWV: 0.0$(echo "$1" | tr -dc 0-9 | tail -c 1)5"'
+DSCORE = "echo '*** OVERALL *** 7.5'; echo '*** OVERALL *** 5.92'; echo '*** OVERALL *** 6.1'"
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch) -> Path:
+    checkout, data = tmp_path / "s3prl", tmp_path / "data"
+    (checkout / "s3prl" / "downstream" / "diarization").mkdir(parents=True)
+    (checkout / "s3prl" / "run_downstream.py").touch()
+    (checkout / "s3prl" / "downstream" / "diarization" / "score.sh").write_text(DSCORE)
+    for folder in {folder for task in superb.TASKS.values() for folder in task.data.values()}:
+        (data / folder).mkdir(parents=True, exist_ok=True)
+    scorer = data / "quesst14Database" / "scoring"
+    scorer.mkdir()
+    (scorer / "score-TWV-Cnxe.sh").write_text(SCORE)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.setattr(superb, "RUN", (sys.executable, str(tmp_path / "program.py")))
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    return tmp_path
+
+
+def calls(world: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (world / "calls").read_text().splitlines()]
+
+
+def run(world: Path, model: Path, *tasks: str, features: str = "hidden_states") -> dict[str, float]:
+    path = superb.run(model, world / "data", list(tasks), world / "out", world / "s3prl", "cpu", features)
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_ten_tasks(world, teacher_path):
+    results = run(world, teacher_path)
+    assert set(results) == set(COLUMNS)
+    assert results == pytest.approx({
+        "PR": 6.0, "ASR": 10.47, "KS": 6.0, "IC": 6.0, "SF_F1": 6.0, "SF_CER": 6.0, "SID": 6.0, "ER": 6.2, "ASV": 5.0,
+        "SD": 5.92, "QbE": 0.045,
+    })  # fmt: skip
+    made = calls(world)
+    (sid,) = (call for call in made if call.get("-d") == "voxceleb1")
+    assert "config.optimizer.lr=5e-3" in sid["-o"] and sid["-u"] == "dphubert" and sid["-k"] == str(teacher_path)
+    assert f"config.downstream_expert.datarc.file_path={world / 'data' / 'VoxCeleb1'}" in sid["-o"]
+    folds = [call["-o"] for call in made if call.get("-d") == "emotion"]
+    assert [f"test_fold=fold{i}" in folds[i - 1] for i in range(1, 6)] == [True] * 5
+    # QbE: five states on dev, the best of them on eval
+    layers = [(call["-l"], call["-t"]) for call in made if call.get("-d") == "quesst14_dtw"]
+    assert layers == [*((str(i), "dev") for i in range(5)), ("4", "eval")]
+    assert run(world, teacher_path) == results and calls(world) == made  # nothing again
+
+
+def test_a_stopped_task_goes_on_where_it_was(world, teacher_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "speech_commands")
+    with pytest.raises(UserError, match=r"train\.log: .* ended with 1"):
+        run(world, teacher_path, "PR", "KS")
+    assert set(json.loads((world / "out" / "results.json").read_text())) == {"PR"}
+    monkeypatch.delenv("FAIL")
+    before = len(calls(world))
+    assert set(run(world, teacher_path, "PR", "KS", features="heads")) == {"PR", "KS"}
+    again = calls(world)[before:]
+    assert [call["-m"] for call in again] == ["train", "evaluate"] and again[0]["-s"] == "heads"
+
+
+def test_mistakes(world, teacher_path, tmp_path):
+    with pytest.raises(UserError, match="no task 'TTS'; there are PR, ASR"):
+        run(world, teacher_path, "TTS")
+    (world / "data" / "VoxCeleb1").rmdir()
+    with pytest.raises(UserError, match="VoxCeleb1: missing, SID needs it"):
+        run(world, teacher_path, "SID")
+    (world / "s3prl" / "s3prl" / "run_downstream.py").unlink()
+    with pytest.raises(UserError, match="no checkout of s3prl"):
+        run(world, teacher_path, "SID")
+    with pytest.raises(UserError, match=r"log\.txt: no line with 'test per'"):
+        superb.read_metric("nothing", "test per", 1, Path("log.txt"))
+
+
+def test_the_script_explains_itself(tmp_path):
+    environment = {
+        **os.environ,
+        "NO_VENV": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = ["bash", str(ROOT / "scripts" / "superb.sh"), "--help"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "DATA_ROOT" in result.stdout, result.stderr
+
+
+# Scores
+
+
+@pytest.mark.parametrize(
+    ("name", "overall", "leaderboard"),
+    [
+        ("DPHuBERT", 78.9, 866), ("STaRHuBERT", 79.5, 887), ("STaRHuBERT-L", 79.8, 896), ("DPWavLM", 80.2, 926),
+        ("HuBERT Base", 80.8, 941),
+    ],
+)  # fmt: skip
+def test_published_scores(name, overall, leaderboard):
+    assert round(overall_score(published()[name]), 1) == overall
+    assert round(leaderboard_score(published()[name])) == leaderboard
+
+
+def test_command(tmp_path):
+    path = tmp_path / "mine" / "results.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(published()["DPHuBERT"]))
+    result = subprocess.run(
+        [sys.executable, "-m", "evaluation.superb_score", str(path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.stdout.rstrip().endswith("mine: overall 78.9, leaderboard 866")
+    assert "| **mine** | 78.9 | 866 |" in result.stdout and "| HuBERT Base | 80.8 | 941 |" in result.stdout
+    rows = table(published()).splitlines()
+    assert len(rows) == 2 + len(published()) and float(rows[2].split("|")[2]) >= float(rows[-1].split("|")[2])
+
+
+def test_files_that_are_no_results(tmp_path):
+    path = tmp_path / "results.json"
+    for content, message in (
+        ("{", "no results file"), ("[]", "must map columns"), ('{"KS": 1}', "without IC, PR"),
+        (json.dumps({**published()["DPHuBERT"], "KS": "96"}), "KS is '96', not a number"),
+    ):  # fmt: skip
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_results(path)

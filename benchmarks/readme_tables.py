@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks.recipe_costs import table as costs
 from wav2vec2.checkpoint import replacing
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,7 @@ def published() -> str:
     return "\n".join(rows)
 
 
-SECTIONS = {"recipes": recipes, "published": published}
+SECTIONS = {"recipes": recipes, "costs": costs, "published": published}
 
 
 def fill(text: str) -> str:

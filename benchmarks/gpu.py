@@ -1,0 +1,247 @@
+"""What the published recipe costs on one GPU, in under nine minutes.
+
+    python -m benchmarks.gpu [--out benchmarks/results/gpu.json]
+
+Measures in bfloat16, beside the dense step on torchaudio's own HuBERT on the same card: the published batch of 160 s at
+several sparsities, the largest batch that fits, peak memory, the share of the measured matrix multiplication peak, and
+how many seconds of audio per second the loader gives. From these: GPU-hours of both steps of the recipe, whose update
+is 4 x 160 s, against the paper's 18 + 6 hours of A100.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+
+from benchmarks.speed import BF16, SAMPLE_RATE, Ours, Peer, Step, autocast, in_turns, matmul_peak, set_sparsity
+from distillation.config import RECIPES, parse_arguments, parse_recipe
+from distillation.data import DataConfig, make_train_loader, read_tsv
+from distillation.errors import UserError, command
+from distillation.sparsity import make_prunable
+from tests.configs import HUBERT_BASE
+from wav2vec2 import prune, wav2vec2_model
+from wav2vec2.checkpoint import replacing
+from wav2vec2.macs import num_macs
+
+SPARSITIES = [0.0, 0.25, 0.5, 0.75]
+UPDATE_SECONDS = 640.0  # 4 GPUs x 160 s, as published
+STEP1, STEP2, WARMUP = 50_000, 25_000, 5_000  # updates, and those in which the target rises
+PAPER_HOURS = (18.0, 6.0)
+UTTERANCE = 15.0  # seconds; LibriSpeech's mode
+
+
+@dataclass
+class Point:
+    """One timed step."""
+
+    what: str
+    batch_seconds: float
+    seconds: float
+    peak_gib: float | None
+    share_of_peak: float
+
+    @property
+    def audio_per_second(self) -> float:
+        """Seconds of audio per second."""
+        return self.batch_seconds / self.seconds
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number of utterances for which ``fits`` is true, up to ``most``; 0 if not even one does.
+
+    Doubles until it fails, then halves the interval: about 2 log2 tries.
+    """
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def batch(seconds: float, device: str) -> torch.Tensor:
+    """As many utterances of 15 s as fill so many seconds, nothing padded."""
+    count = max(1, round(seconds / UTTERANCE))
+    return torch.randn(count, round(seconds / count * SAMPLE_RATE), device=device)
+
+
+def loader_rate(folder: Path, seconds: float) -> float:
+    """Seconds of audio per second that the training loader reads from FLAC files, for about so many seconds."""
+    rng = np.random.default_rng(0)
+    lines = [str(folder)]
+    for i in range(40):
+        noise = rng.normal(0, 0.1, round(UTTERANCE * SAMPLE_RATE)).clip(-1, 1)
+        soundfile.write(folder / f"{i}.flac", noise, SAMPLE_RATE)
+        lines.append(f"{i}.flac\t{len(noise)}")
+    (folder / "train.tsv").write_text("\n".join(lines) + "\n")
+    config = DataConfig(tsv_dir=folder, train="train.tsv", valid="train.tsv")
+    loader = iter(make_train_loader(read_tsv(folder / "train.tsv"), config, seed=0))
+    for _ in range(3):
+        next(loader)
+    begin, read = time.perf_counter(), 0.0
+    while time.perf_counter() - begin < seconds:
+        read += float(next(loader).seconds)
+    return read / (time.perf_counter() - begin)
+
+
+def hours(points: dict[float, float]) -> float:
+    """GPU-hours of step 1 from seconds of audio per second by sparsity, which follows its published target."""
+    sparsities, rates = zip(*sorted(points.items()))
+    target = sparsities[-1]
+    ramp = [1 / float(np.interp(target * i / 100, sparsities, rates)) for i in range(101)]
+    cost = WARMUP * statistics.mean(ramp) + (STEP1 - WARMUP) / rates[-1]
+    return UPDATE_SECONDS * cost / 3600
+
+
+def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: int) -> dict[str, Any]:
+    """All but the loader; the keys of the result are those of gpu.json."""
+    peak = matmul_peak(BF16, 8192 if device == "cuda" else 256, device)
+    teacher = wav2vec2_model(**config).eval().to(device)
+    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
+    layers = sorted({0, config["encoder_num_layers"]})
+    recipe.objective.layer_to_layer.layers = [layers] if config is not HUBERT_BASE else [[0], [4, 8, 12]]
+    waveforms = batch(batch_seconds, device)
+    points: list[Point] = []
+
+    def timed(
+        what: str, steps: dict[str, Callable[[], object]], macs: dict[str, float], seconds: float
+    ) -> dict[str, float]:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        found = in_turns(steps, rounds, what)
+        peak_gib = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+        for name, elapsed in found.items():
+            points.append(Point(f"{what}, {name}", seconds, elapsed, peak_gib, macs[name] / elapsed / peak))
+        return found
+
+    def macs_of(model: Any, some: torch.Tensor) -> float:
+        return num_macs(model, [some.shape[1]] * len(some))
+
+    masked = make_prunable(teacher, recipe.pruning).to(device)
+    ours = Ours(masked, teacher, waveforms, recipe.objective)
+    dense = None
+    if config is HUBERT_BASE:
+        dense = Peer(torchaudio.models.hubert_base().to(device), torchaudio.models.hubert_base().to(device), waveforms)
+
+    def dense_step() -> None:
+        assert dense is not None
+        with autocast(BF16, device):
+            loss = dense.forward()
+        dense.finish(loss)
+
+    rates: dict[float, float] = {}
+    ratios: dict[str, float] = {}
+    full = macs_of(teacher, waveforms)
+    for sparsity in SPARSITIES:
+        set_sparsity(masked, sparsity)
+        steps: dict[str, Step] = {"ours": lambda: ours.step(BF16)}
+        macs = {"ours": full + 3 * macs_of(prune(masked)[0], waveforms), "dense": 4 * full}
+        if dense is not None:
+            steps["dense"] = dense_step
+        found = timed(f"step 1, {sparsity:.0%} pruned", steps, macs, batch_seconds)
+        rates[sparsity] = batch_seconds / found["ours"]
+        if dense is not None:
+            ratios[f"step 1, {sparsity:.0%}"] = found["dense"] / found["ours"]
+    dense, steps = None, {}  # frees the dense student
+    pruned = prune(masked)[0].to(device)
+    second = Ours(pruned, teacher, waveforms, recipe.objective)
+    macs = {"ours": full + 3 * macs_of(pruned, waveforms)}
+    found = timed("step 2", {"ours": lambda: second.step(BF16)}, macs, batch_seconds)
+    hours1, hours2 = hours(rates), UPDATE_SECONDS * STEP2 / (batch_seconds / found["ours"]) / 3600
+
+    def fits(count: int) -> bool:
+        try:
+            ours.waveforms = torch.randn(count, round(UTTERANCE * SAMPLE_RATE), device=device)
+            ours.step(BF16)
+        except torch.OutOfMemoryError:
+            ours.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            return False
+        return True
+
+    result: dict[str, Any] = {"largest_batch_seconds": None}
+    if device == "cuda":
+        set_sparsity(masked, 0.0)
+        count = largest_that_fits(fits, 256)
+        result["largest_batch_seconds"] = count * UTTERANCE
+        ours.waveforms = torch.randn(max(1, count * 9 // 10), round(UTTERANCE * SAMPLE_RATE), device=device)
+        seconds = ours.waveforms.shape[0] * UTTERANCE
+        largest: dict[float, float] = {}
+        for sparsity in (SPARSITIES[0], SPARSITIES[-1]):
+            set_sparsity(masked, sparsity)
+            macs = {"ours": macs_of(teacher, ours.waveforms) + 3 * macs_of(prune(masked)[0], ours.waveforms)}
+            found = timed(f"largest batch, {sparsity:.0%} pruned", {"ours": lambda: ours.step(BF16)}, macs, seconds)
+            largest[sparsity] = seconds / found["ours"]
+        result["hours_step1_largest_batch"] = hours(largest)
+    return result | {
+        "peak_tflops_bf16": 2 * peak / 1e12,
+        "points": [{**vars(point), "audio_per_second": point.audio_per_second} for point in points],
+        "dense_over_ours": ratios,
+        "hours": {"step 1": hours1, "step 2": hours2, "paper, A100": PAPER_HOURS},
+    }
+
+
+def run(
+    out: Path = Path("benchmarks/results/gpu.json"), batch_seconds: float = 160.0, rounds: int = 5, device: str = "cuda"
+) -> None:
+    """Measure, print and write.
+
+    Args:
+        out: JSON file.
+        batch_seconds: of audio per step.
+        rounds: timed steps of each variant.
+        device: cuda; cpu takes hours at the published size.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no GPU is visible; this measures one (benchmarks.speed measures the CPU)")
+    begin = time.perf_counter()
+    torch.manual_seed(0)
+    result = measure(HUBERT_BASE, device, batch_seconds, rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        result["loader_audio_per_second"] = loader_rate(Path(folder), 10.0)
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    result |= {"date": str(date.today()), "device": name, "torch": torch.__version__}
+    for point in result["points"]:
+        memory = "" if point["peak_gib"] is None else f", {point['peak_gib']:.1f} GiB"
+        print(f"{point['what']}: {point['seconds']:.3f} s for {point['batch_seconds']:g} s of audio, "
+              f"{point['share_of_peak']:.0%} of the peak{memory}")  # fmt: skip
+    for what, ratio in result["dense_over_ours"].items():
+        print(f"{what} pruned: {ratio:.2f} x as fast as the dense step")
+    print(f"GPU-hours: {result['hours']}; largest batch {result['largest_batch_seconds']} s; the loader gives "
+          f"{result['loader_audio_per_second']:.0f} s of audio per second")  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{name}, {time.perf_counter() - begin:.0f} s -> {out}")
+
+
+@command
+def main() -> None:
+    """Run the benchmark."""
+    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser.add_function_arguments(run)
+    run(**vars(parse_arguments(parser, sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,441 @@
+"""Training and inference against peers that all can install, in one process and in turns.
+
+    python -m benchmarks.speed [--only step1,step2,wavlm,inference] [--rounds 3] [--out DIR]
+
+The peers: a dense distillation step on torchaudio's own HuBERT and WavLM (teacher, student forward and backward, clip,
+AdamW, in float32), transformers' HubertModel for inference, and the machine's own matrix multiplication as the limit.
+Every round times each of them once, so that whatever else the machine does meets all alike; medians and ratios count.
+Weights are random, which costs the same; masks have the wanted expected sparsity and are drawn anew in every step.
+Prints tables, writes speed.json and speed.svg.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import matplotlib
+import torch
+import torchaudio
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from distillation.config import RECIPES, parse_arguments, parse_recipe
+from distillation.errors import UserError, command
+from distillation.objectives import ObjectiveConfig, Objectives, Teacher
+from distillation.objectives.layer_to_layer import DistanceWeights, distances
+from distillation.optim import param_groups
+from distillation.sparsity import Lagrangian, make_prunable
+from tests.configs import HUBERT_BASE
+from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
+from wav2vec2.checkpoint import replacing
+from wav2vec2.macs import num_macs
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+
+SAMPLE_RATE = 16_000
+SPARSITIES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.85)
+LAYERS = (0, 4, 8, 12)
+HEAD_WIDTH = 768
+SPREAD = 2.0  # of log_alpha around its mean: some units nearly certain, some undecided
+BF16 = torch.bfloat16
+WAVLM_BASE = {
+    **HUBERT_BASE, "encoder_num_heads": None, "encoder_head_dim": None, "encoder_total_num_heads": [12] * 12,
+    "encoder_remaining_heads": [list(range(12))] * 12, "encoder_num_buckets": 320, "encoder_max_distance": 800,
+}  # fmt: skip
+SECTIONS = ["step1", "step2", "wavlm", "inference"]
+Step = Callable[[], object]
+
+
+@dataclass
+class Row:
+    """One line: a variant, its peer of the same round, both in seconds."""
+
+    section: str
+    name: str
+    seconds: float
+    peer: float
+    share_of_peak: float | None = None  # of the measured matrix multiplication in the same precision
+    extra: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster than the peer."""
+        return self.peer / self.seconds
+
+
+def autocast(dtype: torch.dtype | None, device: str = "cpu") -> Any:
+    """Of a step: bfloat16, or float32 as it is."""
+    return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+class Ours:
+    """This toolkit's training step, as its Lightning module takes it.
+
+    Args:
+        student: masked for step 1, dense for step 2.
+        teacher: dense.
+        waveforms: [B, N], nothing padded.
+        objective: what to train towards; DPHuBERT's by default.
+    """
+
+    def __init__(
+        self,
+        student: Wav2Vec2Model,
+        teacher: Wav2Vec2Model,
+        waveforms: Tensor,
+        objective: ObjectiveConfig | None = None,
+    ) -> None:
+        recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
+        torch.manual_seed(0)
+        self.student, self.teacher, self.waveforms = student.train(), Teacher(teacher), waveforms
+        self.objectives = Objectives(objective or recipe.objective, student, teacher).to(waveforms.device)
+        pruning = recipe.pruning if student.masks() else None
+        before = sum(p.numel() for p in teacher.parameters())
+        self.lagrangian = None
+        if pruning is not None:
+            self.lagrangian = Lagrangian(before, pruning.target_sparsity, pruning.warmup_steps).to(waveforms.device)
+        whole = nn.ModuleList([student, self.objectives, *([self.lagrangian] if self.lagrangian else [])])
+        groups = param_groups(whole, self.lagrangian, recipe.optim, pruning)
+        # rates of 0: a step must not change the sparsity that is being measured
+        for group in groups:
+            group["lr"] = 0.0 if group["name"] in ("log_alpha", "lambda") else 1e-6
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Loss of a micro-batch."""
+        with autocast(dtype, self.waveforms.device.type):
+            total = self.objectives(self.teacher, self.student, self.waveforms, None).total
+        if self.lagrangian is not None:
+            total = total + self.lagrangian(self.student.get_num_params(), 0)
+        return total
+
+    def step(self, dtype: torch.dtype | None = None) -> None:
+        """One update."""
+        self.forward(dtype).backward()
+        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        torch.nn.utils.clip_grads_with_norm_(params, 10.0, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Peer:
+    """The same step plainly: torchaudio's teacher, a student of any origin, every layer's state, torch's AdamW.
+
+    Args:
+        student: has ``extract_features``.
+        teacher: torchaudio's.
+        waveforms: [B, N].
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, waveforms: Tensor) -> None:
+        self.student, self.teacher, self.waveforms = student.train(), teacher.eval().requires_grad_(False), waveforms
+        self.heads = nn.ModuleList(nn.Linear(HEAD_WIDTH, HEAD_WIDTH) for _ in LAYERS).to(waveforms.device)
+        self.params = [p for p in [*student.parameters(), *self.heads.parameters()] if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.params, 1e-6)
+
+    def forward(self) -> Tensor:
+        """Loss of a micro-batch."""
+        with torch.no_grad():
+            targets = states(self.teacher, self.waveforms)
+        found = states(self.student, self.waveforms)
+        predictions = [head(found[layer]) for head, layer in zip(self.heads, LAYERS)]
+        weights = DistanceWeights()
+        terms = distances(predictions, [targets[layer] for layer in LAYERS], None, weights)
+        return torch.stack([terms[name] * weight for name, weight in weights.as_terms().items() if weight]).sum()
+
+    def step(self) -> None:
+        """One update in float32."""
+        self.finish(self.forward())
+
+    def finish(self, loss: Tensor) -> None:
+        """Backward, clip, update."""
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.params, 10.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def states(model: nn.Module, waveforms: Tensor) -> list[Tensor]:
+    """The Transformer's input and all layers; torchaudio's own model gives the layers alone."""
+    if isinstance(model, Wav2Vec2Model):
+        return model.extract_features(waveforms)[0]
+    features, _ = model.feature_extractor(waveforms, None)  # type: ignore[operator]
+    encoder: Any = model.encoder
+    features, mask = encoder._preprocess(features, None)
+    return [features, *encoder.transformer.get_intermediate_outputs(features, attention_mask=mask)]
+
+
+def set_sparsity(model: Wav2Vec2Model, target: float) -> None:
+    """Masks whose expected number of parameters is that share short of all; units of all kinds alike."""
+    masks = list(model.masks().values())
+    generator = torch.Generator().manual_seed(0)
+    noise = [SPREAD * torch.randn(len(mask), generator=generator) for mask in masks]
+    total = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("log_alpha"))
+    low, high = -20.0, 20.0
+    with torch.no_grad():
+        for _ in range(30):
+            middle = (low + high) / 2
+            for mask, values in zip(masks, noise):
+                mask.log_alpha.copy_(values + middle)
+            if model.get_num_params().item() > (1 - target) * total:
+                high = middle
+            else:
+                low = middle
+
+
+def in_turns(steps: dict[str, Step], rounds: int, title: str) -> dict[str, float]:
+    """Median seconds of each after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    with tqdm(total=(rounds + 1) * len(steps), desc=title, unit="step", leave=False, dynamic_ncols=True) as bar:
+        for i in range(rounds + 1):
+            for name, step in steps.items():
+                begin = time.perf_counter()
+                step()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if i:
+                    times[name].append(time.perf_counter() - begin)
+                bar.update()
+    return {name: statistics.median(some) for name, some in times.items()}
+
+
+def matmul_peak(dtype: torch.dtype, size: int = 2048, device: str = "cpu") -> float:
+    """Multiply-accumulates per second of a square matrix product."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    (a @ b)[0, 0].item()
+    begin, count = time.perf_counter(), 0
+    while count < 3 or time.perf_counter() - begin < 1.0:
+        for _ in range(5):
+            c = a @ b
+        c[0, 0].item()  # waits for the device
+        count += 5
+    return count * size**3 / (time.perf_counter() - begin)
+
+
+def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that a forward pass keeps for backward, parameters left out, each storage once."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # so that no storage is freed and its address given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())
+
+
+def training_rows(
+    section: str, config: dict[str, Any], peer_model: Callable[[], nn.Module], batch: tuple[int, float],
+    sparsities: tuple[float, ...], rounds: int, peaks: dict[torch.dtype | None, float],
+) -> list[Row]:  # fmt: skip
+    """Step 1 at several sparsities, in float32 and bfloat16, against the dense step."""
+    size, seconds = batch
+    waveforms = torch.randn(size, round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
+    teacher = wav2vec2_model(**config).eval()
+    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
+    ours = Ours(make_prunable(teacher, recipe.pruning), teacher, waveforms)
+    peer = Peer(peer_model(), peer_model(), waveforms)
+    dense_macs = 4 * num_macs(teacher, [waveforms.shape[1]] * size)  # teacher, and three times the student
+    rows = []
+    for sparsity in sparsities:
+        set_sparsity(ours.student, sparsity)
+        steps: dict[str, Step] = {"peer": peer.step, "f32": ours.step, "bf16": lambda: ours.step(BF16)}
+        found = in_turns(steps, rounds, f"{section} {sparsity:.0%}")
+        pruned_macs = num_macs(prune(ours.student)[0], [waveforms.shape[1]] * size)
+        macs = dense_macs / 4 + 3 * pruned_macs
+        for name, dtype in (("f32", None), ("bf16", BF16)):
+            share = macs / found[name] / peaks[dtype]
+            title = f"step 1, {size} x {seconds:g} s, {sparsity:.0%} pruned, {name}"
+            rows.append(Row(section, title, found[name], found["peer"], share, {"sparsity": sparsity}))
+        if sparsity == 0.7:
+            dense = kept_bytes(peer.forward, peer.student)
+            for name, dtype in (("f32", None), ("bf16", BF16)):
+                share = kept_bytes(lambda dtype=dtype: ours.forward(dtype), ours.student) / dense
+                rows[-2 if name == "f32" else -1].extra["kept"] = share
+    return rows
+
+
+def schedule_total(
+    rows: list[Row], precision: str, steps: int = 50_000, warmup: int = 5_000, target: float = 0.75
+) -> float:
+    """How many times cheaper the whole of step 1 is than dense, the sparsity following its published target."""
+    points = sorted((row.extra["sparsity"], 1 / row.ratio) for row in rows if row.name.endswith(precision))
+
+    def cost(sparsity: float) -> float:
+        for (left, a), (right, b) in itertools.pairwise(points):
+            if left <= sparsity <= right:
+                return a + (b - a) * (sparsity - left) / (right - left)
+        return points[-1][1]
+
+    ramp = statistics.mean(cost(target * i / 100) for i in range(101))
+    return steps / (warmup * ramp + (steps - warmup) * cost(target))
+
+
+def step2_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]:
+    """Step 2 on a pruned student against the same student run plainly with torchaudio's teacher."""
+    waveforms = torch.randn(4, 5 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
+    teacher = wav2vec2_model(**HUBERT_BASE).eval()
+    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
+    masked = make_prunable(teacher, recipe.pruning)
+    set_sparsity(masked, 0.75)
+    student, copy = prune(masked)[0], prune(masked)[0]
+    ours, peer = Ours(student, teacher, waveforms), Peer(copy, torchaudio.models.hubert_base(), waveforms)
+    steps: dict[str, Step] = {"peer": peer.step, "f32": ours.step, "bf16": lambda: ours.step(BF16)}
+    ours32 = Ours(student, teacher, waveforms)
+    ours32.teacher.dtype = BF16
+    steps["f32, bf16 teacher"] = ours32.step
+    found = in_turns(steps, rounds, "step 2")
+    lengths = [waveforms.shape[1]] * 4
+    macs = num_macs(teacher, lengths) + 3 * num_macs(student, lengths)
+    return [
+        Row("step2", f"step 2, 4 x 5 s, {name}", found[name], found["peer"], macs / found[name] / peaks[dtype])
+        for name, dtype in (("f32", None), ("f32, bf16 teacher", None), ("bf16", BF16))
+    ]
+
+
+def inference_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]:
+    """A 23.6 M student against its teacher, and the teacher against transformers' model."""
+    from transformers import HubertConfig, HubertModel
+
+    teacher = wav2vec2_model(**HUBERT_BASE).eval()
+    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
+    masked = make_prunable(teacher, recipe.pruning)
+    set_sparsity(masked, 0.75)
+    student = prune(masked)[0].eval()
+    other = HubertModel(HubertConfig()).eval()
+    rows = []
+    for seconds in (1.0, 10.0, 35.0):
+        waveform = torch.randn(1, round(seconds * SAMPLE_RATE))
+
+        def bf16(waveform: Tensor = waveform) -> None:
+            with torch.autocast("cpu", BF16):
+                student.extract_features(waveform)
+
+        steps: dict[str, Step] = {
+            "transformers": lambda w=waveform: other(w, output_hidden_states=True),
+            "teacher": lambda w=waveform: teacher.extract_features(w),
+            "student, f32": lambda w=waveform: student.extract_features(w),
+            "student, bf16": bf16,
+        }  # fmt: skip
+        with torch.inference_mode():
+            found = in_turns(steps, 3 * rounds, f"inference {seconds:g} s")
+        macs = {"teacher": num_macs(teacher, [waveform.shape[1]]), "student": num_macs(student, [waveform.shape[1]])}
+        for name, dtype, of in (("student, f32", None, "teacher"), ("student, bf16", BF16, "teacher"),
+                                ("teacher", None, "transformers")):  # fmt: skip
+            share = macs[name.partition(",")[0]] / found[name] / peaks[dtype]
+            rows.append(Row("inference", f"{name} against {of}, {seconds:g} s", found[name], found[of], share))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    head = ["what", "seconds", "peer's seconds", "times faster", "share of matmul peak", "activations kept, of dense"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
+        kept = f"{row.extra['kept']:.2f}" if "kept" in row.extra else ""
+        lines.append(f"| {row.name} | {row.seconds:.3f} | {row.peer:.3f} | {row.ratio:.2f} | {share} | {kept} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row]) -> str:
+    """SVG: times faster than dense against sparsity, one line per section and precision."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if "sparsity" in row.extra:
+            model = "WavLM, 1 x 15 s" if row.section == "wavlm" else f"HuBERT,{row.name.split(',')[1]}"
+            curves.setdefault(f"{model}, {row.name.split(', ')[-1]}", []).append((row.extra["sparsity"], row.ratio))
+    for name, points in curves.items():
+        axis.plot(*zip(*sorted(points)), marker="o", label=name)
+    axis.axhline(1, color="0.6", linewidth=1)
+    axis.set(xlabel="sparsity", ylabel="times faster than the dense step", ylim=(0, None))
+    axis.grid(alpha=0.2)
+    if curves:
+        axis.legend(fontsize=8)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return text.getvalue()
+
+
+def run(
+    only: list[str] = SECTIONS, rounds: int = 3, threads: int = 2, out: Path = Path("benchmarks/results")
+) -> list[Row]:
+    """Measure, print and plot.
+
+    Args:
+        only: any of step1, step2, wavlm, inference.
+        rounds: timed steps of each variant; inference takes three times as many.
+        threads: of torch.
+        out: folder of speed.json and speed.svg.
+    """
+    if unknown := [name for name in only if name not in SECTIONS]:
+        raise UserError(f"--only: no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    peaks: dict[torch.dtype | None, float] = {None: matmul_peak(torch.float32), BF16: matmul_peak(BF16)}
+    rows: list[Row] = []
+    if "step1" in only:
+        four = training_rows("step1", HUBERT_BASE, torchaudio.models.hubert_base, (4, 5.0), SPARSITIES, rounds, peaks)
+        rows += four
+        rows += training_rows("step1", HUBERT_BASE, torchaudio.models.hubert_base, (1, 15.0), (0.0, 0.7), rounds, peaks)
+    if "step2" in only:
+        rows += step2_rows(rounds, peaks)
+    if "wavlm" in only:
+        rows += training_rows("wavlm", WAVLM_BASE, torchaudio.models.wavlm_base, (1, 15.0), (0.0, 0.7), rounds, peaks)
+    if "inference" in only:
+        rows += inference_rows(rounds, peaks)
+    print(f"{date.today()}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, "
+          f"Python {platform.python_version()}; matmul peak {peaks[None] / 1e9:.0f} GMAC/s float32, "
+          f"{peaks[BF16] / 1e9:.0f} bfloat16\n")  # fmt: skip
+    print(table(rows))
+    totals = {}
+    if "step1" in only:
+        totals = {precision: schedule_total(four, precision) for precision in ("f32", "bf16")}
+        print("\nstep 1 over the published schedule: " + ", ".join(f"{v:.2f} x ({k})" for k, v in totals.items()))
+    content = {
+        "date": str(date.today()), "threads": threads, "torch": torch.__version__, "schedule": totals,
+        "peak_gmacs": {"f32": peaks[None] / 1e9, "bf16": peaks[BF16] / 1e9},
+        "rows": [{**vars(row), "ratio": row.ratio} for row in rows],
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    for path, text in ((out / "speed.json", json.dumps(content, indent=1) + "\n"), (out / "speed.svg", draw(rows))):
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(f"\n-> {out / 'speed.json'}, {out / 'speed.svg'}")
+    return rows
+
+
+@command
+def main() -> None:
+    """Run the benchmark."""
+    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser.add_function_arguments(run)
+    run(**vars(parse_arguments(parser, sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The speed benchmarks at tiny sizes: what they compute from their times, and that their steps are the real ones."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torchaudio
+
+from benchmarks import gpu, speed
+from benchmarks.speed import Ours, Row, kept_bytes, schedule_total, set_sparsity, states
+from distillation.config import RECIPES, parse_recipe
+from distillation.errors import UserError
+from distillation.sparsity import make_prunable
+from tests.configs import TINY
+from wav2vec2 import wav2vec2_model
+from wav2vec2.importers.torchaudio import import_torchaudio
+
+PEER: dict = {
+    "extractor_mode": "group_norm",
+    "extractor_conv_layer_config": [(8, 10, 5), (8, 3, 2), (8, 3, 2), (8, 3, 4), (8, 2, 4)],
+    "extractor_conv_bias": False, "encoder_embed_dim": 24, "encoder_projection_dropout": 0.1,
+    "encoder_pos_conv_kernel": 8, "encoder_pos_conv_groups": 4, "encoder_num_layers": 12, "encoder_num_heads": 4,
+    "encoder_attention_dropout": 0.1, "encoder_ff_interm_features": 48, "encoder_ff_interm_dropout": 0.0,
+    "encoder_dropout": 0.1, "encoder_layer_norm_first": False, "encoder_layer_drop": 0.0, "aux_num_out": None,
+}  # fmt: skip
+
+
+def tiny_peer() -> torch.nn.Module:
+    """A torchaudio HuBERT of 12 layers, as the peers match layers 0, 4, 8 and 12, but narrow."""
+    return torchaudio.models.wav2vec2_model(**PEER)
+
+
+def ours(objective_layers: list[list[int]], waveforms: torch.Tensor) -> Ours:
+    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
+    recipe.objective.layer_to_layer.layers = objective_layers
+    teacher = wav2vec2_model(**TINY).eval()
+    return Ours(make_prunable(teacher, recipe.pruning), teacher, waveforms, recipe.objective)
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.7])
+def test_masks_of_a_wanted_sparsity(sparsity):
+    step = ours([[0], [2, 4]], torch.randn(1, 4000))
+    set_sparsity(step.student, sparsity)
+    total = sum(p.numel() for name, p in step.student.named_parameters() if not name.endswith("log_alpha"))
+    assert step.student.get_num_params().item() == pytest.approx((1 - sparsity) * total, rel=1e-3)
+    before = {name: p.clone() for name, p in step.student.named_parameters()}
+    step.step()
+    step.step(torch.bfloat16)
+    moved = {name for name, p in step.student.named_parameters() if not torch.equal(before[name], p)}
+    assert moved and not any(name.endswith("log_alpha") for name in moved)  # the sparsity stays
+
+
+def test_the_peer_sees_the_states_that_we_see():
+    peer = tiny_peer().eval()
+    imported = import_torchaudio(PEER, peer.state_dict(), normalize_waveform=False)
+    model = wav2vec2_model(**imported.config)
+    model.load_state_dict({**model.state_dict(), **imported.state_dict})
+    waveforms = torch.randn(2, 6000)
+    with torch.no_grad():
+        for left, right in zip(states(peer, waveforms), states(model.eval(), waveforms), strict=True):
+            torch.testing.assert_close(left, right, atol=2e-5, rtol=1e-4)
+
+
+def test_kept_bytes_by_hand():
+    layer = torch.nn.Linear(6, 5)
+    x = torch.randn(7, 6, requires_grad=True)
+    # the input of the product, and the result of the exponential; the weight is a parameter
+    assert kept_bytes(lambda: layer(x).exp().sum(), layer) == 4 * (7 * 6 + 7 * 5)
+
+
+def test_schedule_by_hand():
+    rows = [
+        Row("step1", f"{s}, f32", 1 / ratio, 1.0, extra={"sparsity": s})
+        for s, ratio in ((0.0, 1.0), (0.75, 3.0), (0.85, 9.0))
+    ]
+    # the ramp costs (1 + 1/3) / 2 of dense on average, the rest a third
+    assert schedule_total(rows, "f32") == pytest.approx(50_000 / (5_000 * 2 / 3 + 45_000 / 3))
+
+
+def test_hours_by_hand():
+    assert gpu.hours({0.0: 640.0, 0.75: 640.0}) == pytest.approx(50_000 / 3600)
+    assert gpu.hours({0.0: 640.0, 0.75: 1280.0}) == pytest.approx((5_000 * math.log(2) + 45_000 / 2) / 3600, rel=0.01)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5, 8, 13, 99])
+def test_largest_batch(limit):
+    tried = []
+
+    def fits(count: int) -> bool:
+        tried.append(count)
+        return count <= limit
+
+    assert gpu.largest_that_fits(fits, 20) == min(limit, 20)
+    assert len(tried) == len(set(tried)) <= 10
+
+
+def test_training_rows(monkeypatch, tmp_path):
+    config = {**TINY, "encoder_num_layers": 12}
+    for key in ("encoder_use_attention", "encoder_use_feed_forward", "encoder_num_heads", "encoder_ff_interm_features"):
+        config[key] = TINY[key][:1] * 12
+    monkeypatch.setattr(speed, "HEAD_WIDTH", 24)
+    peaks = {None: 1e9, torch.bfloat16: 1e9}
+    rows = speed.training_rows("step1", config, tiny_peer, (1, 0.5), (0.0, 0.7), 1, peaks)
+    assert [row.name for row in rows] == [
+        f"step 1, 1 x 0.5 s, {s} pruned, {p}" for s in ("0%", "70%") for p in ("f32", "bf16")
+    ]
+    assert all(row.seconds > 0 and row.ratio > 0 and row.share_of_peak > 0 for row in rows)
+    assert 0 < rows[2].extra["kept"] < 1.5
+    text = speed.table(rows)
+    assert text.count("\n") == 5 and "step 1, 1 x 0.5 s, 70% pruned, bf16" in text
+    assert "<svg" in speed.draw(rows)
+
+
+def test_gpu_at_a_tiny_size_on_the_cpu():
+    result = gpu.measure(TINY, "cpu", 1.0, 1)
+    assert json.loads(json.dumps(result))["hours"]["step 1"] > 0
+    assert [point["what"] for point in result["points"]] == [
+        *(f"step 1, {s:.0%} pruned, ours" for s in gpu.SPARSITIES), "step 2, ours"
+    ]  # fmt: skip
+    assert all(point["audio_per_second"] > 0 and point["share_of_peak"] > 0 for point in result["points"])
+
+
+def test_loader_rate(tmp_path):
+    assert gpu.loader_rate(tmp_path, 0.2) > 1
+
+
+def test_mistakes(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no section 'step3'; there are step1, step2"):
+        speed.run(["step3"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no GPU is visible"):
+        gpu.run(tmp_path / "gpu.json")

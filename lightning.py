@@ -82,6 +82,7 @@ class DistillModule(pl.LightningModule):
         self.optim, self.pruning, self.seed, self.recipe = optim, pruning, seed, recipe
         _freeze_unused(student, objectives.student_layers)
         self.means = RunningMeans()
+        self.read, self.read_seconds = 0.0, 0.0  # seconds of audio on this rank, and a reader's time for them
 
     def on_fit_start(self) -> None:
         """Bring the teacher to the student's device."""
@@ -97,6 +98,7 @@ class DistillModule(pl.LightningModule):
         """Loss of one micro-batch."""
         seed_micro_batch(self.seed, batch.number)
         self.guard.read("train", batch)
+        self.read, self.read_seconds = self.read + batch.seconds, self.read_seconds + batch.read_seconds
         penalty = torch.zeros((), device=self.device)
         if self.lagrangian is not None:
             penalty = self.lagrangian(self.student.get_num_params(), self.global_step)
@@ -181,6 +183,9 @@ class DistillModule(pl.LightningModule):
         metrics = self.means.reduce(self.trainer, self.device)
         seconds = metrics.pop("seconds")
         metrics["speed/audio_seconds_per_second"] = seconds / max(1e-9, self.means.elapsed())
+        readers = self.trainer.world_size * max(1, self.trainer.train_dataloader.num_workers)  # type: ignore[union-attr]
+        metrics["speed/loader_audio_seconds_per_second"] = readers * self.read / max(1e-9, self.read_seconds)
+        self.read, self.read_seconds = 0.0, 0.0
         if self.lagrangian is not None:
             with torch.no_grad():
                 metrics["sparsity/expected"] = self.lagrangian.sparsity(self.student.get_num_params()).item()

@@ -95,7 +95,7 @@ def build_run(
     if pruning is not None and pruning.units:
         before = sum(p.numel() for p in teacher.parameters())
         lagrangian = Lagrangian(before, pruning.target_sparsity, pruning.warmup_steps)
-    objectives = Objectives(recipe.objective, student, teacher)
+    objectives = Objectives(recipe.objective, student, teacher, recipe.trainer.recompute)
     logger.info(
         "student: %s parameters, and %s in heads that only training uses",
         f"{backbone_params(student) - sum(map(len, student.masks().values())):,}", f"{objectives.num_params():,}",

@@ -48,6 +48,10 @@ class TrainerConfig:
     teacher_precision: Literal["same", "float32", "bfloat16"] = "same"
     """Of the teacher's forward pass."""
 
+    recompute: bool = False
+    """Run the student's layers again in the backward pass instead of keeping what they compute: less memory, a third
+    more time in the student."""
+
     batches_per_update: int = 4
     """Micro-batches averaged in one update over all processes; fewer processes accumulate more."""
 

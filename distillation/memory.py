@@ -56,6 +56,7 @@ def advice(
     return (
         f"out of GPU memory: batches of about {seconds:.0f} s fit; set {smaller} and "
         f"--trainer.batches_per_update {trainer.batches_per_update * parts} for the same update"
+        + ("" if trainer.recompute else ", or try --trainer.recompute true")
     )
 
 

@@ -1,7 +1,8 @@
 """Metrics of a run: means over updates and ranks, and the table that the report reads.
 
 Columns of ``metrics.csv``: step; train/loss, train/distill and train/<term>; valid/distill and valid/<term>;
-sparsity/expected, sparsity/target, lagrangian/lambda1, lagrangian/lambda2; lr/<group>; speed/audio_seconds_per_second;
+sparsity/expected, sparsity/target, lagrangian/lambda1, lagrangian/lambda2; lr/<group>; speed/audio_seconds_per_second
+of the training and speed/loader_audio_seconds_per_second that its readers could give if training never waited for them;
 and totals since the start: skipped/files and skipped/updates, audio/silent and audio/clipped (stretches of audio).
 """
 

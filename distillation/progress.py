@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,10 @@ from wav2vec2.checkpoint import read_torch_file, write_torch_file
 if TYPE_CHECKING:
     from lightning import DistillModule
 
+logger = logging.getLogger(__name__)
 
 SHOWN = ("train/distill", "sparsity/expected", "sparsity/target")  # beside the bar
+HEADROOM = 1.2  # readers that give less than so many times what training takes are worth a word
 
 
 class Progress(pl.Callback):
@@ -43,6 +46,7 @@ class Progress(pl.Callback):
         self.stop = StopRequest()
         self.expected_step = 0
         self.bar: tqdm | None = None
+        self.compared = False
         self.saved_at = time.monotonic()
         self.step = self.first_step = -1
 
@@ -70,9 +74,23 @@ class Progress(pl.Callback):
             row = metrics_table(trainer).row(self.step)
             shown = {k.split("/")[1]: f"{float(row[k]):.4f}" for k in SHOWN if k in row}
             self.bar.set_postfix(shown, refresh=False)
+            self._compare_readers(row)
         if self.step % min(self.config.validate_every, self.max_steps):
             self._save_if_due(trainer)
         # else after the validation, so that none is lost
+
+    def _compare_readers(self, row: dict[str, str]) -> None:
+        """Say once whether the readers keep up."""
+        taken, given = (float(row.get(f"speed/{name}audio_seconds_per_second", "nan")) for name in ("", "loader_"))
+        if self.compared or not (taken > 0 and given > 0):
+            return
+        self.compared = True
+        slow = given < HEADROOM * taken and self.recipe.data.num_workers != 0
+        logger.log(
+            logging.WARNING if slow else logging.INFO,
+            "the readers could give %.0f s of audio per second, training takes %.0f%s",
+            given, taken, ": raise --data.num_workers, or move the data to a faster disk" if slow else "",
+        )  # fmt: skip
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The checkpoint that waited for the validation."""

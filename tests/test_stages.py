@@ -42,6 +42,7 @@ def step1(script, tiny_flags, tmp_path_factory) -> Path:
     exp = tmp_path_factory.mktemp("exp") / "run"
     result = script("distill.py", *tiny_flags, "--exp_dir", exp)
     assert "FFN units" in result.stdout and "expected:" in result.stdout
+    assert result.stderr.count("s of audio per second, training takes") == 1
     return exp
 
 
@@ -105,6 +106,14 @@ def test_two_processes_equal_accumulation(step1, script, tiny_flags, tmp_path):
 def test_workers_change_nothing(step1, script, tiny_flags, tmp_path):
     script("distill.py", *tiny_flags, "--exp_dir", tmp_path / "workers", "--data.num_workers", 2)
     assert_same_run(step1, tmp_path / "workers")
+    with (tmp_path / "workers" / "metrics.csv").open(newline="") as file:
+        rates = [float(row["speed/loader_audio_seconds_per_second"]) for row in csv.DictReader(file)]
+    assert min(rates) > 0
+
+
+def test_recompute_changes_nothing(step1, script, tiny_flags, tmp_path):
+    script("distill.py", *tiny_flags, "--exp_dir", tmp_path / "again", "--trainer.recompute", "true")
+    assert_same_run(step1, tmp_path / "again")
 
 
 def test_killed_run_resumes_exactly(step1, tiny_flags, tmp_path, script):

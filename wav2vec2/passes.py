@@ -22,6 +22,7 @@ class PassOptions:
     mask_embedding: Tensor | None = None  # [D]
     scale_gradients: bool = False  # layer-gradient scaling, see ScaleGradient
     keep_maps: bool = False  # compute the attention maps explicitly and return them
+    recompute: bool = False  # keep the inputs of the layers alone for backward, and run each layer again there
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import LAYER_DROP_RATE, AttentionMap, SelfAttention, WavLMSelfAttention, probability_any
 from .feature_extractor import FeatureProjection, valid_frames
@@ -261,7 +262,10 @@ class Transformer(nn.Module):
         for i, layer in enumerate(layers):
             if options.layer_drop == 0.0 or torch.rand(()).item() > options.layer_drop:
                 maps = output.maps if options.keep_maps else None
-                x, source = layer(x, valid, position_bias, gates, source, maps)
+                if options.recompute and maps is None and torch.is_grad_enabled():
+                    x, source = checkpoint(layer, x, valid, position_bias, gates, source, use_reentrant=False)
+                else:
+                    x, source = layer(x, valid, position_bias, gates, source, maps)
             else:
                 x = touch(x, layer)
             state = x

@@ -65,12 +65,15 @@ class Objectives(nn.Module):
         config: the ones that are not None are used.
         student: the model that learns.
         teacher: the frozen model.
+        recompute: run the student's layers again in the backward pass instead of keeping what they compute.
 
     Raises:
         UserError: none is set, or one does not fit the models.
     """
 
-    def __init__(self, config: ObjectiveConfig, student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> None:
+    def __init__(
+        self, config: ObjectiveConfig, student: Wav2Vec2Model, teacher: Wav2Vec2Model, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.parts = nn.ModuleDict()
         for name, objective in OBJECTIVES.items():
@@ -84,7 +87,7 @@ class Objectives(nn.Module):
         keep_maps = any(part.keeps_maps for part in parts)
         self.teacher_options = PassOptions(max(part.teacher_layers for part in parts), keep_maps=keep_maps)
         self.student_options = PassOptions(
-            self.student_layers, keep_maps=keep_maps, scale_gradients=config.scale_gradients
+            self.student_layers, keep_maps=keep_maps, scale_gradients=config.scale_gradients, recompute=recompute
         )
         if student.encoder.transformer.upsampler is not None:  # DDP waits for every trainable parameter
             student.encoder.transformer.upsampler.requires_grad_(any(part.uses_upsampler for part in parts))

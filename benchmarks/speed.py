@@ -57,6 +57,7 @@ WAVLM_BASE = {
     **HUBERT_BASE, "encoder_num_heads": None, "encoder_head_dim": None, "encoder_total_num_heads": [12] * 12,
     "encoder_remaining_heads": [list(range(12))] * 12, "encoder_num_buckets": 320, "encoder_max_distance": 800,
 }  # fmt: skip
+NAMES = {"step1": "HuBERT Base", "wavlm": "WavLM Base+"}
 SECTIONS = ["step1", "step2", "wavlm", "inference"]
 Step = Callable[[], object]
 
@@ -267,7 +268,7 @@ def training_rows(
         macs = dense_macs / 4 + 3 * pruned_macs
         for name, dtype in (("f32", None), ("bf16", BF16)):
             share = macs / found[name] / peaks[dtype]
-            title = f"step 1, {size} x {seconds:g} s, {sparsity:.0%} pruned, {name}"
+            title = f"{NAMES[section]}, step 1, {size} x {seconds:g} s, {sparsity:.0%} pruned, {name}"
             rows.append(Row(section, title, found[name], found["peer"], share, {"sparsity": sparsity}))
         if sparsity == 0.7:
             dense = kept_bytes(peer.forward, peer.student)
@@ -310,7 +311,13 @@ def step2_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]
     lengths = [waveforms.shape[1]] * 4
     macs = num_macs(teacher, lengths) + 3 * num_macs(student, lengths)
     return [
-        Row("step2", f"step 2, 4 x 5 s, {name}", found[name], found["peer"], macs / found[name] / peaks[dtype])
+        Row(
+            "step2",
+            f"HuBERT Base, step 2, 4 x 5 s, {name}",
+            found[name],
+            found["peer"],
+            macs / found[name] / peaks[dtype],
+        )
         for name, dtype in (("f32", None), ("f32, bf16 teacher", None), ("bf16", BF16))
     ]
 
@@ -366,8 +373,8 @@ def draw(rows: list[Row]) -> str:
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if "sparsity" in row.extra:
-            model = "WavLM, 1 x 15 s" if row.section == "wavlm" else f"HuBERT,{row.name.split(',')[1]}"
-            curves.setdefault(f"{model}, {row.name.split(', ')[-1]}", []).append((row.extra["sparsity"], row.ratio))
+            model, _, batch, _, precision = row.name.split(", ")
+            curves.setdefault(f"{model}, {batch}, {precision}", []).append((row.extra["sparsity"], row.ratio))
     for name, points in curves.items():
         axis.plot(*zip(*sorted(points)), marker="o", label=name)
     axis.axhline(1, color="0.6", linewidth=1)

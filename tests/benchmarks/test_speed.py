@@ -105,7 +105,7 @@ def test_training_rows(monkeypatch, tmp_path):
     peaks = {None: 1e9, torch.bfloat16: 1e9}
     rows = speed.training_rows("step1", config, tiny_peer, (1, 0.5), (0.0, 0.7), 1, peaks)
     assert [row.name for row in rows] == [
-        f"step 1, 1 x 0.5 s, {s} pruned, {p}" for s in ("0%", "70%") for p in ("f32", "bf16")
+        f"HuBERT Base, step 1, 1 x 0.5 s, {s} pruned, {p}" for s in ("0%", "70%") for p in ("f32", "bf16")
     ]
     assert all(row.seconds > 0 and row.ratio > 0 and row.share_of_peak > 0 for row in rows)
     assert 0 < rows[2].extra["kept"] < 1.5

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import torch
@@ -235,6 +235,7 @@ def compare(
     seeds: int = 3,
     steps: int = 1000,
     num_params: int | None = None,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
 ) -> None:
     """Train, measure, print and plot.
 
@@ -246,6 +247,7 @@ def compare(
         seeds: runs per method.
         steps: updates per run, both steps together.
         num_params: size of the students; that of DistilHuBERT's two layers by default, the only one it can have.
+        precision: of training; measured in float32 in any case.
     """
     out = out or demo / "compare"
     if unknown := [name for name in methods if name not in METHODS]:
@@ -266,7 +268,9 @@ def compare(
     runs = [(name, seed) for seed in range(1, seeds + 1) for name in methods]
     for name, seed in tqdm(runs, desc="compare", unit="run", dynamic_ncols=True):
         exp = out / name / f"seed{seed}"
-        final = train(exp, recipe_of(METHODS[name], teacher, budget, steps, seed, demo))
+        recipe = recipe_of(METHODS[name], teacher, budget, steps, seed, demo)
+        recipe["trainer"]["precision"] = precision
+        final = train(exp, recipe)
         results.append(measure(name, seed, final, teacher, exp / "recipe.yaml", budget))
     results.sort(key=lambda result: (methods.index(result.method), result.seed))
     series = {

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 BETA = 2 / 3  # temperature; this and the stretch limits as in Louizos et al., section 4
 LIMIT_LOW, LIMIT_HIGH = -0.1, 1.1
 EPS = 1e-6  # uniform noise stays this far from 0 and 1
+GPU_MULTIPLE = 8  # tensor cores multiply bfloat16 and float16 in tiles of so many
 EVAL_SHARPNESS = 0.8  # eval value sigmoid(log_alpha / beta * 0.8): "magical number" of Wang et al., EMNLP 2020 (flop)
 INIT_STD = 0.01
 
@@ -41,13 +42,15 @@ class HardConcrete(nn.Module):
         n: number of units.
         drop_rate: initial probability that a unit is dropped; ``log_alpha ~ N(log((1 - p) / p), 0.01)``.
         min_live: 1 if the highest ranked unit always survives (a conv layer without channels is no network), else 0.
+        paddable: no norm sees the units, so that on a GPU some with gate 0 may take part to round a size up: what
+            they give is multiplied by 0, and so is every gradient.
     """
 
-    def __init__(self, n: int, drop_rate: float, min_live: int = 0) -> None:
+    def __init__(self, n: int, drop_rate: float, min_live: int = 0, paddable: bool = False) -> None:
         super().__init__()
         if not 0 < drop_rate < 1:
             raise ValueError(f"the initial drop rate of a mask must lie between 0 and 1, got {drop_rate}")
-        self.min_live = min_live
+        self.min_live, self.paddable = min_live, paddable
         self.log_alpha = nn.Parameter(torch.empty(n))
         self.reset(drop_rate)
 
@@ -112,7 +115,10 @@ def eval_survivors(log_alpha: Tensor) -> Tensor:
 
 
 def draw_gates(
-    masks: Collection[HardConcrete], training: bool, survivors: dict[HardConcrete, Tensor] | None = None
+    masks: Collection[HardConcrete],
+    training: bool,
+    survivors: dict[HardConcrete, Tensor] | None = None,
+    multiple: int | None = None,
 ) -> Gates:
     """Draw the gates of all masks at once: samples in training, the deterministic ones in eval.
 
@@ -123,6 +129,7 @@ def draw_gates(
         masks: the groups of units.
         training: sample, or take the eval values.
         survivors: bool [n] per mask, instead of the eval rule of the published system (pruning to an exact size).
+        multiple: in training, of the sizes of paddable groups; 8 on a GPU and 1 elsewhere by default.
     """
     masks = list(masks)
     if not masks:
@@ -144,6 +151,8 @@ def draw_gates(
         ]
         alive = torch.cat(chosen)
 
+    if multiple is None:
+        multiple = GPU_MULTIPLE if log_alpha.is_cuda else 1
     counts = []
     for position, (mask, part) in enumerate(zip(masks, alive.split(sizes))):  # views: writing to part writes to alive
         count = int(part.sum())
@@ -152,6 +161,9 @@ def draw_gates(
                 host_log_alpha = log_alpha.detach().cpu()
             ranked = host_log_alpha.split(sizes)[position].argsort(stable=True, descending=True)
             part[ranked[: mask.min_live]] = True
+            count = int(part.sum())
+        if training and mask.paddable and count and count % multiple:
+            part[(~part).nonzero()[: -count % multiple, 0]] = True
             count = int(part.sum())
         counts.append(count)
     live = alive.nonzero().squeeze(1)

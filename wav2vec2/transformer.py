@@ -82,7 +82,7 @@ class FeedForward(nn.Module):
         self.output_dense = nn.Linear(interm_features, embed_dim)
         self.output_dropout = nn.Dropout(dropout)
         self.hard_concrete_for_intermediate = (
-            HardConcrete(interm_features, FFN_DROP_RATE) if prune_intermediate else None
+            HardConcrete(interm_features, FFN_DROP_RATE, paddable=True) if prune_intermediate else None
         )
         self.hard_concrete_for_layer = HardConcrete(1, LAYER_DROP_RATE) if prune_layer else None
 

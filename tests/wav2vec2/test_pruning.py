@@ -15,7 +15,7 @@ from wav2vec2 import Wav2Vec2Model, prune, pruning
 from wav2vec2.attention import WavLMSelfAttention
 from wav2vec2.checkpoint import add_masks
 from wav2vec2.feature_extractor import valid_frames
-from wav2vec2.hardconcrete import Gate, eval_survivors, sample
+from wav2vec2.hardconcrete import Gate, draw_gates, eval_survivors, sample
 from wav2vec2.model import normalize
 from wav2vec2.pruning import survivors_for_size
 
@@ -211,6 +211,34 @@ def test_training_equals_a_dense_network_times_its_masks(tiny, flags, architectu
         torch.testing.assert_close(grad, reference, atol=1e-8, rtol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
     log_alpha_grads = [grad for name, grad in zip(parameters, grads) if name.endswith("log_alpha")]
     assert any(grad.any() for grad in log_alpha_grads)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rounded_sizes_change_nothing(tiny, flags, architecture):
+    """As on a GPU: FFN units with gate 0 that round the size up give nothing and get no gradient."""
+    model = training_model(tiny, flags, architecture)
+    waveforms = torch.randn(2, 500, dtype=torch.float64)
+    masks = model.masks()
+    runs, drawn = [], []
+    for multiple in (1, 8):
+        torch.manual_seed(1)
+        gates = draw_gates(masks.values(), training=True, multiple=multiple)
+        states, _ = model.extract_features(waveforms, gates=gates)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(loss_of(states), parameters, materialize_grads=True)
+        runs.append((states, grads))
+        drawn.append({name: gates[mask].num_live for name, mask in masks.items()})
+    for name, mask in masks.items():
+        exact, rounded = drawn[0][name], drawn[1][name]
+        wanted = min(len(mask), -(-exact // 8) * 8) if name.endswith("hard_concrete_for_intermediate") else exact
+        assert rounded == wanted, name
+    assert drawn[0] != drawn[1]
+    for left, right in zip(runs[0][0], runs[1][0], strict=True):
+        torch.testing.assert_close(left, right, atol=1e-12, rtol=1e-12)
+    for left, right in zip(runs[0][1], runs[1][1], strict=True):
+        torch.testing.assert_close(left, right, atol=1e-11, rtol=1e-9)
+    evaluated = draw_gates(masks.values(), training=False, multiple=8)
+    assert all(evaluated[m].num_live == g.num_live for m, g in draw_gates(masks.values(), training=False).items())
 
 
 def prune_with(model: Wav2Vec2Model, gates, monkeypatch) -> Wav2Vec2Model:

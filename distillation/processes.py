@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -52,10 +52,19 @@ class StopRequest:
 
 
 def outlive_stop_signal(worker_id: int) -> None:
-    """For a process that reads audio: a stop signal is for its parent, which still needs it until it has saved."""
+    """For a process that reads audio: a stop signal is for its parent, which still needs it until it has saved.
+
+    When the parent is killed, the thread that hands batches over loses its connection: the run's one line says why.
+    """
+    sys.excepthook = _ignore_lost_parent
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: signal.alarm(READER_SECONDS))
+
+
+def _ignore_lost_parent(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 class Agreement:

@@ -24,7 +24,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -271,15 +271,23 @@ def table(rows: list[Row], teacher: Row) -> str:
 def measured(path: Path, data: Data, steps: int) -> tuple[int, Counts]:
     """Parameters and counts of a model file, kept beside it."""
     kept = path.with_suffix(".minisuperb.json")
+    settings = {
+        "steps": steps,
+        "corpus": asdict(CORPUS),
+        "min_count": MIN_COUNT,
+        "strengths": list(STRENGTHS),
+        "choosing": NUM_CHOOSING,
+        "triples": NUM_TRIPLES,
+    }
     if kept.is_file() and kept.stat().st_mtime >= path.stat().st_mtime:
         saved = json.loads(kept.read_text())
-        if saved["steps"] == steps:
+        if saved.get("settings") == settings:
             return saved["num_params"], saved["counts"]
     model = load_model(path)
     counts = evaluate(Features(model.extract_features), data, steps)
     num_params = used_params(model)
     with replacing(kept) as temporary:
-        temporary.write_text(json.dumps({"steps": steps, "num_params": num_params, "counts": counts}))
+        temporary.write_text(json.dumps({"settings": settings, "num_params": num_params, "counts": counts}))
     return num_params, counts
 
 

@@ -173,6 +173,13 @@ def test_a_run(small, tmp_path, capsys):
     assert {task: len(v) for task, v in kept["counts"].items()} == {
         "words": 2, "phones": 2, "keywords": 2, "ABX": 2, "speakers": 5
     }  # fmt: skip
+    # what is kept counts as long as it is of the same settings
+    kept["counts"]["words"] = {speaker: [0.0, 1.0] for speaker in kept["counts"]["words"]}
+    (run / "final.minisuperb.json").write_text(json.dumps(kept))
+    for steps, words_known in ((4, True), (5, False)):
+        data = evaluate.load_data(tmp_path / "out" / "corpus", CorpusSettings())
+        _, counts = evaluate.measured(run / "final.pth", data, steps)
+        assert (counts == kept["counts"]) is words_known
     with pytest.raises(UserError, match=r"no finished run of benchmarks\.compare_methods"):
         evaluate.run(small, [tmp_path], None, tmp_path / "out")
     with pytest.raises(UserError, match=r"run scripts/demo\.sh"):

@@ -13,11 +13,23 @@ from matplotlib import pyplot as plt
 CONTROLS = ("teacher", "filter banks, 11 frames", "random weights", "teacher's layer 0")
 
 
+def label_heights(rows: list[dict[str, Any]], task: str) -> list[tuple[dict[str, Any], float]]:
+    """Where the names of the methods go: at their scores, but no two of one size closer than they are high."""
+    shown = [row for row in rows if row["name"] not in CONTROLS]
+    scores = [row["scores"][task][0] for row in rows]
+    gap = 0.045 * (max(scores) - min(scores))
+    result: list[tuple[dict[str, Any], float]] = []
+    for row in sorted(shown, key=lambda row: row["scores"][task][0]):
+        below = [height for other, height in result if abs(other["num_params"] / row["num_params"] - 1) < 0.1]
+        result.append((row, max([row["scores"][task][0], *(height + gap for height in below)])))
+    return result
+
+
 def draw(rows: list[dict[str, Any]]) -> str:
     """SVG of the words and phones of rows {name, num_params, scores: {task: [score, low, high]}}."""
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), sharex=True, layout="constrained")
+    names = list(dict.fromkeys(row["name"] for row in rows if row["name"] not in CONTROLS))
     for axis, task in zip(axes, ("words", "phones")):
-        color = 0
         for row in rows:
             score, low, high = row["scores"][task]
             if row["name"] in CONTROLS:
@@ -26,11 +38,12 @@ def draw(rows: list[dict[str, Any]]) -> str:
                 axis.annotate(row["name"], (0.01, score), xycoords=("axes fraction", "data"), fontsize=7.5,
                               color="0.35", va="bottom")  # fmt: skip
                 continue
-            size = row["num_params"] / 1e6
-            axis.errorbar(size, score, [[score - low], [high - score]], fmt="o", capsize=3, color=f"C{color}")
-            axis.annotate(row["name"], (size, score), (7, 0), textcoords="offset points", fontsize=7.5, va="center",
-                          color=f"C{color}")  # fmt: skip
-            color += 1
+            color = f"C{names.index(row['name'])}"
+            spread = [[score - low], [high - score]]
+            axis.errorbar(row["num_params"] / 1e6, score, spread, fmt="o", capsize=3, color=color)
+        for row, height in label_heights(rows, task):
+            axis.annotate(row["name"], (row["num_params"] / 1e6, height), (7, 0), textcoords="offset points",
+                          fontsize=7.5, va="center", color=f"C{names.index(row['name'])}")  # fmt: skip
         axis.set_title(f"{task} per frame, %", fontsize=10)
         axis.set_xlabel("parameters, millions")
         axis.margins(x=0.5)

@@ -8,4 +8,4 @@ ruff check .
 ruff format --check .
 mypy
 codespell
-python -m pytest -n 2 --dist loadfile "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

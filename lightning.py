@@ -294,13 +294,12 @@ def fit_batches(data: DataConfig, trainer: TrainerConfig, world_size: int) -> in
     return accumulate
 
 
-def build_trainer(recipe: Recipe, optim: OptimConfig, max_steps: int) -> pl.Trainer:
-    """Trainer of one step of a recipe, with the accumulation that this number of processes needs.
+def find_devices(config: TrainerConfig) -> tuple[str, int]:
+    """What to train on, "gpu" or "cpu", and how many processes of it per node.
 
     Raises:
         UserError: the machine is not what the recipe asks for.
     """
-    config = recipe.trainer
     gpus = torch.cuda.device_count()
     accelerator = config.accelerator if config.accelerator != "auto" else ("gpu" if gpus else "cpu")
     if accelerator == "gpu" and not gpus:
@@ -308,6 +307,17 @@ def build_trainer(recipe: Recipe, optim: OptimConfig, max_steps: int) -> pl.Trai
     devices = config.devices if config.devices != "auto" else (gpus if accelerator == "gpu" else 1)
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"the recipe asks for {devices} GPUs and {gpus} are visible: set --trainer.devices {gpus}")
+    return accelerator, devices
+
+
+def build_trainer(recipe: Recipe, optim: OptimConfig, max_steps: int) -> pl.Trainer:
+    """Trainer of one step of a recipe, with the accumulation that this number of processes needs.
+
+    Raises:
+        UserError: the machine is not what the recipe asks for.
+    """
+    config = recipe.trainer
+    accelerator, devices = find_devices(config)
     world_size = devices * config.num_nodes
     accumulate = fit_batches(recipe.data, config, world_size)
     strategy: str | Strategy = "auto"

@@ -32,6 +32,7 @@ from benchmarks.speed import BF16, SAMPLE_RATE, Ours, Peer, Step, autocast, in_t
 from distillation.config import RECIPES, parse_arguments, parse_recipe
 from distillation.data import DataConfig, make_train_loader, read_tsv
 from distillation.errors import UserError, command
+from distillation.memory import largest_that_fits
 from distillation.sparsity import make_prunable
 from tests.configs import HUBERT_BASE
 from wav2vec2 import prune, wav2vec2_model
@@ -59,24 +60,6 @@ class Point:
     def audio_per_second(self) -> float:
         """Seconds of audio per second."""
         return self.batch_seconds / self.seconds
-
-
-def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number of utterances for which ``fits`` is true, up to ``most``; 0 if not even one does.
-
-    Doubles until it fails, then halves the interval: about 2 log2 tries.
-    """
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 def batch(seconds: float, device: str) -> torch.Tensor:

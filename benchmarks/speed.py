@@ -11,6 +11,7 @@ Prints tables, writes speed.json and speed.svg.
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import json
@@ -103,7 +104,8 @@ class Ours:
     ) -> None:
         recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
         torch.manual_seed(0)
-        self.student, self.teacher, self.waveforms = student.train(), Teacher(teacher), waveforms
+        self.student, self.waveforms = student.train(), waveforms
+        self.teachers = {None: Teacher(teacher), BF16: Teacher(copy.deepcopy(teacher), BF16)}
         self.objectives = Objectives(objective or recipe.objective, student, teacher).to(waveforms.device)
         pruning = recipe.pruning if student.masks() else None
         before = sum(p.numel() for p in teacher.parameters())
@@ -117,17 +119,18 @@ class Ours:
             group["lr"] = 0.0 if group["name"] in ("log_alpha", "lambda") else 1e-6
         self.optimizer = torch.optim.AdamW(groups, fused=True)
 
-    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Loss of a micro-batch."""
+    def forward(self, dtype: torch.dtype | None = None, teacher_dtype: torch.dtype | None = None) -> Tensor:
+        """Loss of a micro-batch; the teacher's type is the student's where it is not given."""
         with autocast(dtype, self.waveforms.device.type):
-            total = self.objectives(self.teacher, self.student, self.waveforms, None).total
+            teacher = self.teachers[teacher_dtype or dtype]
+            total = self.objectives(teacher, self.student, self.waveforms, None).total
         if self.lagrangian is not None:
             total = total + self.lagrangian(self.student.get_num_params(), 0)
         return total
 
-    def step(self, dtype: torch.dtype | None = None) -> None:
+    def step(self, dtype: torch.dtype | None = None, teacher_dtype: torch.dtype | None = None) -> None:
         """One update."""
-        self.forward(dtype).backward()
+        self.forward(dtype, teacher_dtype).backward()
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
         torch.nn.utils.clip_grads_with_norm_(params, 10.0, norm)
@@ -303,10 +306,8 @@ def step2_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]
     set_sparsity(masked, 0.75)
     student, copy = prune(masked)[0], prune(masked)[0]
     ours, peer = Ours(student, teacher, waveforms), Peer(copy, torchaudio.models.hubert_base(), waveforms)
-    steps: dict[str, Step] = {"peer": peer.step, "f32": ours.step, "bf16": lambda: ours.step(BF16)}
-    ours32 = Ours(student, teacher, waveforms)
-    ours32.teacher.dtype = BF16
-    steps["f32, bf16 teacher"] = ours32.step
+    steps: dict[str, Step] = {"peer": peer.step, "f32": ours.step, "bf16": lambda: ours.step(BF16),
+                              "f32, bf16 teacher": lambda: ours.step(None, BF16)}  # fmt: skip
     found = in_turns(steps, rounds, "step 2")
     lengths = [waveforms.shape[1]] * 4
     macs = num_macs(teacher, lengths) + 3 * num_macs(student, lengths)

@@ -1,9 +1,10 @@
-"""Out of GPU memory: measure what would have fitted, and say it in the recipe's terms."""
+"""How large a micro-batch fits on a GPU, in the recipe's terms: searched before a run, or told after it ran out."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import math
 import traceback
 from collections.abc import Callable
@@ -13,9 +14,99 @@ from torch import Tensor, nn
 
 from distillation.batching import DataConfig
 from distillation.config import TrainerConfig
+from distillation.errors import UserError
 
 PROBE_SECONDS = 8.0
 USABLE = 0.9  # of the memory; the rest is lost to fragments and to steps that keep more units alive
+logger = logging.getLogger(__name__)
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number of utterances for which ``fits`` is true, up to ``most``; 0 if not even one does.
+
+    Doubles until it fails, then halves the interval: about 2 log2 tries.
+    """
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def search(step: Callable[[Tensor], None], data: DataConfig, most_seconds: float, device: torch.device) -> float:
+    """Seconds of audio in the largest micro-batch that can be trained on, by trying.
+
+    Args:
+        step: one update from waveforms [B, N].
+        data: its longest utterances are what is tried: attention makes them the most expensive.
+        most_seconds: more is not tried.
+        device: of the waveforms.
+
+    Raises:
+        UserError: not even one utterance fits.
+    """
+    longest = data.max_frames / data.sample_rate
+
+    def fits(count: int) -> bool:
+        try:
+            step(0.1 * torch.randn(count, data.max_frames, device=device))
+        except torch.OutOfMemoryError:
+            found = False
+        else:
+            found = True
+        gc.collect()
+        torch.cuda.empty_cache()
+        logger.info("%d x %g s: %s", count, longest, "fits" if found else "out of memory")
+        return found
+
+    count = largest_that_fits(fits, max(1, int(most_seconds / longest)))
+    if count == 0:
+        raise UserError(
+            f"not even one utterance of {longest:g} s fits: lower --data.max_frames (with --data.long split nothing is "
+            "lost), try --trainer.recompute true, or use a GPU with more memory"
+        )
+    return max(longest, USABLE * count * longest)
+
+
+def same_update(data: DataConfig, trainer: TrainerConfig, world_size: int, seconds: float) -> tuple[str, float, int]:
+    """Cut the recipe's update into as few micro-batches as fit.
+
+    Args:
+        data: as in the recipe.
+        trainer: as in the recipe.
+        world_size: processes, each of which must get as many micro-batches.
+        seconds: of audio that fit in one.
+
+    Returns:
+        Which setting of ``data`` changes, its value, and the number of micro-batches.
+
+    Raises:
+        UserError: no way of cutting fits.
+    """
+    count, longest = trainer.batches_per_update, data.max_frames / data.sample_rate
+    if data.utterances_per_batch is not None:
+        total = data.utterances_per_batch * count
+        for parts in range(world_size, total + 1, world_size):
+            if total % parts == 0 and total // parts * longest <= seconds:
+                return "utterances_per_batch", total // parts, parts
+        what = f"{total} utterances"
+    else:
+        total_seconds = data.seconds_per_batch * count
+        parts = math.ceil(total_seconds / (seconds * world_size)) * world_size
+        if total_seconds / parts >= longest:
+            return "seconds_per_batch", total_seconds / parts, parts
+        what = f"{total_seconds:g} s"
+    raise UserError(
+        f"an update of {what} cannot be cut into equal micro-batches of at most {seconds:g} s and at least one "
+        f"utterance of {longest:g} s for {world_size} process(es): use another number of GPUs, or lower "
+        "--data.max_frames"
+    )
 
 
 def advice(

@@ -43,7 +43,7 @@ class CompressedSpeechModel(CompressedSpeechPreTrainedModel):
         # torch's own weight norm computes the same; transformers renames weights of the other spelling when it loads
         position = self.backbone.encoder.transformer.pos_conv_embed
         width, _, kernel = position.conv.weight_v.shape
-        conv = nn.Conv1d(width, width, kernel, padding=position.conv.padding, groups=position.conv.groups)
+        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=position.conv.groups)
         position.conv = weight_norm(conv, dim=2)
         # never trained: a buffer, since transformers makes every parameter that it loads trainable
         extractor = self.backbone.feature_extractor

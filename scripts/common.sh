@@ -65,9 +65,14 @@ setting() {
 }
 
 # two_steps RECIPE EXP_DIR FLAGS...: distil and prune jointly, prune, distil again. What is finished is not repeated.
+# FIT_BATCH=1 cuts the update into the largest micro-batches that the GPUs can train on, once per EXP_DIR.
 two_steps() {
     local recipe=$1 exp=$2
     shift 2
+    if [ "${FIT_BATCH:-0}" = 1 ]; then
+        [ -f "$exp/batch.yaml" ] || python fit_batch.py --config "$recipe" "$@" --exp_dir "$exp"
+        set -- "$@" --config "$exp/batch.yaml"
+    fi
     if [ ! -f "$exp/pruned.pth" ] || [ "$exp/ckpts/last.ckpt" -nt "$exp/pruned.pth" ]; then
         stage python distill.py --config "$recipe" "$@" --exp_dir "$exp"
         python prune.py --distilled_ckpt "$exp/ckpts/last.ckpt" --out "$exp/pruned.pth"

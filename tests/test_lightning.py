@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,16 +20,20 @@ from distillation.metrics import MetricsCSV, RunningMeans
 from distillation.objectives import LayerToLayer, ObjectiveConfig
 from distillation.optim import OptimConfig
 from distillation.sparsity import PruningConfig, make_prunable
+from fit_batch import Trial
 from lightning import fit_batches, seed_micro_batch
 from wav2vec2 import wav2vec2_model
 from wav2vec2.passes import PassOptions
+
+ROOT = Path(__file__).parents[1]
 
 
 def build(config: dict, layers: list[list[int]], pruning: PruningConfig | None):
     torch.manual_seed(0)
     teacher = wav2vec2_model(**config)
     student = make_prunable(teacher, pruning or PruningConfig(units=[]))
-    recipe = Recipe(objective=ObjectiveConfig(layer_to_layer=LayerToLayer.Config(layers=layers)))
+    settings = ObjectiveConfig(layer_to_layer=LayerToLayer.Config(layers=layers))
+    recipe = Recipe(objective=settings, trainer=TrainerConfig(precision="32-true"))
     return build_run(recipe, OptimConfig(), 10, student, teacher, pruning=pruning, resolved="")
 
 
@@ -146,3 +155,34 @@ def test_metrics_csv_resumes_without_repeating_rows(tmp_path):
         {"step": "6", "a": "6.5", "valid": "", "late": ""},
     ]
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("pruning", [PruningConfig(), None])
+def test_trial_updates_take_the_room_of_real_ones_and_change_nothing(tiny_config, pruning):
+    module = build(tiny_config, [[0], [4]], pruning)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    recipe = Recipe(trainer=TrainerConfig(precision="32-true"), pruning=pruning or PruningConfig(units=[]))
+    trial = Trial(module, recipe)
+    trial(torch.randn(2, 6000))
+    moments = {p: state for p, state in trial.optimizer.state.items() if state["exp_avg"].any()}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert len(moments) > 0.8 * len(trained)  # it was a real update
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert all(p.grad is None for p in module.parameters())
+    # memory that runs out in the middle of an update leaves nothing behind
+    with pytest.raises(torch.OutOfMemoryError), mock.patch.object(trial.optimizer, "step", side_effect=out_of_memory):
+        trial(torch.randn(2, 6000))
+    assert all(p.grad is None for p in module.parameters())
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_batches_are_fitted_to_gpus_alone(tmp_path):
+    command = [sys.executable, "fit_batch.py", "--config", "conf/dphubert_base.yaml", "--exp_dir", str(tmp_path)]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    for flags, message in ([], "none is visible"), (["--trainer.accelerator", "cpu"], "--data.seconds_per_batch"):
+        result = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=ROOT, env=hidden, check=False)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())

@@ -10,19 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 
 from wav2vec2 import load_model
 
 ROOT = Path(__file__).parent.parent
 
 
-def run_recipe(script: str, *args: object, code: int = 0) -> str:
+def run_recipe(script: str, *args: object, code: int = 0, **variables: str) -> str:
     environment = {
         **os.environ,
         "NO_VENV": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
     result = subprocess.run(
         ["bash", str(ROOT / "scripts" / script), *map(str, args)],
@@ -92,7 +94,15 @@ def test_recipe(name, corpus, tmp_path):
     }
     script, *recipe = name.split()
     args = [corpus, *recipe, *(word for key, value in flags.items() for word in (f"--{key}", value))]
-    out = run_recipe(script, *args)
+    variables = {}
+    if recipe:  # batches that fit_batch.py found on an earlier start
+        variables["FIT_BATCH"] = "1"
+        exp.mkdir()
+        (exp / "batch.yaml").write_text("data: {seconds_per_batch: 1.5}\ntrainer: {batches_per_update: 1}\n")
+    out = run_recipe(script, *args, **variables)
+    for folder in (exp, exp / "final"):
+        used = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+        assert used["seconds_per_batch"] == (1.5 if recipe else 2)
     assert "over all layers" in out and "FFN units" in out  # parity of the conversion, architecture found
     final = exp / "final" / "final.pth"
     model = load_model(final)
@@ -103,7 +113,7 @@ def test_recipe(name, corpus, tmp_path):
     assert (exp / "report.html").stat().st_size > 10_000
 
     stamp = final.stat().st_mtime_ns
-    run_recipe(script, *args)  # again: nothing is left to do
+    run_recipe(script, *args, **variables)  # again: nothing is left to do
     assert final.stat().st_mtime_ns == stamp
 
 

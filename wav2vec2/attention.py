@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hardconcrete import Alive, Gate, Gates, HardConcrete, scale, select
+from .kernels import attend, attention_weights, dropout, linear
 
 HEAD_DROP_RATE = 0.01  # initial probability that a head is dropped (released DPHuBERT)
 LAYER_DROP_RATE = 0.01  # the same for a whole attention or feed-forward block
@@ -109,7 +109,7 @@ class SelfAttention(nn.Module):
             source, heads = None, gates.get(self.hard_concrete_for_heads)
         layer = gates.get(self.hard_concrete_for_layer)
         batch, num_frames, _ = x.shape
-        dropout = self.dropout if self.training else 0.0
+        p = self.dropout if self.training else 0.0
         v = self._project(x, self.v_proj, heads)
         mixed: Tensor | None = None
         if not self.reuse:
@@ -118,10 +118,10 @@ class SelfAttention(nn.Module):
             if keep_map or self.keep_map:
                 source = AttentionMap(attention_weights(q, k, mask), heads)
             else:  # fused: faster, but it does not return the map
-                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+                mixed = attend(q, k, v, mask, p)
         if mixed is None:
             assert source is not None
-            mixed = F.dropout(source.weights, dropout).to(v.dtype) @ v
+            mixed = dropout(source.weights, p).to(v.dtype) @ v
         if torch.compiler.is_exporting():  # a graph must not depend on the memory layout that a kernel leaves
             x = torch.cat(mixed.unbind(1), dim=-1)
         else:
@@ -130,15 +130,15 @@ class SelfAttention(nn.Module):
         if heads is not None:
             weight = weight.view(self.embed_dim, self.num_heads, self.head_dim)
             weight = scale(select(weight, heads, 1), heads, 1).flatten(1)
-        return F.linear(x, scale(weight, layer, 0), scale(self.out_proj.bias, layer, 0)), source
+        return linear(x, scale(weight, layer, 0), scale(self.out_proj.bias, layer, 0)), source
 
-    def _project(self, x: Tensor, linear: nn.Linear, heads: Gate | None) -> Tensor:
-        weight: Tensor = linear.weight
-        bias: Tensor = linear.bias
+    def _project(self, x: Tensor, projection: nn.Linear, heads: Gate | None) -> Tensor:
+        weight: Tensor = projection.weight
+        bias: Tensor = projection.bias
         if heads is not None and heads.index is not None:
             weight = select(weight.view(self.num_heads, self.head_dim, -1), heads, 0).flatten(0, 1)
             bias = select(bias.view(self.num_heads, self.head_dim), heads, 0).flatten()
-        return F.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return linear(x, weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _attention_mask(
         self, x: Tensor, valid: Tensor | None, position_bias: Tensor | None, heads: Gate | None
@@ -179,20 +179,6 @@ class SelfAttention(nn.Module):
         if self.hard_concrete_for_layer is not None:
             result = result * alive(self.hard_concrete_for_layer).sum()
         return result
-
-
-def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over keys of q k^T / sqrt(E), written out: [B, h, T, E] twice -> [B, h, T, T].
-
-    Args:
-        q: queries.
-        k: keys.
-        mask: broadcast to [B, h, T, T]; bool with False where nothing is attended to, or an additive bias; or None.
-    """
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1)
 
 
 class WavLMSelfAttention(SelfAttention):

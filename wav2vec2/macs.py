@@ -63,7 +63,8 @@ def _extractor(extractor: FeatureExtractor, lengths: Tensor, alive: Alive) -> Te
 
 def _transformer(transformer: Transformer, frames: Tensor, alive: Alive) -> Tensor | int:
     conv = transformer.pos_conv_embed.conv
-    positions = (frames + 2 * conv.padding - conv.weight_v.shape[-1] + 1)[frames > 0]
+    # published counts include the frame too many that an even kernel with equal padding makes
+    positions = (frames + (conv.kernel_size + 1) % 2)[frames > 0]
     total: Tensor | int = int(positions.sum()) * conv.weight_v.numel()
     if transformer.time_reduction is not None:
         frames = (frames + transformer.reduction - 1) // transformer.reduction

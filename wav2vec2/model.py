@@ -292,10 +292,12 @@ def wav2vec2_model(
     in_channels = 1
     for i, (channels, kernel_size, stride) in enumerate(extractor_conv_layer_config):
         norm = extractor_mode if extractor_mode == "layer_norm" or i == 0 else "none"
-        is_width = encoder_use_projection is False and i == len(extractor_conv_layer_config) - 1
-        prune_channels = extractor_prune_conv_channels and not is_width
+        is_last = i == len(extractor_conv_layer_config) - 1
+        prune_channels = extractor_prune_conv_channels and (not is_last or encoder_use_projection is not False)
         conv_layers.append(
-            ConvLayerBlock(in_channels, channels, kernel_size, stride, extractor_conv_bias, norm, prune_channels)
+            ConvLayerBlock(
+                in_channels, channels, kernel_size, stride, extractor_conv_bias, norm, prune_channels, is_last
+            )
         )
         in_channels = channels
 

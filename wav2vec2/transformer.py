@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import LAYER_DROP_RATE, AttentionMap, SelfAttention, WavLMSelfAttention, probability_any
 from .feature_extractor import FeatureProjection, valid_frames
 from .hardconcrete import Alive, Gates, HardConcrete, scale, select, touch
+from .kernels import Dropout, linear, wide_conv1d
 from .passes import HiddenStates, PassOptions, ScaleGradient
 
 FFN_DROP_RATE = 0.5  # initial probability that an FFN unit is dropped (released DPHuBERT)
@@ -24,13 +25,13 @@ FFN_DROP_RATE = 0.5  # initial probability that an FFN unit is dropped (released
 class WeightNormConv1d(nn.Module):
     """Grouped 1-D convolution whose weight is ``g * v / ||v||`` per kernel position (as ``weight_norm(dim=2)``).
 
-    Written out, not with ``torch.nn.utils.weight_norm``, whose hook makes a model impossible to deep-copy. Loads the
-    parametrised spelling of its weights too.
+    Not by ``torch.nn.utils.weight_norm``, whose hook makes a model impossible to deep-copy. Loads the parametrised
+    spelling of its weights too.
     """
 
     def __init__(self, channels: int, kernel_size: int, groups: int) -> None:
         super().__init__()
-        self.groups, self.padding = groups, kernel_size // 2
+        self.groups, self.kernel_size = groups, kernel_size
         weight = torch.empty(channels, channels // groups, kernel_size)
         nn.init.normal_(weight, 0.0, (4.0 / (kernel_size * channels)) ** 0.5)
         self.weight_g = nn.Parameter(torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True))
@@ -39,9 +40,9 @@ class WeightNormConv1d(nn.Module):
         self.register_load_state_dict_pre_hook(_rename_weight_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, D, T] -> [B, D, T + 2 * (K // 2) - K + 1]."""
-        norm = torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True)
-        return F.conv1d(x, self.weight_v * (self.weight_g / norm), self.bias, padding=self.padding, groups=self.groups)
+        """[B, D, T] -> [B, D, T]; a kernel of even size sees one frame more to the left than to the right."""
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 2)
+        return wide_conv1d(x, weight, self.bias, self.groups)
 
 
 def _rename_weight_norm(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
@@ -78,9 +79,9 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.intermediate_dense = nn.Linear(embed_dim, interm_features)
-        self.intermediate_dropout = nn.Dropout(interm_dropout)
+        self.intermediate_dropout = Dropout(interm_dropout)
         self.output_dense = nn.Linear(interm_features, embed_dim)
-        self.output_dropout = nn.Dropout(dropout)
+        self.output_dropout = Dropout(dropout)
         self.hard_concrete_for_intermediate = (
             HardConcrete(interm_features, FFN_DROP_RATE, paddable=True) if prune_intermediate else None
         )
@@ -95,10 +96,10 @@ class FeedForward(nn.Module):
         """[B, T, D] -> [B, T, D], through the live units, of which there is at least one."""
         units, layer = gates.get(self.hard_concrete_for_intermediate), gates.get(self.hard_concrete_for_layer)
         first, second = self.intermediate_dense, self.output_dense
-        x = F.gelu(F.linear(x, select(first.weight, units, 0), select(first.bias, units, 0)))
+        x = F.gelu(linear(x, select(first.weight, units, 0), select(first.bias, units, 0)))
         x = self.intermediate_dropout(x)
         weight = scale(scale(select(second.weight, units, 1), units, 1), layer, 0)
-        return self.output_dropout(F.linear(x, weight, scale(second.bias, layer, 0)))
+        return self.output_dropout(linear(x, weight, scale(second.bias, layer, 0)))
 
     def num_params(self, alive: Alive) -> Tensor | int:
         """Expected parameters: the output bias exists while any unit does."""
@@ -126,7 +127,7 @@ class EncoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.attention = attention
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layer_norm = nn.LayerNorm(embed_dim)
         self.layer_norm_first = layer_norm_first
         self.feed_forward = feed_forward
@@ -207,7 +208,7 @@ class Transformer(nn.Module):
         self.layer_norm = nn.LayerNorm(embed_dim)
         self.layer_norm_first = layer_norm_first  # of the layers, as in the flat config
         self.layer_drop = layer_drop
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.reduction = time_reduction
         self.time_reduction: nn.Conv1d | None = None
         self.upsampler: nn.ConvTranspose1d | None = None

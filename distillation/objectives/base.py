@@ -21,13 +21,18 @@ class Teacher:
     """The frozen teacher: always in eval, never registered as a submodule, hence in no checkpoint.
 
     Args:
-        model: any model of this toolkit.
+        model: any model of this toolkit. Taken over: its linear maps are converted to a lower ``dtype``, as autocast
+            would do in every pass.
         dtype: what it computes in; None for the precision of the training step around it.
     """
 
     def __init__(self, model: Wav2Vec2Model, dtype: torch.dtype | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.dtype = dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(dtype)
 
     def to(self, device: torch.device) -> None:
         """Move to the student's device."""

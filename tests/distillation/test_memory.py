@@ -1,4 +1,4 @@
-"""What is suggested when a GPU runs out of memory, with the memory of one that is made up."""
+"""What fits on a GPU, before and after it runs out of memory, with the memory of one that is made up."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from distillation import memory
 from distillation.config import TrainerConfig
 from distillation.data import DataConfig
+from distillation.errors import UserError
 
 GIB = 2**20  # small ones, for weights that really exist
 
@@ -72,3 +73,53 @@ def test_room_for_gradients_and_optimizer(monkeypatch):
     later = memory.seconds_that_fit(module, lambda waveforms: loss(), 16000, has_optimizer_state=True)
     first = memory.seconds_that_fit(module, lambda waveforms: loss(), 16000, has_optimizer_state=False)
     assert (later, first) == pytest.approx(((9 - 1) / 0.5, (9 - 3) / 0.5))
+
+
+class Limited:
+    """Training steps on a card that holds so many seconds of 16 kHz audio."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.tried = seconds, []
+
+    def __call__(self, waveforms: torch.Tensor) -> None:
+        self.tried.append(len(waveforms))
+        if waveforms.numel() / 16000 > self.seconds:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(("room", "utterances"), [(16, 1), (40, 2), (47, 3), (200, 12), (10_000, 40)])
+def test_search_finds_the_most_utterances(room, utterances):
+    step, data = Limited(room), DataConfig()  # of up to 15.625 s
+    seconds = memory.search(step, data, 640.0, torch.device("cpu"))
+    assert seconds == max(15.625, 0.9 * utterances * 15.625)
+    assert len(step.tried) <= 12
+
+
+def test_search_without_room_for_one():
+    with pytest.raises(UserError, match=r"not even one utterance of 15\.625 s fits: lower --data\.max_frames"):
+        memory.search(Limited(15), DataConfig(), 640.0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "world_size", "seconds", "expected"),
+    [
+        (DataConfig(), 4, 1, 700.0, ("seconds_per_batch", 640.0, 1)),
+        (DataConfig(), 4, 1, 300.0, ("seconds_per_batch", 640 / 3, 3)),
+        (DataConfig(), 4, 2, 300.0, ("seconds_per_batch", 160.0, 4)),
+        (DataConfig(), 4, 4, 300.0, ("seconds_per_batch", 160.0, 4)),
+        (DataConfig(), 4, 4, 100.0, ("seconds_per_batch", 80.0, 8)),
+        (DataConfig(utterances_per_batch=6), 4, 1, 200.0, ("utterances_per_batch", 12, 2)),
+        (DataConfig(utterances_per_batch=6), 4, 1, 100.0, ("utterances_per_batch", 6, 4)),
+        (DataConfig(utterances_per_batch=6), 4, 2, 80.0, ("utterances_per_batch", 4, 6)),
+    ],
+)
+def test_the_update_stays_the_same(data, count, world_size, seconds, expected):
+    found = memory.same_update(data, TrainerConfig(batches_per_update=count), world_size, seconds)
+    assert found == pytest.approx(expected)
+    assert found[2] % world_size == 0
+
+
+@pytest.mark.parametrize("data", [DataConfig(), DataConfig(utterances_per_batch=7)])
+def test_an_update_that_cannot_be_cut(data):
+    with pytest.raises(UserError, match="cannot be cut into equal micro-batches"):
+        memory.same_update(data, TrainerConfig(batches_per_update=1), 64, 16.0)

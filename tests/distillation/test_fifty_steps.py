@@ -1,0 +1,87 @@
+"""Speed changes nothing: the losses of fifty training steps with and without each faster form of an operation."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from distillation.objectives import LayerToLayer, ObjectiveConfig, Objectives, Teacher
+from distillation.optim import OptimConfig
+from distillation.sparsity import PruningConfig, make_prunable
+from wav2vec2 import feature_extractor, kernels, wav2vec2_model
+
+# where each form is chosen, by the name of the function that asks
+FASTER = {"linear": "linear", "layout": "keeps_channels_first", "wide convolution": "wide_conv1d", "norm": "forward"}
+
+
+# without a group norm there is none to fold; the layouts of this teacher and student give equal bits
+UNUSED = [("norm", "layer_norm"), ("layout", "layer_norm")]
+
+
+def train(config, batches) -> list[float]:
+    torch.manual_seed(0)
+    teacher = wav2vec2_model(**config)
+    student = make_prunable(teacher, PruningConfig()).train()
+    settings = ObjectiveConfig(layer_to_layer=LayerToLayer.Config(layers=[[0], [2, 4]]))
+    objectives, frozen = Objectives(settings, student, teacher), Teacher(teacher)
+    params = [p for p in [*student.parameters(), *objectives.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, 3e-5, eps=OptimConfig().eps)
+    losses = []
+    for i, (waveforms, lengths) in enumerate(batches):
+        torch.manual_seed(i)  # the same masks
+        loss = objectives(frozen, student, waveforms, lengths).total
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="module")
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([4000, 3000])
+    waveforms = [0.1 * torch.randn(2, 4000, generator=generator) for _ in range(50)]
+    return [(w, lengths if i % 2 else None) for i, w in enumerate(waveforms)]
+
+
+@pytest.fixture
+def config(tiny_config):
+    dropouts = {name: 0.0 for name in tiny_config if name.endswith("dropout")}  # drawn from another stream
+    return {**tiny_config, **dropouts, "encoder_pos_conv_kernel": 32}
+
+
+@pytest.fixture(scope="module")
+def usual_losses():
+    return {}
+
+
+@pytest.mark.parametrize("form", [*FASTER, "all"])
+@pytest.mark.parametrize("mode", ["group_norm", "layer_norm"])
+def test_losses_of_fifty_steps(config, batches, usual_losses, monkeypatch, form, mode):
+    config = {**config, "extractor_mode": mode}
+    asked = set()
+
+    def use(names):
+        def traced():
+            name = sys._getframe(1).f_code.co_name
+            asked.add(name)
+            return name not in names
+
+        for module in (kernels, feature_extractor):
+            monkeypatch.setattr(module, "traced", traced)
+
+    monkeypatch.setattr(kernels, "_slow_mkl", lambda: True)
+    monkeypatch.setattr(kernels, "MIN_MACS", 0)
+    if mode not in usual_losses:
+        use([])
+        usual_losses[mode] = train(config, batches)
+    use(FASTER.values() if form == "all" else [FASTER[form]])
+    found = train(config, batches)
+    assert found == pytest.approx(usual_losses[mode], abs=1e-5)
+    assert len(set(found)) == 50
+    if (form, mode) not in UNUSED:
+        assert found != usual_losses[mode]
+    assert asked >= {"linear", "keeps_channels_first", "wide_conv1d"}

@@ -98,11 +98,11 @@ def test_recipe(name, corpus, tmp_path):
     if recipe:  # batches that fit_batch.py found on an earlier start
         variables["FIT_BATCH"] = "1"
         exp.mkdir()
-        (exp / "batch.yaml").write_text("data: {seconds_per_batch: 1.5}\ntrainer: {batches_per_update: 1}\n")
+        (exp / "batch.yaml").write_text("data: {seconds_per_batch: 2.5}\ntrainer: {batches_per_update: 1}\n")
     out = run_recipe(script, *args, **variables)
     for folder in (exp, exp / "final"):
         used = yaml.safe_load((folder / "config.yaml").read_text())["data"]
-        assert used["seconds_per_batch"] == (1.5 if recipe else 2)
+        assert used["seconds_per_batch"] == (2.5 if recipe else 2)
     assert "over all layers" in out and "FFN units" in out  # parity of the conversion, architecture found
     final = exp / "final" / "final.pth"
     model = load_model(final)

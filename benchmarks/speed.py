@@ -1,12 +1,13 @@
 """Training and inference against peers that all can install, in one process and in turns.
 
-    python -m benchmarks.speed [--only step1,step2,wavlm,inference] [--rounds 3] [--out DIR]
+    python -m benchmarks.speed [--only '[step1,step2,wavlm,inference,forms]'] [--rounds 3] [--out DIR]
 
 The peers: a dense distillation step on torchaudio's own HuBERT and WavLM (teacher, student forward and backward, clip,
 AdamW, in float32), transformers' HubertModel for inference, and the machine's own matrix multiplication as the limit.
 Every round times each of them once, so that whatever else the machine does meets all alike; medians and ratios count.
-Weights are random, which costs the same; masks have the wanted expected sparsity and are drawn anew in every step.
-Prints tables, writes speed.json and speed.svg.
+Weights are random, which costs the same; masks have the wanted expected sparsity, or that of the recipe's start, and are
+drawn anew in every step. The section forms times a step without each of the faster forms in wav2vec2/kernels.py.
+Prints a table, writes speed.json and speed.svg.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jsonargparse
 import matplotlib
@@ -43,6 +45,7 @@ from distillation.sparsity import Lagrangian, make_prunable
 from tests.configs import HUBERT_BASE
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
 from wav2vec2.checkpoint import replacing
+from wav2vec2.kernels import linear
 from wav2vec2.macs import num_macs
 
 matplotlib.use("svg")
@@ -59,7 +62,26 @@ WAVLM_BASE = {
     "encoder_remaining_heads": [list(range(12))] * 12, "encoder_num_buckets": 320, "encoder_max_distance": 800,
 }  # fmt: skip
 NAMES = {"step1": "HuBERT Base", "wavlm": "WavLM Base+"}
-SECTIONS = ["step1", "step2", "wavlm", "inference"]
+SECTIONS = ["step1", "step2", "wavlm", "inference", "forms"]
+START = "start"  # the masks as the recipe begins with them
+# Faster forms of operations, and the function of wav2vec2 that asks whether to use each.
+FORMS = {
+    "float32 products by oneDNN": "linear",
+    "channels of a frame together": "keeps_channels_first",
+    "positional convolution over shifted copies": "wide_conv1d",
+    "first norm folded into its convolution": "forward",
+    "attention written out": "attend",
+    "dropout from 16 random bits": "dropout",
+}
+# What was aimed at, on two CPU threads: the start of a row's name -> times faster, by precision.
+GOALS = {
+    "HuBERT Base, step 1, 4 x 5 s, start": {"f32": 1.2, "bf16": 2.7},
+    "HuBERT Base, step 1, 4 x 5 s, 70% pruned": {"f32": 2.6, "bf16": 5.0},
+    "HuBERT Base, step 1, 4 x 5 s, whole schedule": {"f32": 2.4, "bf16": 4.6},
+    "HuBERT Base, step 2": {"f32": 1.2, "bf16": 2.5},
+    "WavLM Base+, step 1, 1 x 15 s, 70% pruned": {"f32": 2.2, "bf16": 3.8},
+    "student against teacher, 10 s": {"f32": 3.4, "bf16": 7.0},
+}
 Step = Callable[[], object]
 
 
@@ -78,6 +100,13 @@ class Row:
     def ratio(self) -> float:
         """How many times faster than the peer."""
         return self.peer / self.seconds
+
+    @property
+    def goal(self) -> float | None:
+        """What the ratio should be at least, where something was aimed at."""
+        what, _, precision = self.name.rpartition(", ")
+        return next((goals.get(precision) for start, goals in GOALS.items() if what == start or
+                     what.startswith(f"{start}, ")), None)  # fmt: skip
 
 
 def autocast(dtype: torch.dtype | None, device: str = "cpu") -> Any:
@@ -220,14 +249,14 @@ def in_turns(steps: dict[str, Step], rounds: int, title: str) -> dict[str, float
 
 
 def matmul_peak(dtype: torch.dtype, size: int = 2048, device: str = "cpu") -> float:
-    """Multiply-accumulates per second of a square matrix product."""
+    """Multiply-accumulates per second of a square matrix product, by the faster of the libraries that torch has."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    (a @ b)[0, 0].item()
+    linear(a[None], b)[0, 0, 0].item()
     begin, count = time.perf_counter(), 0
     while count < 3 or time.perf_counter() - begin < 1.0:
         for _ in range(5):
-            c = a @ b
-        c[0, 0].item()  # waits for the device
+            c = linear(a[None], b)
+        c[0, 0, 0].item()  # waits for the device
         count += 5
     return count * size**3 / (time.perf_counter() - begin)
 
@@ -252,9 +281,9 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
 
 def training_rows(
     section: str, config: dict[str, Any], peer_model: Callable[[], nn.Module], batch: tuple[int, float],
-    sparsities: tuple[float, ...], rounds: int, peaks: dict[torch.dtype | None, float],
+    sparsities: Collection[float | str], rounds: int, peaks: dict[torch.dtype | None, float],
 ) -> list[Row]:  # fmt: skip
-    """Step 1 at several sparsities, in float32 and bfloat16, against the dense step."""
+    """Step 1 at several sparsities, in float32 and bfloat16, against the dense step; START comes first if at all."""
     size, seconds = batch
     waveforms = torch.randn(size, round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
     teacher = wav2vec2_model(**config).eval()
@@ -262,29 +291,33 @@ def training_rows(
     ours = Ours(make_prunable(teacher, recipe.pruning), teacher, waveforms)
     peer = Peer(peer_model(), peer_model(), waveforms)
     dense_macs = 4 * num_macs(teacher, [waveforms.shape[1]] * size)  # teacher, and three times the student
+    before = sum(p.numel() for p in teacher.parameters())
     rows = []
-    for sparsity in sparsities:
-        set_sparsity(ours.student, sparsity)
+    for point in sparsities:
+        if isinstance(point, str):
+            name, sparsity = START, 1 - ours.student.get_num_params().item() / before
+        else:
+            name, sparsity = f"{point:.0%} pruned", point
+            set_sparsity(ours.student, point)
         steps: dict[str, Step] = {"peer": peer.step, "f32": ours.step, "bf16": lambda: ours.step(BF16)}
-        found = in_turns(steps, rounds, f"{section} {sparsity:.0%}")
+        found = in_turns(steps, rounds, f"{section} {name}")
         pruned_macs = num_macs(prune(ours.student)[0], [waveforms.shape[1]] * size)
         macs = dense_macs / 4 + 3 * pruned_macs
-        for name, dtype in (("f32", None), ("bf16", BF16)):
-            share = macs / found[name] / peaks[dtype]
-            title = f"{NAMES[section]}, step 1, {size} x {seconds:g} s, {sparsity:.0%} pruned, {name}"
-            rows.append(Row(section, title, found[name], found["peer"], share, {"sparsity": sparsity}))
+        for precision, dtype in (("f32", None), ("bf16", BF16)):
+            share = macs / found[precision] / peaks[dtype]
+            title = f"{NAMES[section]}, step 1, {size} x {seconds:g} s, {name}, {precision}"
+            rows.append(Row(section, title, found[precision], found["peer"], share, {"sparsity": sparsity}))
         if sparsity == 0.7:
             dense = kept_bytes(peer.forward, peer.student)
-            for name, dtype in (("f32", None), ("bf16", BF16)):
-                share = kept_bytes(lambda dtype=dtype: ours.forward(dtype), ours.student) / dense
-                rows[-2 if name == "f32" else -1].extra["kept"] = share
+            for row, dtype in zip(rows[-2:], (None, BF16)):
+                row.extra["kept"] = kept_bytes(lambda dtype=dtype: ours.forward(dtype), ours.student) / dense
     return rows
 
 
 def schedule_total(
     rows: list[Row], precision: str, steps: int = 50_000, warmup: int = 5_000, target: float = 0.75
-) -> float:
-    """How many times cheaper the whole of step 1 is than dense, the sparsity following its published target."""
+) -> Row:
+    """Mean update of the whole of step 1, in dense steps: the sparsity follows its published target."""
     points = sorted((row.extra["sparsity"], 1 / row.ratio) for row in rows if row.name.endswith(precision))
 
     def cost(sparsity: float) -> float:
@@ -294,7 +327,8 @@ def schedule_total(
         return points[-1][1]
 
     ramp = statistics.mean(cost(target * i / 100) for i in range(101))
-    return steps / (warmup * ramp + (steps - warmup) * cost(target))
+    seconds = (warmup * ramp + (steps - warmup) * cost(target)) / steps
+    return Row("step1", f"HuBERT Base, step 1, 4 x 5 s, whole schedule, {precision}", seconds, 1.0)
 
 
 def step2_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]:
@@ -307,7 +341,7 @@ def step2_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]
     student, copy = prune(masked)[0], prune(masked)[0]
     ours, peer = Ours(student, teacher, waveforms), Peer(copy, torchaudio.models.hubert_base(), waveforms)
     steps: dict[str, Step] = {"peer": peer.step, "f32": ours.step, "bf16": lambda: ours.step(BF16),
-                              "f32, bf16 teacher": lambda: ours.step(None, BF16)}  # fmt: skip
+                              "bf16 teacher, f32": lambda: ours.step(None, BF16)}  # fmt: skip
     found = in_turns(steps, rounds, "step 2")
     lengths = [waveforms.shape[1]] * 4
     macs = num_macs(teacher, lengths) + 3 * num_macs(student, lengths)
@@ -317,9 +351,9 @@ def step2_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]
             f"HuBERT Base, step 2, 4 x 5 s, {name}",
             found[name],
             found["peer"],
-            macs / found[name] / peaks[dtype],
+            None if "teacher" in name else macs / found[name] / peaks[dtype],
         )
-        for name, dtype in (("f32", None), ("f32, bf16 teacher", None), ("bf16", BF16))
+        for name, dtype in (("f32", None), ("bf16 teacher, f32", None), ("bf16", BF16))
     ]
 
 
@@ -349,22 +383,67 @@ def inference_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[
         }  # fmt: skip
         with torch.inference_mode():
             found = in_turns(steps, 3 * rounds, f"inference {seconds:g} s")
-        macs = {"teacher": num_macs(teacher, [waveform.shape[1]]), "student": num_macs(student, [waveform.shape[1]])}
-        for name, dtype, of in (("student, f32", None, "teacher"), ("student, bf16", BF16, "teacher"),
-                                ("teacher", None, "transformers")):  # fmt: skip
-            share = macs[name.partition(",")[0]] / found[name] / peaks[dtype]
-            rows.append(Row("inference", f"{name} against {of}, {seconds:g} s", found[name], found[of], share))
+        for who, precision, dtype, of in (("student", "f32", None, "teacher"), ("student", "bf16", BF16, "teacher"),
+                                          ("teacher", "f32", None, "transformers")):  # fmt: skip
+            mine = found[who if who == "teacher" else f"{who}, {precision}"]
+            share = num_macs(student if who == "student" else teacher, [waveform.shape[1]]) / mine / peaks[dtype]
+            rows.append(Row("inference", f"{who} against {of}, {seconds:g} s, {precision}", mine, found[of], share))
+    return rows
+
+
+@contextmanager
+def usual_forms(names: Collection[str]) -> Iterator[None]:
+    """Without some of FORMS: those operations run as a compiler would see them."""
+    callers = {FORMS[name] for name in names}
+
+    def traced() -> bool:
+        return sys._getframe(1).f_code.co_name in callers
+
+    with mock.patch("wav2vec2.kernels.traced", traced), mock.patch("wav2vec2.feature_extractor.traced", traced):
+        yield
+
+
+def form_rows(rounds: int) -> list[Row]:
+    """A step at 70 % with all of FORMS against one without each of them, and without any."""
+    waveforms = torch.randn(4, 5 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
+    teacher = wav2vec2_model(**HUBERT_BASE).eval()
+    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
+    ours = Ours(make_prunable(teacher, recipe.pruning), teacher, waveforms)
+    set_sparsity(ours.student, 0.7)
+    rows = []
+    for precision, dtype in (("f32", None), ("bf16", BF16)):
+
+        def step(names: Collection[str], dtype: torch.dtype | None = dtype) -> None:
+            with usual_forms(names):
+                ours.step(dtype)
+
+        steps: dict[str, Step] = {name: lambda name=name: step([name]) for name in FORMS}
+        steps |= {"any": lambda: step(list(FORMS)), "all": lambda: step([])}
+        found = in_turns(steps, rounds, f"forms {precision}")
+        title = "HuBERT Base, step 1, 4 x 5 s, 70% pruned, against one without"
+        rows += [Row("forms", f"{title} {name}, {precision}", found["all"], found[name]) for name in [*FORMS, "any"]]
     return rows
 
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    head = ["what", "seconds", "peer's seconds", "times faster", "share of matmul peak", "activations kept, of dense"]
+    head = [
+        "what",
+        "seconds",
+        "peer's seconds",
+        "times faster",
+        "goal",
+        "share of matmul peak",
+        "activations kept, of dense",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
         kept = f"{row.extra['kept']:.2f}" if "kept" in row.extra else ""
-        lines.append(f"| {row.name} | {row.seconds:.3f} | {row.peer:.3f} | {row.ratio:.2f} | {share} | {kept} |")
+        goal = "" if row.goal is None else f"{row.goal:g}"
+        lines.append(
+            f"| {row.name} | {row.seconds:.3f} | {row.peer:.3f} | {row.ratio:.2f} | {goal} | {share} | {kept} |"
+        )
     return "\n".join(lines)
 
 
@@ -373,7 +452,7 @@ def draw(rows: list[Row]) -> str:
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if "sparsity" in row.extra:
+        if "sparsity" in row.extra and START not in row.name:
             model, _, batch, _, precision = row.name.split(", ")
             curves.setdefault(f"{model}, {batch}, {precision}", []).append((row.extra["sparsity"], row.ratio))
     for name, points in curves.items():
@@ -395,7 +474,7 @@ def run(
     """Measure, print and plot.
 
     Args:
-        only: any of step1, step2, wavlm, inference.
+        only: any of step1, step2, wavlm, inference, forms.
         rounds: timed steps of each variant; inference takes three times as many.
         threads: of torch.
         out: folder of speed.json and speed.svg.
@@ -407,8 +486,9 @@ def run(
     peaks: dict[torch.dtype | None, float] = {None: matmul_peak(torch.float32), BF16: matmul_peak(BF16)}
     rows: list[Row] = []
     if "step1" in only:
-        four = training_rows("step1", HUBERT_BASE, torchaudio.models.hubert_base, (4, 5.0), SPARSITIES, rounds, peaks)
-        rows += four
+        points = [START, *SPARSITIES]
+        four = training_rows("step1", HUBERT_BASE, torchaudio.models.hubert_base, (4, 5.0), points, rounds, peaks)
+        rows += [*four, *(schedule_total(four, precision) for precision in ("f32", "bf16"))]
         rows += training_rows("step1", HUBERT_BASE, torchaudio.models.hubert_base, (1, 15.0), (0.0, 0.7), rounds, peaks)
     if "step2" in only:
         rows += step2_rows(rounds, peaks)
@@ -416,16 +496,14 @@ def run(
         rows += training_rows("wavlm", WAVLM_BASE, torchaudio.models.wavlm_base, (1, 15.0), (0.0, 0.7), rounds, peaks)
     if "inference" in only:
         rows += inference_rows(rounds, peaks)
+    if "forms" in only:
+        rows += form_rows(rounds)
     print(f"{date.today()}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, "
           f"Python {platform.python_version()}; matmul peak {peaks[None] / 1e9:.0f} GMAC/s float32, "
           f"{peaks[BF16] / 1e9:.0f} bfloat16\n")  # fmt: skip
     print(table(rows))
-    totals = {}
-    if "step1" in only:
-        totals = {precision: schedule_total(four, precision) for precision in ("f32", "bf16")}
-        print("\nstep 1 over the published schedule: " + ", ".join(f"{v:.2f} x ({k})" for k, v in totals.items()))
     content = {
-        "date": str(date.today()), "threads": threads, "torch": torch.__version__, "schedule": totals,
+        "date": str(date.today()), "threads": threads, "torch": torch.__version__,
         "peak_gmacs": {"f32": peaks[None] / 1e9, "bf16": peaks[BF16] / 1e9},
         "rows": [{**vars(row), "ratio": row.ratio} for row in rows],
     }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError
 from distillation.sparsity import make_prunable
 from tests.configs import TINY
-from wav2vec2 import wav2vec2_model
+from wav2vec2 import feature_extractor, kernels, wav2vec2_model
 from wav2vec2.importers.torchaudio import import_torchaudio
 
 PEER: dict = {
@@ -77,7 +78,9 @@ def test_schedule_by_hand():
         for s, ratio in ((0.0, 1.0), (0.75, 3.0), (0.85, 9.0))
     ]
     # the ramp costs (1 + 1/3) / 2 of dense on average, the rest a third
-    assert schedule_total(rows, "f32") == pytest.approx(50_000 / (5_000 * 2 / 3 + 45_000 / 3))
+    total = schedule_total(rows, "f32")
+    assert total.ratio == pytest.approx(50_000 / (5_000 * 2 / 3 + 45_000 / 3))
+    assert total.goal == 2.4
 
 
 def test_hours_by_hand():
@@ -103,15 +106,51 @@ def test_training_rows(monkeypatch, tmp_path):
         config[key] = TINY[key][:1] * 12
     monkeypatch.setattr(speed, "HEAD_WIDTH", 24)
     peaks = {None: 1e9, torch.bfloat16: 1e9}
-    rows = speed.training_rows("step1", config, tiny_peer, (1, 0.5), (0.0, 0.7), 1, peaks)
+    rows = speed.training_rows("step1", config, tiny_peer, (1, 0.5), (speed.START, 0.0, 0.7), 1, peaks)
     assert [row.name for row in rows] == [
-        f"HuBERT Base, step 1, 1 x 0.5 s, {s} pruned, {p}" for s in ("0%", "70%") for p in ("f32", "bf16")
-    ]
+        f"HuBERT Base, step 1, 1 x 0.5 s, {s}, {p}"
+        for s in ("start", "0% pruned", "70% pruned") for p in ("f32", "bf16")
+    ]  # fmt: skip
+    assert 0.05 < rows[0].extra["sparsity"] < 0.15  # the recipe's drop rates of 0.01 and 0.5
     assert all(row.seconds > 0 and row.ratio > 0 and row.share_of_peak > 0 for row in rows)
-    assert 0 < rows[2].extra["kept"] < 1.5
+    assert 0 < rows[4].extra["kept"] < 1.5
     text = speed.table(rows)
-    assert text.count("\n") == 5 and "step 1, 1 x 0.5 s, 70% pruned, bf16" in text
+    assert text.count("\n") == 7 and "step 1, 1 x 0.5 s, 70% pruned, bf16" in text
     assert "<svg" in speed.draw(rows)
+
+
+def test_goals_are_found_by_name():
+    names = [
+        "HuBERT Base, step 1, 4 x 5 s, start, bf16",
+        "HuBERT Base, step 1, 4 x 5 s, 70% pruned, f32",
+        "HuBERT Base, step 2, 4 x 5 s, bf16",
+        "student against teacher, 10 s, bf16",
+        "HuBERT Base, step 1, 4 x 5 s, 75% pruned, f32",
+        "student against teacher, 1 s, bf16",
+    ]
+    assert [Row("", name, 1.0, 1.0).goal for name in names] == [2.7, 2.6, 2.5, 7.0, None, None]
+
+
+@pytest.mark.parametrize("form", speed.FORMS)
+def test_each_form_can_be_switched_off(monkeypatch, form):
+    """As the section forms does: the names in FORMS are functions that ask."""
+    monkeypatch.setattr(kernels, "_slow_mkl", lambda: True)
+    monkeypatch.setattr(kernels, "MIN_MACS", 0)
+    asked = []
+    step = ours([[0], [2, 4]], torch.randn(1, 4000))
+
+    def spy(depth: int = 1) -> bool:
+        asked.append(sys._getframe(depth).f_code.co_name)
+        return False
+
+    for module in (kernels, feature_extractor):
+        monkeypatch.setattr(module, "traced", spy)
+    step.step()
+    step.step(torch.bfloat16)
+    assert speed.FORMS[form] in asked
+    with speed.usual_forms([form]):
+        step.step()
+    assert kernels.traced is spy
 
 
 def test_gpu_at_a_tiny_size_on_the_cpu():

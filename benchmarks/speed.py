@@ -5,8 +5,8 @@
 The peers: a dense distillation step on torchaudio's own HuBERT and WavLM (teacher, student forward and backward, clip,
 AdamW, in float32), transformers' HubertModel for inference, and the machine's own matrix multiplication as the limit.
 Every round times each of them once, so that whatever else the machine does meets all alike; medians and ratios count.
-Weights are random, which costs the same; masks have the wanted expected sparsity, or that of the recipe's start, and are
-drawn anew in every step. The section forms times a step without each of the faster forms in wav2vec2/kernels.py.
+Weights are random, which costs the same; masks have the wanted expected sparsity, or that of the recipe's start, and
+are drawn anew in every step. The section forms times a step without each of the faster forms in wav2vec2/kernels.py.
 Prints a table, writes speed.json and speed.svg.
 """
 

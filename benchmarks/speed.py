@@ -1,12 +1,13 @@
 """Training and inference against peers that all can install, in one process and in turns.
 
-    python -m benchmarks.speed [--only '[step1,step2,wavlm,inference,forms]'] [--rounds 3] [--out DIR]
+    python -m benchmarks.speed [--only '[step1,phases,step2,wavlm,inference,forms]'] [--rounds 3] [--out DIR]
 
 The peers: a dense distillation step on torchaudio's own HuBERT and WavLM (teacher, student forward and backward, clip,
 AdamW, in float32), transformers' HubertModel for inference, and the machine's own matrix multiplication as the limit.
 Every round times each of them once, so that whatever else the machine does meets all alike; medians and ratios count.
 Weights are random, which costs the same; masks have the wanted expected sparsity, or that of the recipe's start, and
-are drawn anew in every step. The section forms times a step without each of the faster forms in wav2vec2/kernels.py.
+are drawn anew in every step. The section phases takes a step apart; forms times one without each of the faster forms
+in wav2vec2/kernels.py.
 Prints a table, writes speed.json and speed.svg.
 """
 
@@ -62,7 +63,7 @@ WAVLM_BASE = {
     "encoder_remaining_heads": [list(range(12))] * 12, "encoder_num_buckets": 320, "encoder_max_distance": 800,
 }  # fmt: skip
 NAMES = {"step1": "HuBERT Base", "wavlm": "WavLM Base+"}
-SECTIONS = ["step1", "step2", "wavlm", "inference", "forms"]
+SECTIONS = ["step1", "phases", "step2", "wavlm", "inference", "forms"]
 START = "start"  # the masks as the recipe begins with them
 # Faster forms of operations, and the function of wav2vec2 that asks whether to use each.
 FORMS = {
@@ -73,12 +74,12 @@ FORMS = {
     "attention written out": "attend",
     "dropout from 16 random bits": "dropout",
 }
-# What was aimed at, on two CPU threads: the start of a row's name -> times faster, by precision.
+# What was aimed at, on two CPU threads: a row's name without its precision -> times faster, by precision.
 GOALS = {
     "HuBERT Base, step 1, 4 x 5 s, start": {"f32": 1.2, "bf16": 2.7},
     "HuBERT Base, step 1, 4 x 5 s, 70% pruned": {"f32": 2.6, "bf16": 5.0},
     "HuBERT Base, step 1, 4 x 5 s, whole schedule": {"f32": 2.4, "bf16": 4.6},
-    "HuBERT Base, step 2": {"f32": 1.2, "bf16": 2.5},
+    "HuBERT Base, step 2, 4 x 5 s": {"f32": 1.2, "bf16": 2.5},
     "WavLM Base+, step 1, 1 x 15 s, 70% pruned": {"f32": 2.2, "bf16": 3.8},
     "student against teacher, 10 s": {"f32": 3.4, "bf16": 7.0},
 }
@@ -105,13 +106,27 @@ class Row:
     def goal(self) -> float | None:
         """What the ratio should be at least, where something was aimed at."""
         what, _, precision = self.name.rpartition(", ")
-        return next((goals.get(precision) for start, goals in GOALS.items() if what == start or
-                     what.startswith(f"{start}, ")), None)  # fmt: skip
+        return GOALS.get(what, {}).get(precision)
 
 
 def autocast(dtype: torch.dtype | None, device: str = "cpu") -> Any:
     """Of a step: bfloat16, or float32 as it is."""
     return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+class Stopwatch:
+    """Seconds spent in the phases of a step; a phase inside another is not counted there."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time what runs inside."""
+        begin, inner = time.perf_counter(), sum(self.seconds.values())
+        yield
+        elapsed = time.perf_counter() - begin - (sum(self.seconds.values()) - inner)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
 
 
 class Ours:
@@ -147,24 +162,32 @@ class Ours:
         for group in groups:
             group["lr"] = 0.0 if group["name"] in ("log_alpha", "lambda") else 1e-6
         self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.watch = Stopwatch()
 
     def forward(self, dtype: torch.dtype | None = None, teacher_dtype: torch.dtype | None = None) -> Tensor:
         """Loss of a micro-batch; the teacher's type is the student's where it is not given."""
-        with autocast(dtype, self.waveforms.device.type):
-            teacher = self.teachers[teacher_dtype or dtype]
+
+        def teacher(*args: Any) -> Any:
+            with self.watch("teacher"):
+                return self.teachers[teacher_dtype or dtype](*args)
+
+        with self.watch("student, forward"), autocast(dtype, self.waveforms.device.type):
             total = self.objectives(teacher, self.student, self.waveforms, None).total
-        if self.lagrangian is not None:
-            total = total + self.lagrangian(self.student.get_num_params(), 0)
+            if self.lagrangian is not None:
+                total = total + self.lagrangian(self.student.get_num_params(), 0)
         return total
 
     def step(self, dtype: torch.dtype | None = None, teacher_dtype: torch.dtype | None = None) -> None:
         """One update."""
-        self.forward(dtype, teacher_dtype).backward()
-        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-        torch.nn.utils.clip_grads_with_norm_(params, 10.0, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.forward(dtype, teacher_dtype)
+        with self.watch("student, backward"):
+            loss.backward()
+        with self.watch("update"):
+            params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+            torch.nn.utils.clip_grads_with_norm_(params, 10.0, norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
 
 class Peer:
@@ -181,16 +204,18 @@ class Peer:
         self.heads = nn.ModuleList(nn.Linear(HEAD_WIDTH, HEAD_WIDTH) for _ in LAYERS).to(waveforms.device)
         self.params = [p for p in [*student.parameters(), *self.heads.parameters()] if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.params, 1e-6)
+        self.watch = Stopwatch()
 
     def forward(self) -> Tensor:
         """Loss of a micro-batch."""
-        with torch.no_grad():
+        with self.watch("teacher"), torch.no_grad():
             targets = states(self.teacher, self.waveforms)
-        found = states(self.student, self.waveforms)
-        predictions = [head(found[layer]) for head, layer in zip(self.heads, LAYERS)]
-        weights = DistanceWeights()
-        terms = distances(predictions, [targets[layer] for layer in LAYERS], None, weights)
-        return torch.stack([terms[name] * weight for name, weight in weights.as_terms().items() if weight]).sum()
+        with self.watch("student, forward"):
+            found = states(self.student, self.waveforms)
+            predictions = [head(found[layer]) for head, layer in zip(self.heads, LAYERS)]
+            weights = DistanceWeights()
+            terms = distances(predictions, [targets[layer] for layer in LAYERS], None, weights)
+            return torch.stack([terms[name] * weight for name, weight in weights.as_terms().items() if weight]).sum()
 
     def step(self) -> None:
         """One update in float32."""
@@ -198,10 +223,12 @@ class Peer:
 
     def finish(self, loss: Tensor) -> None:
         """Backward, clip, update."""
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.params, 10.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.watch("student, backward"):
+            loss.backward()
+        with self.watch("update"):
+            torch.nn.utils.clip_grad_norm_(self.params, 10.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
 
 def states(model: nn.Module, waveforms: Tensor) -> list[Tensor]:
@@ -312,6 +339,39 @@ def training_rows(
             for row, dtype in zip(rows[-2:], (None, BF16)):
                 row.extra["kept"] = kept_bytes(lambda dtype=dtype: ours.forward(dtype), ours.student) / dense
     return rows
+
+
+def phase_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]:
+    """Step 1 at 70 % taken apart, beside the dense step."""
+    waveforms = torch.randn(4, 5 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
+    teacher = wav2vec2_model(**HUBERT_BASE).eval()
+    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
+    ours = Ours(make_prunable(teacher, recipe.pruning), teacher, waveforms)
+    set_sparsity(ours.student, 0.7)
+    peer = Peer(torchaudio.models.hubert_base(), torchaudio.models.hubert_base(), waveforms)
+    runs: dict[str, tuple[Ours | Peer, Step]] = {
+        "peer": (peer, peer.step), "f32": (ours, ours.step), "bf16": (ours, lambda: ours.step(BF16))
+    }  # fmt: skip
+    found: dict[tuple[str, str], list[float]] = {}
+
+    def timed(name: str) -> None:
+        who, step = runs[name]
+        who.watch.seconds.clear()
+        step()
+        for phase, seconds in who.watch.seconds.items():
+            found.setdefault((name, phase), []).append(seconds)
+
+    in_turns({name: lambda name=name: timed(name) for name in runs}, rounds, "phases")
+    lengths = [waveforms.shape[1]] * len(waveforms)
+    student = num_macs(prune(ours.student)[0], lengths)
+    macs = {"teacher": num_macs(teacher, lengths), "student, forward": student, "student, backward": 2 * student}
+    median = {key: statistics.median(values[1:]) for key, values in found.items()}  # the first does not count
+    return [
+        Row("phases", f"HuBERT Base, step 1, 4 x 5 s, 70% pruned: {phase}, {precision}", median[precision, phase],
+            median["peer", phase], macs[phase] / median[precision, phase] / peaks[dtype] if phase in macs else None)
+        for precision, dtype in (("f32", None), ("bf16", BF16))
+        for phase in ("teacher", "student, forward", "student, backward", "update")
+    ]  # fmt: skip
 
 
 def schedule_total(
@@ -474,7 +534,7 @@ def run(
     """Measure, print and plot.
 
     Args:
-        only: any of step1, step2, wavlm, inference, forms.
+        only: any of step1, phases, step2, wavlm, inference, forms.
         rounds: timed steps of each variant; inference takes three times as many.
         threads: of torch.
         out: folder of speed.json and speed.svg.
@@ -490,6 +550,8 @@ def run(
         four = training_rows("step1", HUBERT_BASE, torchaudio.models.hubert_base, (4, 5.0), points, rounds, peaks)
         rows += [*four, *(schedule_total(four, precision) for precision in ("f32", "bf16"))]
         rows += training_rows("step1", HUBERT_BASE, torchaudio.models.hubert_base, (1, 15.0), (0.0, 0.7), rounds, peaks)
+    if "phases" in only:
+        rows += phase_rows(rounds, peaks)
     if "step2" in only:
         rows += step2_rows(rounds, peaks)
     if "wavlm" in only:

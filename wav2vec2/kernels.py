@@ -65,9 +65,10 @@ def keeps_channels_first(x: Tensor) -> bool:
     """Whether :func:`conv1d` of ``x`` is fastest with the frames of a channel next to each other in memory.
 
     It is where float32 gradients follow: oneDNN's float32 backward pass is up to twice as slow with the channels last.
-    Everything else is faster with the channels of a frame together. A graph to be exported has the usual layout.
+    Lower precisions (also on a GPU, whose tensor cores want it so) and float32 without gradients are faster with the
+    channels of a frame together. A graph to be exported has the usual layout.
     """
-    return traced() or (torch.is_grad_enabled() and computes_in_float32(x))
+    return traced() or (computes_in_float32(x) and (torch.is_grad_enabled() or x.device.type != "cpu"))
 
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 
 import pytest
 import torch
@@ -153,6 +154,23 @@ def test_each_form_can_be_switched_off(monkeypatch, form):
     assert kernels.traced is spy
 
 
+def test_phases_add_up():
+    watch = speed.Stopwatch()
+    begin = time.perf_counter()
+    with watch("outer"):
+        time.sleep(0.02)
+        with watch("inner"):
+            time.sleep(0.05)
+        with watch("inner"):
+            time.sleep(0.05)
+    assert sum(watch.seconds.values()) == pytest.approx(time.perf_counter() - begin, abs=0.005)
+    assert watch.seconds["inner"] >= 0.1 and watch.seconds["outer"] >= 0.02
+    step = ours([[0], [2, 4]], torch.randn(1, 4000))
+    step.step()
+    assert list(step.watch.seconds) == ["teacher", "student, forward", "student, backward", "update"]
+    assert all(seconds > 0 for seconds in step.watch.seconds.values())
+
+
 def test_gpu_at_a_tiny_size_on_the_cpu():
     result = gpu.measure(TINY, "cpu", 1.0, 1)
     assert json.loads(json.dumps(result))["hours"]["step 1"] > 0
@@ -167,7 +185,7 @@ def test_loader_rate(tmp_path):
 
 
 def test_mistakes(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no section 'step3'; there are step1, step2"):
+    with pytest.raises(UserError, match="no section 'step3'; there are step1, phases"):
         speed.run(["step3"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no GPU is visible"):

@@ -64,10 +64,11 @@ class Trial:
 def main() -> None:
     """Run the search."""
     recipe, resolved = parse_recipe(description=__doc__ or "")
-    accelerator, devices = find_devices(recipe.trainer)
-    if accelerator != "gpu":
-        raise UserError("fit_batch.py measures the memory of a GPU: on a CPU set --data.seconds_per_batch yourself")
     data, trainer, device = recipe.data, recipe.trainer, torch.device("cuda", 0)
+    if trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        why = "the recipe trains on the CPU" if trainer.accelerator == "cpu" else "none is visible"
+        raise UserError(f"this measures the memory of a GPU, and {why}: set --data.seconds_per_batch yourself")
+    _, devices = find_devices(trainer)
     world_size = devices * trainer.num_nodes
     teacher = load_teacher(recipe)
     student = make_prunable(starting_student(recipe, teacher), recipe.pruning)

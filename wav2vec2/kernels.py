@@ -80,20 +80,64 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tenso
     return F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), bias, (1, stride)).squeeze(2).transpose(1, 2)
 
 
-def wide_conv1d(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-    """Grouped convolution of large kernel: [B, C, T] -> [B, C, T]; an even kernel sees one frame more to the left.
+class _WideConv1d(torch.autograd.Function):
+    """Grouped convolution of stride 1 to as many frames, with the kernel cut into parts.
 
     Few channels per group and a long kernel suit no CPU kernel. The same sum is taken over more channels with a shorter
-    kernel: ``parts`` copies of the input, shifted against each other, next to as many parts of the kernel.
+    kernel: copies of the input, shifted against each other, next to the parts of the kernel. The copies are made again
+    in the backward pass, not kept.
     """
-    num_frames, kernel_size = x.shape[-1], weight.shape[-1]
-    left = kernel_size // 2
-    parts = math.isqrt(2 * kernel_size)  # 16 for the usual 128
-    if x.device.type != "cpu" or kernel_size % parts or traced():
-        return F.conv1d(x, weight, bias, padding=left, groups=groups)[..., :num_frames]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, parts: int) -> Tensor:
+        """x [B, C, T], weight [C, C / groups, K] -> [B, C, T]; ``parts`` divides K."""
+        ctx.save_for_backward(x, weight)
+        ctx.groups, ctx.parts = groups, parts
+        left = weight.shape[-1] // 2
+        return F.conv1d(_shifted(x, weight, parts, left), _cut(weight, parts), bias, groups=groups)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the input is such a convolution too, with the kernel turned around."""
+        (grad,), (x, weight), groups, parts = grads, ctx.saved_tensors, ctx.groups, ctx.parts
+        left = weight.shape[-1] // 2
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            turned = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(-1)
+            copies = _shifted(grad, weight, parts, weight.shape[-1] - 1 - left)
+            grad_x = F.conv1d(copies, _cut(turned, parts), groups=groups)
+        if ctx.needs_input_grad[1]:
+            copies = _shifted(x, weight, parts, left)
+            _, found, _ = torch.ops.aten.convolution_backward(
+                grad, copies, _cut(weight, parts), None, [1], [0], [1], False, [0], groups, [False, True, False]
+            )
+            grad_weight = found.unflatten(1, (-1, parts)).flatten(2)
+        return grad_x, grad_weight, grad.sum((0, 2)) if ctx.needs_input_grad[2] else None, None, None
+
+
+def _shifted(x: Tensor, weight: Tensor, parts: int, left: int) -> Tensor:
+    """[B, C, T] -> [B, C * parts, T + K / parts - 1], of ``x`` padded with K - 1 zeros, ``left`` of them before it."""
+    kernel_size = weight.shape[-1]
     part = kernel_size // parts
-    x = F.pad(x, (left, kernel_size - 1 - left)).unfold(-1, num_frames + part - 1, part)  # [B, C, parts, T + part - 1]
-    return F.conv1d(x.flatten(1, 2), weight.unflatten(-1, (parts, part)).flatten(1, 2), bias, groups=groups)
+    x = F.pad(x, (left, kernel_size - 1 - left))
+    return x.unfold(-1, x.shape[-1] - kernel_size + part, part).flatten(1, 2)
+
+
+def _cut(weight: Tensor, parts: int) -> Tensor:
+    """[C_out, C_in, K] -> [C_out, C_in * parts, K / parts]."""
+    return weight.unflatten(-1, (parts, -1)).flatten(1, 2)
+
+
+def wide_conv1d(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    """Grouped convolution of large kernel: [B, C, T] -> [B, C, T]; an even kernel sees one frame more to the left."""
+    num_frames, kernel_size = x.shape[-1], weight.shape[-1]
+    float32 = computes_in_float32(x)
+    parts = math.isqrt(2 * kernel_size) // (2 if float32 else 1)  # 8 or 16 of the usual 128
+    if x.device.type != "cpu" or parts < 2 or kernel_size % parts or traced():
+        return F.conv1d(x, weight, bias, padding=kernel_size // 2, groups=groups)[..., :num_frames]
+    if not float32 and torch.is_autocast_enabled("cpu"):
+        x, weight, bias = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight, bias))
+    return _WideConv1d.apply(x, weight, bias, groups, parts)
 
 
 class _CPUDropout(torch.autograd.Function):

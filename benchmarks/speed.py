@@ -427,27 +427,32 @@ def inference_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[
     set_sparsity(masked, 0.75)
     student = prune(masked)[0].eval()
     other = HubertModel(HubertConfig()).eval()
+    half = copy.deepcopy(student).bfloat16()
     rows = []
     for seconds in (1.0, 10.0, 35.0):
         waveform = torch.randn(1, round(seconds * SAMPLE_RATE))
 
-        def bf16(waveform: Tensor = waveform) -> None:
+        def autocasted(waveform: Tensor = waveform) -> None:
             with torch.autocast("cpu", BF16):
                 student.extract_features(waveform)
 
         steps: dict[str, Step] = {
             "transformers": lambda w=waveform: other(w, output_hidden_states=True),
             "teacher": lambda w=waveform: teacher.extract_features(w),
-            "student, f32": lambda w=waveform: student.extract_features(w),
-            "student, bf16": bf16,
+            "f32": lambda w=waveform: student.extract_features(w),
+            "bf16": lambda w=waveform: half.extract_features(w.bfloat16()),
+            "autocast to bf16": autocasted,
         }  # fmt: skip
         with torch.inference_mode():
             found = in_turns(steps, 3 * rounds, f"inference {seconds:g} s")
-        for who, precision, dtype, of in (("student", "f32", None, "teacher"), ("student", "bf16", BF16, "teacher"),
-                                          ("teacher", "f32", None, "transformers")):  # fmt: skip
-            mine = found[who if who == "teacher" else f"{who}, {precision}"]
-            share = num_macs(student if who == "student" else teacher, [waveform.shape[1]]) / mine / peaks[dtype]
-            rows.append(Row("inference", f"{who} against {of}, {seconds:g} s, {precision}", mine, found[of], share))
+        macs = {model: num_macs(model, [waveform.shape[1]]) for model in (student, teacher)}
+        for how, dtype in (("f32", None), ("bf16", BF16), ("autocast to bf16", BF16)):
+            share = macs[student] / found[how] / peaks[dtype]
+            title = f"student against teacher, {seconds:g} s, {how}"
+            rows.append(Row("inference", title, found[how], found["teacher"], share))
+        share = macs[teacher] / found["teacher"] / peaks[None]
+        title = f"teacher against transformers, {seconds:g} s, f32"
+        rows.append(Row("inference", title, found["teacher"], found["transformers"], share))
     return rows
 
 
@@ -486,25 +491,18 @@ def form_rows(rounds: int) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
-    head = [
-        "what",
-        "seconds",
-        "peer's seconds",
-        "times faster",
-        "goal",
-        "share of matmul peak",
-        "activations kept, of dense",
+    """Markdown, without columns that would be empty."""
+    cells = [
+        ["what", "seconds", "peer's seconds", "times faster", "goal", "of matmul peak", "activations kept, of dense"]
     ]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
+        goal = "" if row.goal is None else f"{row.goal:g}"
         share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
         kept = f"{row.extra['kept']:.2f}" if "kept" in row.extra else ""
-        goal = "" if row.goal is None else f"{row.goal:g}"
-        lines.append(
-            f"| {row.name} | {row.seconds:.3f} | {row.peer:.3f} | {row.ratio:.2f} | {goal} | {share} | {kept} |"
-        )
-    return "\n".join(lines)
+        cells.append([row.name, f"{row.seconds:.3f}", f"{row.peer:.3f}", f"{row.ratio:.2f}", goal, share, kept])
+    columns = [column for column in zip(*cells) if any(column[1:])]
+    head, *lines = ["| " + " | ".join(line) + " |" for line in zip(*columns)]
+    return "\n".join([head, "|---" * len(columns) + "|", *lines])
 
 
 def draw(rows: list[Row]) -> str:
@@ -563,11 +561,16 @@ def run(
     print(f"{date.today()}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, "
           f"Python {platform.python_version()}; matmul peak {peaks[None] / 1e9:.0f} GMAC/s float32, "
           f"{peaks[BF16] / 1e9:.0f} bfloat16\n")  # fmt: skip
-    print(table(rows))
+    apart = ("phases", "forms")
+    tables = [
+        [row for row in rows if row.section not in apart],
+        *([row for row in rows if row.section == name] for name in apart),
+    ]
+    print("\n\n".join(table(some) for some in tables if some))
     content = {
         "date": str(date.today()), "threads": threads, "torch": torch.__version__,
         "peak_gmacs": {"f32": peaks[None] / 1e9, "bf16": peaks[BF16] / 1e9},
-        "rows": [{**vars(row), "ratio": row.ratio} for row in rows],
+        "rows": [{**vars(row), "ratio": row.ratio, "goal": row.goal} for row in rows],
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     for path, text in ((out / "speed.json", json.dumps(content, indent=1) + "\n"), (out / "speed.svg", draw(rows))):

@@ -145,8 +145,8 @@ class _CPUDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        """Drop with probability ``p``, rounded to a multiple of 2^-16."""
-        threshold = round(p * 2**SHARE_BITS)
+        """Drop with probability ``p``, rounded to a multiple of 2^-16 below 1."""
+        threshold = min(round(p * 2**SHARE_BITS), 2**SHARE_BITS - 1)
         words = torch.empty(-(-x.numel() * SHARE_BITS // 64), dtype=torch.int64).random_(-(2**63), None)
         shares = words.view(torch.int16)[: x.numel()].view(x.shape)
         keep = torch.empty(x.shape, dtype=torch.uint8)  # not bool, whose conversion to another type is slow

@@ -89,6 +89,12 @@ def test_dropout(dtype, p):
     assert torch.equal(kernels.dropout(x, 0.0), x)
 
 
+def test_dropout_of_nearly_everything():
+    x = torch.ones(1000)
+    assert torch.isfinite(kernels.dropout(x, 1 - 1e-9)).all()
+    assert not kernels.dropout(x, 1.0).any()
+
+
 def test_dropout_module_is_silent_in_eval():
     x, module = torch.randn(4, 5), kernels.Dropout(0.5)
     assert not torch.equal(module(x), x)

@@ -49,6 +49,8 @@ def onnx_extract(path: Path, threads: int) -> Extract:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # its threads would otherwise spin on for a while, into the time of the model measured next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def extract(waveforms: Tensor, lengths: Tensor, num_layers: int | None = None) -> tuple[list[Tensor], Tensor]:
@@ -125,7 +127,7 @@ def draw(rows: list[dict[str, Any]]) -> str:
 
 
 def run(
-    demo: Path = Path("demo_out"), out: Path | None = None, rounds: int = 15, steps: int = 600, threads: int = 2
+    demo: Path = Path("demo_out"), out: Path | None = None, rounds: int = 15, steps: int = 600, threads: int = 1
 ) -> None:
     """Export, measure, print and plot.
 

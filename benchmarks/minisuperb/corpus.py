@@ -237,7 +237,8 @@ def _synthesise(out: Path, settings: CorpusSettings) -> None:
     speakers = _draw_speakers(settings)
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["benchmarks.minisuperb.corpus"])  # import once, not once per shard
+    # import once, not once per shard; not this module itself, which `python -m` would run a second time
+    context.set_forkserver_preload(["benchmarks.minisuperb.espeak", "benchmarks.minisuperb.sentences", "jsonargparse"])
     counter = context.Value("i", 0)
     rows: dict[str, list[dict]] = {TRAIN: [], DEV: []}
     with (

@@ -130,7 +130,8 @@ def test_nothing_is_left_when_synthesis_fails(tmp_path, monkeypatch):
 def test_command_with_keywords(tmp_path):
     command = [sys.executable, "-m", "benchmarks.minisuperb.corpus", "--out", str(tmp_path / "c"), "--train_speakers=1"]
     command += ["--train_utterances=1", "--dev_speakers=1", "--dev_utterances=1", "--keywords", "--seed=5"]
-    subprocess.run(command, check=True, capture_output=True)
+    made = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "Warning" not in made.stderr
     found = rows(tmp_path / "c", "keywords")
     assert [row["speaker"] for row in found] == [100] * len(KEYWORDS) + [101] * len(KEYWORDS)
     assert {row["path"] for row in found} == {

@@ -5,7 +5,8 @@
     python export.py final.pth --to torch-export [--last] [--out FILE]
     python export.py final.pth --to safetensors [--out FILE]
 
-Whatever differs from PyTorch by more than 1e-4, between 0.05 s and 35 s, padded or not, is not kept; int8 is reported.
+Whatever differs from PyTorch by more than 1e-4 (of a layer's largest value where that exceeds 1), between 0.05 s and
+35 s, padded or not, is not kept; int8 is reported.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def export_graph(outputs: ExportedOutputs, to: str, out: Path, int8: bool) -> fl
         The largest difference.
 
     Raises:
-        UserError: a package is missing, or the result differs by more than 1e-4 (int8 may).
+        UserError: a package is missing, or the result differs by more than ``verify.TOLERANCE`` (int8 may).
     """
     if to == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -59,7 +59,7 @@ def export_graph(outputs: ExportedOutputs, to: str, out: Path, int8: bool) -> fl
             _quantize(exact, made)
             for file in folder.glob("exact.onnx*"):
                 file.unlink()
-            difference = max_difference(outputs, "onnx", made)
+            difference, _ = max_difference(outputs, "onnx", made)
         else:
             _save_onnx(program, outputs.names, made)
             difference = require_agreement(outputs, "onnx", made)

@@ -37,7 +37,7 @@ def export_huggingface(
         The largest difference.
 
     Raises:
-        UserError: ``out`` is not empty, or the result differs by more than 1e-4; nothing is left behind.
+        UserError: ``out`` is not empty, or the result differs by more than ``verify.TOLERANCE``; nothing is left.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists; name a new folder")

@@ -94,7 +94,7 @@ def run_error(name: str, *args: object) -> str:
     return lines[-1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # the package that a process imports from it has one place
 def modules_cache(tmp_path_factory):
     """Where transformers copies the code of folders."""
     with pytest.MonkeyPatch.context() as patch:

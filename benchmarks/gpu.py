@@ -28,7 +28,7 @@ import soundfile
 import torch
 import torchaudio
 
-from benchmarks.speed import BF16, SAMPLE_RATE, Ours, Peer, Step, autocast, in_turns, matmul_peak, set_sparsity
+from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, autocast, in_turns, matmul_peak, set_sparsity
 from distillation.config import RECIPES, parse_arguments, parse_recipe
 from distillation.data import DataConfig, make_train_loader, read_tsv
 from distillation.errors import UserError, command

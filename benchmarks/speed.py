@@ -19,12 +19,10 @@ import itertools
 import json
 import os
 import platform
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -36,29 +34,20 @@ import matplotlib
 import torch
 import torchaudio
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, in_turns, kept_bytes, matmul_peak, set_sparsity
 from distillation.config import RECIPES, parse_arguments, parse_recipe
 from distillation.errors import UserError, command
-from distillation.objectives import ObjectiveConfig, Objectives, Teacher
-from distillation.objectives.layer_to_layer import DistanceWeights, distances
-from distillation.optim import param_groups
-from distillation.sparsity import Lagrangian, make_prunable
+from distillation.sparsity import make_prunable
 from tests.configs import HUBERT_BASE
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
 from wav2vec2.checkpoint import replacing
-from wav2vec2.kernels import linear
 from wav2vec2.macs import num_macs
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-SAMPLE_RATE = 16_000
 SPARSITIES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.85)
-LAYERS = (0, 4, 8, 12)
-HEAD_WIDTH = 768
-SPREAD = 2.0  # of log_alpha around its mean: some units nearly certain, some undecided
-BF16 = torch.bfloat16
 WAVLM_BASE = {
     **HUBERT_BASE, "encoder_num_heads": None, "encoder_head_dim": None, "encoder_total_num_heads": [12] * 12,
     "encoder_remaining_heads": [list(range(12))] * 12, "encoder_num_buckets": 320, "encoder_max_distance": 800,
@@ -84,7 +73,6 @@ GOALS = {
     "WavLM Base+, step 1, 1 x 15 s, 70% pruned": {"f32": 2.2, "bf16": 3.8},
     "student against teacher, 10 s": {"f32": 3.4, "bf16": 7.0},
 }
-Step = Callable[[], object]
 
 
 @dataclass
@@ -110,206 +98,19 @@ class Row:
         return GOALS.get(what, {}).get(precision)
 
 
-def autocast(dtype: torch.dtype | None, device: str = "cpu") -> Any:
-    """Of a step: bfloat16, or float32 as it is."""
-    return nullcontext() if dtype is None else torch.autocast(device, dtype)
+def noise(size: int, seconds: float) -> Tensor:
+    """Waveforms [B, N]."""
+    return torch.randn(size, round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
 
 
-class Stopwatch:
-    """Seconds spent in the phases of a step; a phase inside another is not counted there."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time what runs inside."""
-        begin, inner = time.perf_counter(), sum(self.seconds.values())
-        yield
-        elapsed = time.perf_counter() - begin - (sum(self.seconds.values()) - inner)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
-
-
-class Ours:
-    """This toolkit's training step, as its Lightning module takes it.
-
-    Args:
-        student: masked for step 1, dense for step 2.
-        teacher: dense.
-        waveforms: [B, N], nothing padded.
-        objective: what to train towards; DPHuBERT's by default.
-    """
-
-    def __init__(
-        self,
-        student: Wav2Vec2Model,
-        teacher: Wav2Vec2Model,
-        waveforms: Tensor,
-        objective: ObjectiveConfig | None = None,
-    ) -> None:
-        recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
-        torch.manual_seed(0)
-        self.student, self.waveforms = student.train(), waveforms
-        self.teachers = {None: Teacher(teacher), BF16: Teacher(copy.deepcopy(teacher), BF16)}
-        self.objectives = Objectives(objective or recipe.objective, student, teacher).to(waveforms.device)
-        pruning = recipe.pruning if student.masks() else None
-        before = sum(p.numel() for p in teacher.parameters())
-        self.lagrangian = None
-        if pruning is not None:
-            self.lagrangian = Lagrangian(before, pruning.target_sparsity, pruning.warmup_steps).to(waveforms.device)
-        whole = nn.ModuleList([student, self.objectives, *([self.lagrangian] if self.lagrangian else [])])
-        groups = param_groups(whole, self.lagrangian, recipe.optim, pruning)
-        # rates of 0: a step must not change the sparsity that is being measured
-        for group in groups:
-            group["lr"] = 0.0 if group["name"] in ("log_alpha", "lambda") else 1e-6
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.watch = Stopwatch()
-
-    def forward(self, dtype: torch.dtype | None = None, teacher_dtype: torch.dtype | None = None) -> Tensor:
-        """Loss of a micro-batch; the teacher's type is the student's where it is not given."""
-
-        def teacher(*args: Any) -> Any:
-            with self.watch("teacher"):
-                return self.teachers[teacher_dtype or dtype](*args)
-
-        with self.watch("student, forward"), autocast(dtype, self.waveforms.device.type):
-            total = self.objectives(teacher, self.student, self.waveforms, None).total
-            if self.lagrangian is not None:
-                total = total + self.lagrangian(self.student.get_num_params(), 0)
-        return total
-
-    def step(self, dtype: torch.dtype | None = None, teacher_dtype: torch.dtype | None = None) -> None:
-        """One update."""
-        loss = self.forward(dtype, teacher_dtype)
-        with self.watch("student, backward"):
-            loss.backward()
-        with self.watch("update"):
-            params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-            torch.nn.utils.clip_grads_with_norm_(params, 10.0, norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-
-
-class Peer:
-    """The same step plainly: torchaudio's teacher, a student of any origin, every layer's state, torch's AdamW.
-
-    Args:
-        student: has ``extract_features``.
-        teacher: torchaudio's.
-        waveforms: [B, N].
-    """
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, waveforms: Tensor) -> None:
-        self.student, self.teacher, self.waveforms = student.train(), teacher.eval().requires_grad_(False), waveforms
-        self.heads = nn.ModuleList(nn.Linear(HEAD_WIDTH, HEAD_WIDTH) for _ in LAYERS).to(waveforms.device)
-        self.params = [p for p in [*student.parameters(), *self.heads.parameters()] if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.params, 1e-6)
-        self.watch = Stopwatch()
-
-    def forward(self) -> Tensor:
-        """Loss of a micro-batch."""
-        with self.watch("teacher"), torch.no_grad():
-            targets = states(self.teacher, self.waveforms)
-        with self.watch("student, forward"):
-            found = states(self.student, self.waveforms)
-            predictions = [head(found[layer]) for head, layer in zip(self.heads, LAYERS)]
-            weights = DistanceWeights()
-            terms = distances(predictions, [targets[layer] for layer in LAYERS], None, weights)
-            return torch.stack([terms[name] * weight for name, weight in weights.as_terms().items() if weight]).sum()
-
-    def step(self) -> None:
-        """One update in float32."""
-        self.finish(self.forward())
-
-    def finish(self, loss: Tensor) -> None:
-        """Backward, clip, update."""
-        with self.watch("student, backward"):
-            loss.backward()
-        with self.watch("update"):
-            torch.nn.utils.clip_grad_norm_(self.params, 10.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-
-
-def states(model: nn.Module, waveforms: Tensor) -> list[Tensor]:
-    """The Transformer's input and all layers; torchaudio's own model gives the layers alone."""
-    if isinstance(model, Wav2Vec2Model):
-        return model.extract_features(waveforms)[0]
-    features, _ = model.feature_extractor(waveforms, None)  # type: ignore[operator]
-    encoder: Any = model.encoder
-    features, mask = encoder._preprocess(features, None)
-    return [features, *encoder.transformer.get_intermediate_outputs(features, attention_mask=mask)]
-
-
-def set_sparsity(model: Wav2Vec2Model, target: float) -> None:
-    """Masks whose expected number of parameters is that share short of all; units of all kinds alike."""
-    masks = list(model.masks().values())
-    generator = torch.Generator().manual_seed(0)
-    noise = [SPREAD * torch.randn(len(mask), generator=generator) for mask in masks]
-    total = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("log_alpha"))
-    low, high = -20.0, 20.0
-    with torch.no_grad():
-        for _ in range(30):
-            middle = (low + high) / 2
-            for mask, values in zip(masks, noise):
-                mask.log_alpha.copy_(values + middle)
-            if model.get_num_params().item() > (1 - target) * total:
-                high = middle
-            else:
-                low = middle
-
-
-def in_turns(steps: dict[str, Step], rounds: int, title: str, shuffled: bool = False) -> dict[str, float]:
-    """Median seconds of each after one round that does not count.
-
-    With ``shuffled`` every round has another order: the next step feels in what state one leaves the memory, which
-    counts where small differences do.
-    """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    with tqdm(total=(rounds + 1) * len(steps), desc=title, unit="step", leave=False, dynamic_ncols=True) as bar:
-        for i in range(rounds + 1):
-            order = random.Random(i).sample(list(steps), len(steps)) if shuffled else list(steps)
-            for name, step in ((name, steps[name]) for name in order):
-                begin = time.perf_counter()
-                step()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                if i:
-                    times[name].append(time.perf_counter() - begin)
-                bar.update()
-    return {name: statistics.median(some) for name, some in times.items()}
-
-
-def matmul_peak(dtype: torch.dtype, size: int = 2048, device: str = "cpu") -> float:
-    """Multiply-accumulates per second of a square matrix product, by the faster of the libraries that torch has."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    linear(a[None], b)[0, 0, 0].item()
-    begin, count = time.perf_counter(), 0
-    while count < 3 or time.perf_counter() - begin < 1.0:
-        for _ in range(5):
-            c = linear(a[None], b)
-        c[0, 0, 0].item()  # waits for the device
-        count += 5
-    return count * size**3 / (time.perf_counter() - begin)
-
-
-def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that a forward pass keeps for backward, parameters left out, each storage once."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # so that no storage is freed and its address given to another
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(kept.values())
+def masked_and_teacher(config: dict[str, Any], sparsity: float | None = None) -> tuple[Wav2Vec2Model, Wav2Vec2Model]:
+    """The recipe's student, with its masks where they start or at an expected sparsity, and its random teacher."""
+    teacher = wav2vec2_model(**config).eval()
+    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
+    student = make_prunable(teacher, recipe.pruning)
+    if sparsity is not None:
+        set_sparsity(student, sparsity)
+    return student, teacher
 
 
 def training_rows(
@@ -318,10 +119,9 @@ def training_rows(
 ) -> list[Row]:  # fmt: skip
     """Step 1 at several sparsities, in float32 and bfloat16, against the dense step; START comes first if at all."""
     size, seconds = batch
-    waveforms = torch.randn(size, round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
-    teacher = wav2vec2_model(**config).eval()
-    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
-    ours = Ours(make_prunable(teacher, recipe.pruning), teacher, waveforms)
+    waveforms = noise(size, seconds)
+    student, teacher = masked_and_teacher(config)
+    ours = Ours(student, teacher, waveforms)
     peer = Peer(peer_model(), peer_model(), waveforms)
     dense_macs = 4 * num_macs(teacher, [waveforms.shape[1]] * size)  # teacher, and three times the student
     before = sum(p.numel() for p in teacher.parameters())
@@ -349,11 +149,9 @@ def training_rows(
 
 def phase_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]:
     """Step 1 at 70 % taken apart, beside the dense step."""
-    waveforms = torch.randn(4, 5 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
-    teacher = wav2vec2_model(**HUBERT_BASE).eval()
-    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
-    ours = Ours(make_prunable(teacher, recipe.pruning), teacher, waveforms)
-    set_sparsity(ours.student, 0.7)
+    waveforms = noise(4, 5.0)
+    student, teacher = masked_and_teacher(HUBERT_BASE, 0.7)
+    ours = Ours(student, teacher, waveforms)
     peer = Peer(torchaudio.models.hubert_base(), torchaudio.models.hubert_base(), waveforms)
     runs: dict[str, tuple[Ours | Peer, Step]] = {
         "peer": (peer, peer.step), "f32": (ours, ours.step), "bf16": (ours, lambda: ours.step(BF16))
@@ -399,13 +197,10 @@ def schedule_total(
 
 def step2_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]:
     """Step 2 on a pruned student against the same student run plainly with torchaudio's teacher."""
-    waveforms = torch.randn(4, 5 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
-    teacher = wav2vec2_model(**HUBERT_BASE).eval()
-    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
-    masked = make_prunable(teacher, recipe.pruning)
-    set_sparsity(masked, 0.75)
-    student, copy = prune(masked)[0], prune(masked)[0]
-    ours, peer = Ours(student, teacher, waveforms), Peer(copy, torchaudio.models.hubert_base(), waveforms)
+    waveforms = noise(4, 5.0)
+    masked, teacher = masked_and_teacher(HUBERT_BASE, 0.75)
+    student, same = prune(masked)[0], prune(masked)[0]
+    ours, peer = Ours(student, teacher, waveforms), Peer(same, torchaudio.models.hubert_base(), waveforms)
     steps: dict[str, Step] = {"peer": peer.step, "f32": ours.step, "bf16": lambda: ours.step(BF16),
                               "bf16 teacher, f32": lambda: ours.step(None, BF16)}  # fmt: skip
     found = in_turns(steps, rounds, "step 2")
@@ -427,16 +222,13 @@ def inference_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[
     """A 23.6 M student against its teacher, and the teacher against transformers' model."""
     from transformers import HubertConfig, HubertModel
 
-    teacher = wav2vec2_model(**HUBERT_BASE).eval()
-    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
-    masked = make_prunable(teacher, recipe.pruning)
-    set_sparsity(masked, 0.75)
+    masked, teacher = masked_and_teacher(HUBERT_BASE, 0.75)
     student = prune(masked)[0].eval()
     other = HubertModel(HubertConfig()).eval()
     half = copy.deepcopy(student).bfloat16()
     rows = []
     for seconds in (1.0, 10.0, 35.0):
-        waveform = torch.randn(1, round(seconds * SAMPLE_RATE))
+        waveform = noise(1, seconds)
 
         def autocasted(waveform: Tensor = waveform) -> None:
             with torch.autocast("cpu", BF16):
@@ -476,11 +268,9 @@ def usual_forms(names: Collection[str]) -> Iterator[None]:
 
 def form_rows(rounds: int) -> list[Row]:
     """A step at 70 % with all of FORMS against one without each of them, and without any."""
-    waveforms = torch.randn(4, 5 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
-    teacher = wav2vec2_model(**HUBERT_BASE).eval()
-    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
-    ours = Ours(make_prunable(teacher, recipe.pruning), teacher, waveforms)
-    set_sparsity(ours.student, 0.7)
+    waveforms = noise(4, 5.0)
+    student, teacher = masked_and_teacher(HUBERT_BASE, 0.7)
+    ours = Ours(student, teacher, waveforms)
     rows = []
     for precision, dtype in (("f32", None), ("bf16", BF16)):
 

@@ -12,7 +12,8 @@ import torch
 import torchaudio
 
 from benchmarks import gpu, speed
-from benchmarks.speed import Ours, Row, kept_bytes, schedule_total, set_sparsity, states
+from benchmarks.speed import Row, schedule_total
+from benchmarks.steps import Ours, Stopwatch, kept_bytes, set_sparsity, states
 from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError
 from distillation.sparsity import make_prunable
@@ -155,7 +156,7 @@ def test_each_form_can_be_switched_off(monkeypatch, form):
 
 
 def test_phases_add_up():
-    watch = speed.Stopwatch()
+    watch = Stopwatch()
     begin = time.perf_counter()
     with watch("outer"):
         time.sleep(0.02)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from benchmarks.speed import kept_bytes
+from benchmarks.steps import kept_bytes
 from distillation.objectives import ObjectiveConfig, Objectives, Teacher
 from distillation.objectives.layer_to_layer import LayerToLayer
 from distillation.sparsity import PruningConfig, make_prunable

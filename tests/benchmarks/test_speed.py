@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchaudio
 
-from benchmarks import gpu, speed
+from benchmarks import gpu, speed, steps
 from benchmarks.speed import Row, schedule_total
 from benchmarks.steps import Ours, Stopwatch, kept_bytes, set_sparsity, states
 from distillation.config import RECIPES, parse_recipe
@@ -106,7 +106,7 @@ def test_training_rows(monkeypatch, tmp_path):
     config = {**TINY, "encoder_num_layers": 12}
     for key in ("encoder_use_attention", "encoder_use_feed_forward", "encoder_num_heads", "encoder_ff_interm_features"):
         config[key] = TINY[key][:1] * 12
-    monkeypatch.setattr(speed, "HEAD_WIDTH", 24)
+    monkeypatch.setattr(steps, "HEAD_WIDTH", 24)
     peaks = {None: 1e9, torch.bfloat16: 1e9}
     rows = speed.training_rows("step1", config, tiny_peer, (1, 0.5), (speed.START, 0.0, 0.7), 1, peaks)
     assert [row.name for row in rows] == [

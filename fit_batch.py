@@ -73,8 +73,9 @@ def main() -> None:
     teacher = load_teacher(recipe)
     student = make_prunable(starting_student(recipe, teacher), recipe.pruning)
     module = build_run(recipe, recipe.optim, 1, student, teacher, pruning=recipe.pruning, resolved=resolved).to(device)
-    longest = data.max_frames / data.sample_rate
-    per_batch = data.seconds_per_batch if data.utterances_per_batch is None else data.utterances_per_batch * longest
+    per_batch = (
+        data.seconds_per_batch if data.utterances_per_batch is None else data.utterances_per_batch * data.max_seconds
+    )
     # tried with room to spare: what fits is then cut down to the share of the memory that is safe to use
     most_seconds = 1.2 * per_batch * trainer.batches_per_update / world_size
     seconds = search(Trial(module, recipe), data, most_seconds, device)

@@ -32,7 +32,7 @@ from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, autocast, in_t
 from distillation.config import RECIPES, parse_arguments, parse_recipe
 from distillation.data import DataConfig, make_train_loader, read_tsv
 from distillation.errors import UserError, command
-from distillation.memory import largest_that_fits
+from distillation.memory import fits, largest_that_fits
 from distillation.sparsity import make_prunable
 from tests.configs import HUBERT_BASE
 from wav2vec2 import prune, wav2vec2_model
@@ -152,20 +152,17 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
     found = timed("step 2", {"ours": lambda: second.step(BF16)}, macs, batch_seconds)
     hours1, hours2 = hours(rates), UPDATE_SECONDS * STEP2 / (batch_seconds / found["ours"]) / 3600
 
-    def fits(count: int) -> bool:
+    def step_of(count: int) -> None:
         try:
             ours.waveforms = torch.randn(count, round(UTTERANCE * SAMPLE_RATE), device=device)
             ours.step(BF16)
-        except torch.OutOfMemoryError:
+        finally:
             ours.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            return False
-        return True
 
     result: dict[str, Any] = {"largest_batch_seconds": None}
     if device == "cuda":
         set_sparsity(masked, 0.0)
-        count = largest_that_fits(fits, 256)
+        count = largest_that_fits(lambda count: fits(lambda: step_of(count)), 256)
         result["largest_batch_seconds"] = count * UTTERANCE
         ours.waveforms = torch.randn(max(1, count * 9 // 10), round(UTTERANCE * SAMPLE_RATE), device=device)
         seconds = ours.waveforms.shape[0] * UTTERANCE

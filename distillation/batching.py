@@ -73,6 +73,11 @@ class DataConfig:
     max_bad_share: float = 0.001
     """Share of the files of a list that may turn out unreadable; they are left out, more of them end the run."""
 
+    @property
+    def max_seconds(self) -> float:
+        """Length of the longest utterances that are kept."""
+        return self.max_frames / self.sample_rate
+
     def __post_init__(self) -> None:
         for name in ("sample_rate", "num_buckets"):
             if getattr(self, name) < 1:
@@ -144,7 +149,7 @@ def select_utterances(manifest: Manifest, config: DataConfig) -> Selection:
     def amount(chosen: np.ndarray) -> str:
         return f"{int(chosen.sum())} ({frames[chosen].sum() / config.sample_rate / 3600:.2f} h)"
 
-    limits = f"{config.min_frames / config.sample_rate:g} to {config.max_frames / config.sample_rate:g} s"
+    limits = f"{config.min_frames / config.sample_rate:g} to {config.max_seconds:g} s"
     if not len(index):
         seconds = f"{frames.min() / config.sample_rate:.2f} to {frames.max() / config.sample_rate:.2f} s"
         raise UserError(

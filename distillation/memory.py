@@ -39,6 +39,19 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
+def fits(step: Callable[[], object]) -> bool:
+    """Whether ``step`` runs within the GPU's memory, which is emptied of what it leaves in the cache."""
+    try:
+        step()
+    except torch.OutOfMemoryError:
+        found = False
+    else:
+        found = True
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
+
+
 def search(step: Callable[[Tensor], None], data: DataConfig, most_seconds: float, device: torch.device) -> float:
     """Seconds of audio in the largest micro-batch that can be trained on, by trying.
 
@@ -51,21 +64,14 @@ def search(step: Callable[[Tensor], None], data: DataConfig, most_seconds: float
     Raises:
         UserError: not even one utterance fits.
     """
-    longest = data.max_frames / data.sample_rate
+    longest = data.max_seconds
 
-    def fits(count: int) -> bool:
-        try:
-            step(0.1 * torch.randn(count, data.max_frames, device=device))
-        except torch.OutOfMemoryError:
-            found = False
-        else:
-            found = True
-        gc.collect()
-        torch.cuda.empty_cache()
+    def tried(count: int) -> bool:
+        found = fits(lambda: step(0.1 * torch.randn(count, data.max_frames, device=device)))
         logger.info("%d x %g s: %s", count, longest, "fits" if found else "out of memory")
         return found
 
-    count = largest_that_fits(fits, max(1, int(most_seconds / longest)))
+    count = largest_that_fits(tried, max(1, int(most_seconds / longest)))
     if count == 0:
         raise UserError(
             f"not even one utterance of {longest:g} s fits: lower --data.max_frames (with --data.long split nothing is "
@@ -89,7 +95,7 @@ def same_update(data: DataConfig, trainer: TrainerConfig, world_size: int, secon
     Raises:
         UserError: no way of cutting fits.
     """
-    count, longest = trainer.batches_per_update, data.max_frames / data.sample_rate
+    count, longest = trainer.batches_per_update, data.max_seconds
     if data.utterances_per_batch is not None:
         total = data.utterances_per_batch * count
         for parts in range(world_size, total + 1, world_size):
@@ -131,7 +137,7 @@ def advice(
     seconds = math.nan
     with contextlib.suppress(torch.OutOfMemoryError):
         seconds = seconds_that_fit(module, loss, data.sample_rate, has_optimizer_state)
-    longest = data.max_frames / data.sample_rate
+    longest = data.max_seconds
     if not seconds >= longest:
         found = "" if math.isnan(seconds) else f", about {seconds:.0f} s fit"
         return (

@@ -163,6 +163,8 @@ class _CPUDropout(torch.autograd.Function):
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """``F.dropout`` in training; torch's own draws a double per element on a CPU, which costs as much as a layer."""
+    if p == 0:
+        return x
     if x.device.type != "cpu" or not 0 < p < 1 or traced():
         return F.dropout(x, p)
     return _CPUDropout.apply(x, p)
@@ -173,7 +175,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape."""
-        return dropout(input, self.p) if self.training and self.p else input
+        return dropout(input, self.p) if self.training else input
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
@@ -198,5 +200,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Te
     slow = p > 0 or (q.dtype != torch.float32 and q.shape[2] <= MAX_WRITTEN_OUT)
     if q.device.type != "cpu" or not slow or traced():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    weights = attention_weights(q, k, mask).to(v.dtype)
-    return (dropout(weights, p) if p else weights) @ v
+    return dropout(attention_weights(q, k, mask).to(v.dtype), p) @ v

@@ -10,7 +10,6 @@ exp_dir, a recipe of two settings. An update keeps its seconds of audio (DPHuBER
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 
 import torch
 import yaml
@@ -26,7 +25,6 @@ from lightning import DistillModule, find_devices
 from wav2vec2.checkpoint import replacing
 
 logger = logging.getLogger(__name__)
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class Trial:
@@ -38,7 +36,7 @@ class Trial:
     """
 
     def __init__(self, module: DistillModule, recipe: Recipe) -> None:
-        self.module, self.dtype = module.train(), AUTOCAST.get(recipe.trainer.precision)
+        self.module, self.dtype = module.train(), recipe.trainer.dtype
         module.teacher.to(module.device)
         groups = param_groups(module, module.lagrangian, recipe.optim, recipe.pruning)
         for group in groups:
@@ -49,8 +47,7 @@ class Trial:
         """One update from waveforms [B, N]."""
         module = self.module
         try:
-            context = nullcontext() if self.dtype is None else torch.autocast(waveforms.device.type, self.dtype)
-            with context:
+            with torch.autocast(waveforms.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 loss = module.objectives(module.teacher, module.student, waveforms, None).total
             if module.lagrangian is not None:
                 loss = loss + module.lagrangian(module.student.get_num_params(), 0)

@@ -100,12 +100,9 @@ def build_run(
         "student: %s parameters, and %s in heads that only training uses",
         f"{backbone_params(student) - sum(map(len, student.masks().values())):,}", f"{objectives.num_params():,}",
     )  # fmt: skip
-    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32,
-              "float32": torch.float32, "bfloat16": torch.bfloat16}  # fmt: skip
-    precision = recipe.trainer.teacher_precision
     return DistillModule(
         student,
-        Teacher(teacher, dtypes[recipe.trainer.precision if precision == "same" else precision]),
+        Teacher(teacher, recipe.trainer.teacher_dtype),
         objectives,
         dataclasses.replace(optim, max_steps=max_steps, max_epochs=None),
         lagrangian,

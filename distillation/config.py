@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import jsonargparse
+import torch
 import yaml
 
 from distillation.data import DataConfig
@@ -27,6 +28,10 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 RECIPES = Path(__file__).parent.parent / "conf"
 MAX_RECIPE_BYTES = 1_000_000
+DTYPES = {
+    "bf16-mixed": torch.bfloat16, "bfloat16": torch.bfloat16, "16-mixed": torch.float16,
+    "32-true": torch.float32, "float32": torch.float32,
+}  # fmt: skip
 
 
 @dataclass
@@ -80,6 +85,16 @@ class TrainerConfig:
             raise UserError(f"trainer.max_skipped_updates is {self.max_skipped_updates}: it must be at least 0")
         if self.devices != "auto" and self.devices < 1:
             raise UserError(f"trainer.devices is {self.devices}: it must be at least 1, or auto")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the training step computes in."""
+        return DTYPES[self.precision]
+
+    @property
+    def teacher_dtype(self) -> torch.dtype:
+        """What the teacher computes in."""
+        return DTYPES[self.precision if self.teacher_precision == "same" else self.teacher_precision]
 
 
 @dataclass

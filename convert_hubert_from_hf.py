@@ -17,6 +17,7 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 
 from distillation.errors import UserError, command
+from exporting.verify import TOLERANCE, relative_difference
 from wav2vec2.checkpoint import CheckpointError, model_from_state, read_torch_file, save_model
 from wav2vec2.importers import ImportedModel, import_huggingface, import_torchaudio, naming
 from wav2vec2.importers.huggingface import check_model_type
@@ -26,9 +27,6 @@ logger = logging.getLogger("convert")
 
 DEFAULT_MODEL = "facebook/hubert-base-ls960"
 SAMPLE_RATE = 16_000
-# Largest difference allowed between the original's hidden states and ours; relative to the largest value of a layer
-# where that exceeds 1, since inner layers of large pre-norm models reach thousands and float32 rounds accordingly.
-TOLERANCE = 1e-4
 PROBE_SAMPLES = (64_000, 41_000)  # over 160 frames, so that WavLM's logarithmic position buckets are reached
 TORCHAUDIO = "torchaudio:"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -331,7 +329,7 @@ def compare(teacher: Teacher, source: str) -> None:
         print("{:<20}{:>9.1e}{:>15.1e}{:>16.1e}".format(name, *values))
     differences = torch.maximum(alone, batched)
     print(f"{'over all layers':<20}{differences.max():>9.1e}")
-    wrong = ~(differences <= TOLERANCE * size.clamp(min=1))  # also when it is not a number
+    wrong = ~(relative_difference(differences, size) <= TOLERANCE)  # also when it is not a number
     if wrong.any():
         first = int(wrong.nonzero()[0])
         raise UserError(

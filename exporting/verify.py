@@ -22,9 +22,7 @@ from wav2vec2 import Wav2Vec2Model
 from wav2vec2.embed import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
-# of any value; of a layer's largest value where that exceeds 1, since inner layers of large pre-norm models reach
-# thousands and float32 rounds accordingly
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of relative_difference
 # seconds of each row of a batch, from what a keyword spotter sees to LibriSpeech's longest utterance, padded and not
 BATCHES = [[0.05], [0.05, 1.0, 0.31], [2.345], [35.0], [9.1, 35.0, 0.05]]
 RUNNER = Path(__file__).with_name("runner.py")
@@ -73,6 +71,14 @@ def make_batches() -> list[tuple[np.ndarray, np.ndarray]]:
     return batches
 
 
+def relative_difference(difference: Tensor, size: Tensor) -> Tensor:
+    """A layer's largest difference over its largest value where that exceeds 1; NaN stays NaN.
+
+    Inner layers of large pre-norm models reach thousands, and float32 rounds accordingly.
+    """
+    return difference / size.clamp(min=1)
+
+
 @torch.no_grad()
 def max_difference(outputs: ExportedOutputs, kind: str, exported: Path) -> tuple[float, float]:
     """Largest difference on valid frames, over every batch and output, between PyTorch and a fresh process.
@@ -83,7 +89,7 @@ def max_difference(outputs: ExportedOutputs, kind: str, exported: Path) -> tuple
         exported: file or folder.
 
     Returns:
-        The difference, and the same over the largest value of its layer where that exceeds 1.
+        The difference, and the largest :func:`relative_difference`.
 
     Raises:
         UserError: the process fails, or gives other shapes or lengths.
@@ -123,7 +129,7 @@ def max_difference(outputs: ExportedOutputs, kind: str, exported: Path) -> tuple
                     name, "/".join(f"{s:g}" for s in BATCHES[i]), difference.max(), size.max(),
                 )  # fmt: skip
                 worst = max(worst, difference.max().item())
-                worst_share = max(worst_share, (difference / size.clamp(min=1)).max().item())
+                worst_share = max(worst_share, relative_difference(difference, size).max().item())
     return worst, worst_share
 
 

@@ -61,7 +61,7 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        num_frames = x.shape[1]
+        num_frames = x.shape[1]  # torch's own convolution, which a folder for transformers has here, makes one more
         return F.gelu(self.conv(x.transpose(1, 2))[..., :num_frames]).transpose(1, 2)
 
 

@@ -24,7 +24,7 @@ setup() {
     done
     [ -n "$python" ] || die "Python 3.11 or 3.12 with venv is needed and was not found"
     local venv=${VENV:-.venv}
-    [ -d "$venv" ] || "$python" -m venv "$venv"
+    [ -f "$venv/bin/activate" ] || "$python" -m venv "$venv"
     # shellcheck disable=SC1091
     source "$venv/bin/activate"
     local stamp

@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader
 from distillation.config import parse_arguments
 from distillation.errors import UserError, command
 from distillation.metrics import MetricsCSV
+from distillation.progress import AtomicCheckpointIO
 from distillation.runlock import run_lock
-from finetuning.ctc import CTCModule, FinetuneConfig, error_rates, with_output_layer
+from finetuning.ctc import CTCModule, FinetuneConfig, UpdateBar, error_rates
 from finetuning.decoding import beam_decoder
 from finetuning.transcripts import LengthBatches, SpeechDataset, Utterance, make_vocabulary, read_transcripts
 from wav2vec2 import load_model, prune, save_model
@@ -59,7 +60,7 @@ def run(
     decode_beam = beam_decoder(vocabulary, beam_size) if beam_size else None  # is the library there? Say so now
     if unknown := sorted({c for u in valid_set for c in u.text} - {" ", *vocabulary}):
         logger.warning("%s: characters %s do not occur in training and count as errors", valid, "".join(unknown))
-    module = CTCModule(with_output_layer(network, vocabulary), vocabulary, config)
+    module = CTCModule(network, vocabulary, config)
     train_loader = _loader(train_set, vocabulary, config.seconds_per_batch, seed, workers)
     valid_loader = _loader(valid_set, vocabulary, config.seconds_per_batch, None, workers)
     last, metrics = exp_dir / "ckpts" / "last.ckpt", MetricsCSV(exp_dir / "metrics.csv")
@@ -73,13 +74,15 @@ def run(
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
             logger=metrics,
-            callbacks=[ModelCheckpoint(last.parent, filename=last.stem, enable_version_counter=False)],
+            callbacks=[UpdateBar(), ModelCheckpoint(last.parent, filename=last.stem, enable_version_counter=False)],
+            plugins=[AtomicCheckpointIO()],
+            enable_progress_bar=False,
             enable_model_summary=False,
             log_every_n_steps=min(50, validate_every),
         )
         resume = last.is_file()
         if resume:
-            metrics.resume(read_torch_file(last)["global_step"])
+            metrics.resume(module.check(read_torch_file(last), last))
         trainer.fit(module, train_loader, valid_loader, ckpt_path=last if resume else None, weights_only=True)
         results = dict(zip(("wer", "cer"), error_rates(module, valid_loader, module.decode)))
         if decode_beam is not None:

@@ -1,6 +1,6 @@
 """The ten tasks of SUPERB on one model, by s3prl's run_downstream with the published settings; run again to resume.
 
-    S3PRL=/path/to/s3prl scripts/superb.sh final.pth DATA_ROOT [PR KS ...] [--out DIR] [--device cuda] [-s heads]
+    S3PRL=/path/to/s3prl scripts/superb.sh final.pth DATA_ROOT [PR KS ...] --out DIR [--device cuda] [-s heads]
 
 S3PRL is a checkout of s3prl 0.4.18: the package on PyPI lacks the tasks' configs and lexicons. DATA_ROOT holds, or
 links to, the corpora as s3prl's SUPERB guide prepares them:
@@ -32,7 +32,7 @@ from distillation.config import parse_arguments
 from distillation.errors import UserError, command
 from distillation.runlock import run_lock
 from wav2vec2 import load_model
-from wav2vec2.checkpoint import replacing
+from wav2vec2.checkpoint import fingerprint, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -215,21 +215,25 @@ SPECIAL: dict[str, Callable[[Superb, Task, Path], Results]] = {
 }  # fmt: skip
 
 
-def run(
-    model: Path, data: Path, tasks: list[str], out: Path | None, checkout: Path, device: str, features: str
-) -> Path:
+def run(model: Path, data: Path, tasks: list[str], out: Path, checkout: Path, device: str, features: str) -> Path:
     """Run the tasks that results.json lacks; its path."""
     if unknown := [task for task in tasks if task not in TASKS]:
         raise UserError(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
-    load_model(model)  # refuse what is no model before hours of training
+    measured = {"model": fingerprint(load_model(model)), "features": features}  # no model: say so before training
     if not data.is_dir():
         raise UserError(f"{data}: no such folder")
     if not (checkout / "s3prl" / "run_downstream.py").is_file():
         raise UserError(f"S3PRL={checkout}: no checkout of s3prl; git clone -b v0.4.18 its repository there")
-    out = (out or Path("exp") / "superb" / model.resolve().stem).resolve()
+    out = out.resolve()
     superb = Superb(model.resolve(), data.resolve(), out, checkout.resolve(), device, features)
     results_path = out / "results.json"
     with run_lock(out, owner=True):
+        owner = out / "model.json"
+        if not owner.is_file():
+            with replacing(owner) as temporary:
+                temporary.write_text(json.dumps(measured, indent=1) + "\n")
+        elif json.loads(owner.read_text()) != measured:
+            raise UserError(f"{out}: holds the results of another model or of other features: use another --out")
         results: Results = json.loads(results_path.read_text()) if results_path.is_file() else {}
         for name in tqdm(tasks or list(TASKS), "SUPERB", unit="task"):
             task = TASKS[name]
@@ -251,8 +255,8 @@ def main() -> None:
     parser = jsonargparse.ArgumentParser(prog="scripts/superb.sh", description=__doc__, exit_on_error=False)
     parser.add_argument("model", type=Path, help="Model file.")
     parser.add_argument("data", type=Path, help="Folder of the corpora.")
-    parser.add_argument("tasks", nargs="*", help=f"Any of {' '.join(TASKS)}; all by default.")
-    parser.add_argument("--out", type=Path | None, help="Folder of the runs. (default: exp/superb/MODEL)")
+    parser.add_argument("tasks", nargs="*", default=[], help=f"Any of {' '.join(TASKS)}; all by default.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder of this model's runs and results.")
     parser.add_argument("--device", type=str, default="cuda", help="Of torch.")
     text = "heads for students whose published features are their heads (MaskHuBERT, ARMHuBERT)."
     parser.add_argument("-s", "--features", type=str, default="hidden_states", help=text)

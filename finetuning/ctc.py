@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,6 +23,9 @@ from distillation.optim import lr_factor
 from finetuning.decoding import Decoder, greedy_decoder
 from finetuning.transcripts import Batch
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
+from wav2vec2.checkpoint import fingerprint
+
+RATES = ("valid/wer", "valid/cer")
 
 
 @dataclass
@@ -71,16 +75,17 @@ class CTCModule(pl.LightningModule):
     """Trains the output layer, then everything above the convolutions.
 
     Args:
-        model: with an output layer.
+        model: what to fine-tune; its output layer, if any, is replaced.
         vocabulary: blank first.
         config: rates and lengths.
     """
 
     def __init__(self, model: Wav2Vec2Model, vocabulary: list[str], config: FinetuneConfig) -> None:
         super().__init__()
-        self.model, self.vocabulary, self.config = model, vocabulary, config
-        model.feature_extractor.requires_grad_(config.train_extractor)
-        model.feature_extractor.dummy_weight.requires_grad_(False)
+        self.start = {"model": fingerprint(model), "vocabulary": vocabulary}
+        self.model, self.vocabulary, self.config = with_output_layer(model, vocabulary), vocabulary, config
+        self.model.feature_extractor.requires_grad_(config.train_extractor)
+        self.model.feature_extractor.dummy_weight.requires_grad_(False)
         self.decode = greedy_decoder(vocabulary)
         self.wer, self.cer = WordErrorRate(), CharErrorRate()
 
@@ -101,15 +106,35 @@ class CTCModule(pl.LightningModule):
         loss = F.ctc_loss(
             log_probs.transpose(0, 1), batch.labels, frames, batch.label_lengths, blank=0, zero_infinity=True
         )
-        self.log("train/loss", loss, batch_size=len(batch.texts), prog_bar=True)
+        self.log("train/loss", loss, batch_size=len(batch.texts))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Error rates over the whole set, greedily decoded."""
+        """Decode greedily."""
         texts = self.decode(*self.log_probs(batch))
-        for name, metric in (("valid/wer", self.wer), ("valid/cer", self.cer)):
-            metric.update(texts, batch.texts)
-            self.log(name, metric, batch_size=len(texts), prog_bar=True)
+        self.wer.update(texts, batch.texts)
+        self.cer.update(texts, batch.texts)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the error rates over the whole set in percent."""
+        for name, metric in zip(RATES, (self.wer, self.cer)):
+            self.log(name, 100 * metric.compute())
+            metric.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what this run started from."""
+        checkpoint["start"] = self.start
+
+    def check(self, checkpoint: dict[str, Any], source: Path) -> int:
+        """The update at which a checkpoint of this run stands.
+
+        Raises:
+            UserError: naming ``source``: it belongs to another model, or to transcripts with other characters.
+        """
+        step = checkpoint.get("global_step")
+        if checkpoint.get("start") != self.start or not isinstance(step, int):
+            raise UserError(f"{source}: of another model or other characters than this run: use another --exp_dir")
+        return step
 
     def configure_optimizers(self) -> Any:
         """AdamW with a rate for the Transformer, which rises after the freeze, and one for the output layer."""
@@ -131,6 +156,30 @@ class CTCModule(pl.LightningModule):
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
         scheduler = LambdaLR(optimizer, [body_factor, head_factor])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class UpdateBar(pl.Callback):
+    """Progress over updates, with the error rates of the last validation beside it."""
+
+    bar: tqdm
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Open the bar where the run stands."""
+        self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="train", unit="update",
+                        dynamic_ncols=True)  # fmt: skip
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """One update further."""
+        self.bar.update(1)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Show the error rates."""
+        rates = {name.removeprefix("valid/"): f"{trainer.callback_metrics[name]:.1f} %" for name in RATES}
+        self.bar.set_postfix(rates)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Close the bar."""
+        self.bar.close()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ top-level tensors under ``extra.``; in the metadata, as JSON, ``config`` and the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -325,6 +326,15 @@ def _write_safetensors_file(path: str | Path, content: dict[str, Any]) -> None:
     metadata = {"format": "pt", "config": json.dumps(content["config"]), EXTRA: json.dumps(plain)}
     with replacing(path) as temporary:
         write_safetensors(temporary, tensors, metadata)
+
+
+def fingerprint(model: Wav2Vec2Model) -> str:
+    """SHA-256 of a model's config and weights, whatever the file that it came from."""
+    digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def add_masks(model: Wav2Vec2Model, **flags: bool) -> Wav2Vec2Model:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from distillation.errors import UserError
 from evaluation import superb
 from evaluation.superb_score import COLUMNS, leaderboard_score, overall_score, published, read_results, table
+from wav2vec2 import load_model, save_model
 
 ROOT = Path(__file__).parents[2]
 # what stands in for run_downstream: it leaves the checkpoints that the tasks test and prints their metrics
@@ -91,9 +94,22 @@ def test_a_stopped_task_goes_on_where_it_was(world, teacher_path, monkeypatch):
     assert set(json.loads((world / "out" / "results.json").read_text())) == {"PR"}
     monkeypatch.delenv("FAIL")
     before = len(calls(world))
-    assert set(run(world, teacher_path, "PR", "KS", features="heads")) == {"PR", "KS"}
+    assert set(run(world, teacher_path, "PR", "KS")) == {"PR", "KS"}
     again = calls(world)[before:]
-    assert [call["-m"] for call in again] == ["train", "evaluate"] and again[0]["-s"] == "heads"
+    assert [call["-m"] for call in again] == ["train", "evaluate"] and again[0]["-s"] == "hidden_states"
+
+
+def test_results_are_those_of_one_model(world, teacher_path, tmp_path):
+    run(world, teacher_path, "PR")
+    shutil.copy(teacher_path, tmp_path / "moved.pth")
+    assert set(run(world, tmp_path / "moved.pth", "PR")) == {"PR"}
+    other = load_model(teacher_path)
+    with torch.no_grad():
+        other.encoder.transformer.layers[0].attention.k_proj.bias[0] += 1
+    save_model(tmp_path / "other.pth", other)
+    for model, features in ((tmp_path / "other.pth", "hidden_states"), (teacher_path, "heads")):
+        with pytest.raises(UserError, match="another model or of other features: use another --out"):
+            run(world, model, "PR", features=features)
 
 
 def test_mistakes(world, teacher_path, tmp_path):

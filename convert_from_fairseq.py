@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
 
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from wav2vec2.checkpoint import model_from_state, save_model
 from wav2vec2.importers import import_fairseq, load_pickled, naming
@@ -56,10 +55,9 @@ def convert(checkpoint: Path, out: Path | None = None, normalize: Literal["auto"
 @command
 def main() -> None:
     """Parse the command line and run."""
-    try:
-        auto_cli(convert, as_positional=False, exit_on_error=False)
-    except ArgumentError as error:
-        raise UserError(f"{error} (--help lists the flags)") from None
+    parser = make_parser(__doc__)
+    parser.add_function_arguments(convert, as_group=False, as_positional=False)
+    convert(**vars(parse_arguments(parser)))
 
 
 if __name__ == "__main__":

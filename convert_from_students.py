@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentError
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from jsonargparse import auto_parser
 
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from distillation.students import backbone_params
 from wav2vec2.checkpoint import model_from_state, save_model
@@ -91,11 +90,9 @@ def read_settings(path: Path) -> Any:
 @command
 def main() -> None:
     """Parse the command line and run."""
-    try:
-        arguments = auto_parser(convert, as_positional=False, exit_on_error=False).parse_args()
-    except ArgumentError as error:
-        raise UserError(f"{error} (--help lists the flags)") from None
-    convert(**arguments.as_dict())  # auto_cli would take --config for its own
+    parser = make_parser(__doc__)
+    parser.add_function_arguments(convert, as_group=False, as_positional=False)
+    convert(**vars(parse_arguments(parser)))
 
 
 if __name__ == "__main__":

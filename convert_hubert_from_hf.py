@@ -6,16 +6,15 @@ import contextlib
 import json
 import logging
 import re
-from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from exporting.verify import TOLERANCE, relative_difference
 from wav2vec2.checkpoint import CheckpointError, model_from_state, read_torch_file, save_model
@@ -351,10 +350,10 @@ def largest(states: list[States]) -> Tensor:
 @command
 def main(default_model: str = DEFAULT_MODEL) -> None:
     """Parse the command line and run."""
-    try:
-        auto_cli(convert, as_positional=False, exit_on_error=False, set_defaults={"model": default_model})
-    except ArgumentError as error:
-        raise UserError(f"{error} (--help lists the flags)") from None
+    parser = make_parser(__doc__)
+    parser.add_function_arguments(convert, as_group=False, as_positional=False)
+    parser.set_defaults(model=default_model)
+    convert(**vars(parse_arguments(parser)))
 
 
 if __name__ == "__main__":

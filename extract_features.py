@@ -10,17 +10,15 @@ several; .safetensors holds layer_0, layer_4, ... [T, D] each. 50 frames per sec
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Literal
 
-import jsonargparse
 import numpy as np
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from distillation.config import parse_arguments
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from exporting.long_audio import AudioFile, extract, make_windows
 from wav2vec2 import Wav2Vec2Model, load_model
@@ -115,7 +113,7 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 @command
 def main() -> None:
     """Parse the command line and run."""
-    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_argument("model", type=str, help="Model: .pth, .safetensors, a folder of export.py, or a hub id.")
     parser.add_argument("audio", type=Path, nargs="+", help="Audio files.")
     parser.add_argument("--out", type=Path, required=True, help="Folder to write to.")
@@ -124,7 +122,7 @@ def main() -> None:
     parser.add_argument("--window", type=float, default=40.0, help="Seconds run at once; longer files are cut.")
     parser.add_argument("--context", type=float, default=5.0, help="Seconds by which windows overlap on either side.")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda.")
-    run(**vars(parse_arguments(parser, sys.argv[1:])))
+    run(**vars(parse_arguments(parser)))
 
 
 if __name__ == "__main__":

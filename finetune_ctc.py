@@ -12,17 +12,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import sys
 import warnings
 from pathlib import Path
 
-import jsonargparse
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from distillation.config import parse_arguments
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from distillation.metrics import MetricsCSV
 from distillation.progress import AtomicCheckpointIO
@@ -109,7 +107,7 @@ def _loader(
 @command
 def main() -> None:
     """Parse the command line, run, print the error rates."""
-    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_argument("model", type=str, help="Model: .pth, .safetensors, a folder of export.py, or a hub id.")
     parser.add_argument("--train", type=Path, required=True, help="LibriSpeech folder or manifest.")
     parser.add_argument("--valid", type=Path, required=True, help="The same, to measure on.")
@@ -122,7 +120,7 @@ def main() -> None:
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="Where to train.")
     parser.add_argument("--seed", type=int, default=0, help="Of the data's order, dropout and the output layer.")
     parser.add_argument("--workers", type=int, default=2, help="Processes that read audio.")
-    arguments = vars(parse_arguments(parser, sys.argv[1:]))
+    arguments = vars(parse_arguments(parser))
     config = FinetuneConfig(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(FinetuneConfig)})
     if min(arguments["validate_every"] - 1, arguments["beam_size"], arguments["workers"]) < 0:
         raise UserError("--validate_every must be at least 1, --beam_size and --workers at least 0")

@@ -248,7 +248,7 @@ class AudioDataModule(pl.LightningDataModule):
     """Batches of one rank. Resumes at the micro-batch that the number of updates implies.
 
     Args:
-        config: audio and batching; ``seconds_per_batch`` as used, see :func:`fit_batches`.
+        config: audio and batching.
         seed: of order and crops.
         batches_per_update: micro-batches of all ranks in one update.
     """

@@ -6,8 +6,7 @@ import contextlib
 import logging
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser
-
+from distillation.commandline import make_parser, parse_arguments
 from distillation.corpus import (
     TRAIN_PARTS,
     VALID_PARTS,
@@ -123,16 +122,12 @@ def report(problems: list[Problem], out: Path, check: bool, skip_broken: bool) -
 @command
 def main() -> None:
     """Parse the command line and run."""
-    parser = ArgumentParser(description=__doc__, exit_on_error=False)
-    parser.add_function_arguments(prepare, skip={"check", "skip_broken"}, as_positional=False)
+    parser = make_parser(__doc__)
+    parser.add_function_arguments(prepare, skip={"check", "skip_broken"}, as_group=False, as_positional=False)
     # By hand: from the signature they would not be switches but want the word "true".
     parser.add_argument("--check", action="store_true", help=CHECK_HELP)
     parser.add_argument("--skip_broken", action="store_true", help=SKIP_BROKEN_HELP)
-    try:
-        options = parser.parse_args()
-    except ArgumentError as error:
-        raise UserError(f"{error} (--help lists the flags)") from None
-    prepare(**options.as_dict())
+    prepare(**vars(parse_arguments(parser)))
 
 
 if __name__ == "__main__":

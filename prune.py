@@ -9,15 +9,13 @@ the rounding per layer of the released system.
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
-import jsonargparse
 import torch
 import yaml
 
 from distillation.architecture import format_architecture
-from distillation.config import parse_arguments
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from wav2vec2 import prune, save_model
 from wav2vec2.checkpoint import model_from_state, read_torch_file
@@ -25,6 +23,7 @@ from wav2vec2.pruning import survivors_for_size
 
 logger = logging.getLogger(__name__)
 STUDENT = "student."
+UNFINISHED = 0.02  # a distance to the target that the multipliers close in a run of full length
 ENTRIES = {"student_config": dict, "state_dict": dict, "heads": dict, "recipe": str, "num_params_before": int}
 
 
@@ -50,6 +49,11 @@ def run(distilled_ckpt: Path, out: Path | None, faithful: bool, target_sparsity:
         "expected %s parameters (sparsity %.4f), the eval rule gives %s (%.4f), target %.4f",
         f"{num_expected:,.0f}", 1 - num_expected / before, f"{num_by_rule:,}", 1 - num_by_rule / before, target,
     )  # fmt: skip
+    if abs(1 - num_expected / before - target) > UNFINISHED:
+        logger.warning(
+            "step 1 ended at sparsity %.4f, the target is %.4f: the ranking decides about what it never gave up; "
+            "train longer, or raise --pruning.lr_lagrangian", 1 - num_expected / before, target,
+        )  # fmt: skip
     model = by_rule
     if not faithful:
         try:
@@ -74,12 +78,12 @@ def recipe_target(resolved: str, source: Path) -> float:
 @command
 def main() -> None:
     """Run the stage."""
-    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--distilled_ckpt", type=Path, required=True, help="Checkpoint of step 1, E/ckpts/last.ckpt.")
     parser.add_argument("--out", type=Path | None, help="Model to write. (default: E/pruned.pth)")
     parser.add_argument("--faithful", action="store_true", help="Keep the released system's rounding per layer.")
     parser.add_argument("--target_sparsity", type=float | None, help="Share of the teacher's parameters to remove.")
-    run(**vars(parse_arguments(parser, sys.argv[1:])))
+    run(**vars(parse_arguments(parser)))
 
 
 if __name__ == "__main__":

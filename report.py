@@ -8,15 +8,12 @@ Writes the page and, beside it, a .json file. The page needs no network.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-
-import jsonargparse
 
 from benchmarks.cost import resolve_devices
 from benchmarks.report_data import closing_table, collect
 from benchmarks.report_page import render
-from distillation.config import parse_arguments
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from wav2vec2.checkpoint import replacing
 
@@ -24,7 +21,7 @@ from wav2vec2.checkpoint import replacing
 @command
 def main() -> None:
     """Gather, print the closing table, write."""
-    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_argument("run", type=Path, help="Folder of a run (--exp_dir of a stage), or a model file.")
     parser.add_argument(
         "--out", type=Path, default=None, help="Page to write; by default in the folder, or by the file."
@@ -32,7 +29,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=900.0, help="Most held-out audio to compute losses on.")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: the CPU, and the GPU if there is one.")
     parser.add_argument("--rounds", type=int, default=7, help="Timed runs per model; the median counts.")
-    options = parse_arguments(parser, sys.argv[1:])
+    options = parse_arguments(parser)
     run: Path = options.run
     out: Path = options.out or (run / "report.html" if run.is_dir() else run.with_suffix(".report.html"))
     if out.suffix != ".html":

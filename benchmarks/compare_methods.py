@@ -22,14 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
 import torch
 import yaml
 from tqdm import tqdm
 
 from benchmarks.compare_plot import draw
 from benchmarks.linear_distance import linear_distances
-from distillation.config import RECIPES, parse_arguments, parse_recipe
+from distillation.commandline import make_parser, parse_arguments
+from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError, command
 from distillation.objectives import Objectives
 from distillation.students import CopiedLayers, StudentConfig, ThinStudent, build_student
@@ -211,7 +211,7 @@ def measure(name: str, seed: int, final: Path, teacher: Wav2Vec2Model, recipe_pa
 
 
 def table(results: list[Result]) -> str:
-    """Per method: sizes, and per teacher layer mean and spread over seeds of the unexplained variance in percent."""
+    """Per method: mean sizes; mean and spread over seeds of each teacher layer's unexplained variance in percent."""
     num_layers = len(results[0].unexplained)
     head = ["method", "parameters", "heads", *(f"layer {i}" for i in range(num_layers)), "mean"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -219,7 +219,8 @@ def table(results: list[Result]) -> str:
         runs = [result for result in results if result.method == name]
         columns = [*zip(*(run.unexplained for run in runs)), [statistics.mean(run.unexplained) for run in runs]]
         cells = [f"{100 * statistics.mean(c):.1f} ± {100 * spread(c):.1f}" for c in columns]
-        rows.append(f"| {METHODS[name].title} | {runs[0].num_params:,} | {runs[0].num_heads:,} | {' | '.join(cells)} |")
+        sizes = (f"{statistics.mean(values):,.0f}" for values in zip(*((r.num_params, r.num_heads) for r in runs)))
+        rows.append(f"| {METHODS[name].title} | {' | '.join(sizes)} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -290,9 +291,9 @@ def compare(
 @command
 def main() -> None:
     """Run the comparison."""
-    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_function_arguments(compare)
-    compare(**vars(parse_arguments(parser, sys.argv[1:])))
+    compare(**vars(parse_arguments(parser)))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def draw(series: Mapping[str, Sequence[Sequence[float]]], steps: int) -> str:
         parts.append(f'<path d="M{WIDTH - RIGHT + 16} {y - 4}h22" stroke="{color}" stroke-width="3"/>')
         parts.append(f'<text x="{WIDTH - RIGHT + 46}" y="{y}">{escape(name)}</text>')
     seeds = len(next(iter(series.values())))
-    title = f"Unexplained variance of each teacher layer, %; {steps} updates, {seeds} seed{'s' if seeds > 1 else ''}"
+    title = f"Unexplained variance of each teacher layer, %; {steps} updates, " + (
+        f"{seeds} seeds (bands: from best to worst)" if seeds > 1 else "1 seed"
+    )
     axis = f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">teacher layer</text>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '

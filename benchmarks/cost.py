@@ -8,20 +8,18 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import jsonargparse
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.peak_memory import SAMPLE_RATE, peak_memory
 from distillation.batching import MIN_INPUT_FRAMES
-from distillation.config import parse_arguments
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from wav2vec2 import Wav2Vec2Model, load_model
 from wav2vec2.checkpoint import load_checkpoint, replacing
@@ -227,14 +225,14 @@ def name_files(paths: Sequence[Path]) -> dict[str, Path]:
 @command
 def main() -> None:
     """Measure, print, and write JSON on request."""
-    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_argument("models", type=Path, nargs="+", help="Model files; speed-ups are relative to the first.")
     parser.add_argument("--seconds", type=float, nargs="+", default=[1.0, 5.0, 15.0, 35.0], help="Utterance lengths.")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="Utterances that run together.")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: the CPU, and the GPU if there is one.")
     parser.add_argument("--rounds", type=int, default=5, help="Timed runs per model and case; the median counts.")
     parser.add_argument("--out", type=Path, default=None, help="Write the same numbers as JSON.")
-    options = parse_arguments(parser, sys.argv[1:])
+    options = parse_arguments(parser)
     for length in options.seconds:
         if not (math.isfinite(length) and length * SAMPLE_RATE >= MIN_INPUT_FRAMES):
             raise UserError(f"--seconds {length:g}: the models need at least {MIN_INPUT_FRAMES / SAMPLE_RATE} s")

@@ -5,12 +5,9 @@ python -m benchmarks.draw_steps [--out docs/two_steps.svg]
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import jsonargparse
-
-from distillation.config import parse_arguments
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import command
 from wav2vec2.checkpoint import replacing
 
@@ -137,9 +134,9 @@ def _text(x: float, y: float, text: str, style: str = "") -> str:
 @command
 def main() -> None:
     """Write the picture."""
-    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/two_steps.svg"), help="Where to write it.")
-    with replacing(parse_arguments(parser, sys.argv[1:]).out) as temporary:
+    with replacing(parse_arguments(parser).out) as temporary:
         temporary.write_text(draw(), encoding="utf-8")
 
 

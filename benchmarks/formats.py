@@ -13,13 +13,11 @@ from __future__ import annotations
 import io
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import matplotlib
 import numpy as np
 import torch
@@ -28,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.minisuperb.corpus import CorpusSettings, make_corpus, read_marker
 from benchmarks.minisuperb.evaluate import CORPUS, Features, frame_counts, load_data, rates
-from distillation.config import parse_arguments
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from exporting.graphs import export_graph
 from exporting.verify import ExportedOutputs
@@ -189,9 +187,9 @@ def run(
 @command
 def main() -> None:
     """Run the comparison."""
-    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_function_arguments(run)
-    run(**vars(parse_arguments(parser, sys.argv[1:])))
+    run(**vars(parse_arguments(parser)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,14 +21,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import numpy as np
 import soundfile
 import torch
 import torchaudio
 
 from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, autocast, in_turns, matmul_peak, set_sparsity
-from distillation.config import RECIPES, parse_arguments, parse_recipe
+from distillation.commandline import make_parser, parse_arguments
+from distillation.config import RECIPES, parse_recipe
 from distillation.data import DataConfig, make_train_loader, read_tsv
 from distillation.errors import UserError, command
 from distillation.memory import fits, largest_that_fits
@@ -218,9 +217,9 @@ def run(
 @command
 def main() -> None:
     """Run the benchmark."""
-    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_function_arguments(run)
-    run(**vars(parse_arguments(parser, sys.argv[1:])))
+    run(**vars(parse_arguments(parser)))
 
 
 if __name__ == "__main__":

@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jsonargparse
 import matplotlib
 import torch
 import torchaudio
 from torch import Tensor, nn
 
 from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, in_turns, kept_bytes, matmul_peak, set_sparsity
-from distillation.config import RECIPES, parse_arguments, parse_recipe
+from distillation.commandline import make_parser, parse_arguments
+from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError, command
 from distillation.sparsity import make_prunable
 from tests.configs import HUBERT_BASE
@@ -379,9 +379,9 @@ def run(
 @command
 def main() -> None:
     """Run the benchmark."""
-    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_function_arguments(run)
-    run(**vars(parse_arguments(parser, sys.argv[1:])))
+    run(**vars(parse_arguments(parser)))
 
 
 if __name__ == "__main__":

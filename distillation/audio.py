@@ -48,6 +48,9 @@ def read_header(path: Path) -> Header:
 
     For FLAC only the 42 bytes that end the STREAMINFO block are read (RFC 9639, section 8.2), which is about ten times
     faster than opening the file with libsndfile.
+
+    Raises:
+        AudioError: the file is missing, no audio or empty.
     """
     try:
         _require_regular_file(path)

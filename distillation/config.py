@@ -6,25 +6,22 @@ A recipe names another as its ``base`` and holds only what differs. Flags overri
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-import jsonargparse
 import torch
 import yaml
 
+from distillation.commandline import make_parser, one_line, parse_arguments
 from distillation.data import DataConfig
-from distillation.errors import UserError
+from distillation.errors import UserError, command
 from distillation.objectives import ObjectiveConfig
 from distillation.optim import OptimConfig
 from distillation.sparsity import PruningConfig
 from distillation.students import StudentConfig
 from wav2vec2.checkpoint import replacing
-
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 RECIPES = Path(__file__).parent.parent / "conf"
 MAX_RECIPE_BYTES = 1_000_000
@@ -153,7 +150,7 @@ def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[
     Raises:
         UserError: an unknown recipe, key or value.
     """
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False, default_env=False)
+    parser = make_parser(description, default_env=False)
     parser.add_argument("--config", action="config", help="Recipe, one of conf/*.yaml or your own.")
     parser.add_class_arguments(Recipe, fail_untyped=True)
     argv, recipes = _expand_bases(sys.argv[1:] if argv is None else argv)
@@ -172,7 +169,7 @@ def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[
     try:
         recipe = Recipe(**vars(parser.instantiate(namespace)))
     except ValueError as error:  # the checks of optional sections run here
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
     except TypeError as error:  # the parser lets null pass everywhere
         raise UserError(f"a setting is null that needs a value ({error})") from None
     _require_values(recipe)
@@ -189,36 +186,6 @@ def _require_values(settings: Any, prefix: str = "") -> None:
             _require_values(value, f"{prefix}{entry.name}.")
 
 
-def parse_arguments(parser: jsonargparse.ArgumentParser, argv: list[str]) -> jsonargparse.Namespace:
-    """Parse a command line.
-
-    Args:
-        parser: made with ``exit_on_error=False``.
-        argv: the words after the program's name.
-
-    Raises:
-        UserError: an unknown flag or key, or a value that does not fit.
-    """
-    try:
-        return parser.parse_args(argv)
-    except (jsonargparse.ArgumentError, TypeError) as error:
-        raise UserError(_one_line(error)) from None
-
-
-def _one_line(error: BaseException) -> str:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    message = " ".join(str(error).split())
-    # an optional section fails as a union of types: keep the key and the reason
-    union = re.search(
-        r"""Parser key "([^"]+)".*?(Option '[^']+' is not accepted|Expected an? <class '[^']+'>[^-]*)""", message
-    )
-    return f"{union[1]}: {union[2].strip()}" if union else message
-
-
 def _expand_bases(argv: list[str]) -> tuple[list[str], list[str]]:
     """Put ``--config base`` before every ``--config recipe`` that names one; also return all recipes."""
     expanded: list[str] = []
@@ -227,7 +194,7 @@ def _expand_bases(argv: list[str]) -> tuple[list[str], list[str]]:
     for word in words:
         name, equals, value = word.partition("=")
         if name != "--config":
-            if name.startswith("--") and "." in name:
+            if name.startswith("--") and "." in name and not name.endswith(".help"):
                 nested: object = None
                 for part in reversed(name[2:].split(".")):
                     nested = {part: nested}
@@ -263,7 +230,7 @@ def recipe_chain(path: Path) -> list[Path]:
         try:
             content = yaml.safe_load(current.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-            raise UserError(f"{current}: not valid YAML: {_one_line(error)}") from None
+            raise UserError(f"{current}: not valid YAML: {one_line(error)}") from None
         if content is None:
             content = {}
         if not isinstance(content, dict):
@@ -300,11 +267,16 @@ def save_resolved(resolved: str, exp_dir: Path) -> None:
         temporary.write_text(resolved, encoding="utf-8")
 
 
+@command
 def main() -> None:
     """Print one value of a recipe: ``python -m distillation.config --config conf/X.yaml data.train``."""
-    *argv, key = sys.argv[1:]
+    *argv, key = sys.argv[1:] or ["--help"]
+    if key in ("-h", "--help"):
+        raise UserError("usage: python -m distillation.config --config conf/X.yaml data.train")
     value: object = parse_recipe(argv)[0]
     for name in key.split("."):
+        if not dataclasses.is_dataclass(value) or name not in (f.name for f in dataclasses.fields(value)):
+            raise UserError(f"{key}: no such setting")
         value = getattr(value, name)
     print(value)
 

@@ -51,7 +51,11 @@ def find_librispeech(data: Path) -> Path | None:
 
 
 def scan(root: Path, parts: Sequence[str], num_threads: int | None) -> Files:
-    """Find the audio below some folders of ``root`` and read every header."""
+    """Find the audio below some folders of ``root`` and read every header.
+
+    Raises:
+        UserError: a folder cannot be read, or there is no audio.
+    """
     root = root.resolve()
     names: list[str] = []
     visited: set[tuple[int, int]] = set()
@@ -119,7 +123,11 @@ def decodable(manifest: Manifest, num_threads: int | None, problems: list[Proble
 
 
 def librispeech_lists(manifest: Manifest, held_out: Manifest | None) -> dict[str, Manifest]:
-    """The lists that the parts at hand allow, by the first folder below the root and nothing else in the path."""
+    """The lists that the parts at hand allow, by the first folder below the root and nothing else in the path.
+
+    Raises:
+        UserError: the parts allow none.
+    """
     part_of = np.array([name.split("/", 1)[0] for name in manifest.paths])
     present = set(part_of.tolist())
     lists: dict[str, Manifest] = {}
@@ -142,7 +150,11 @@ def librispeech_lists(manifest: Manifest, held_out: Manifest | None) -> dict[str
 
 
 def choose_held_out(manifest: Manifest, fraction: float, seed: int) -> np.ndarray:
-    """Mask ``[len(manifest)]`` of what to validate on: whole top folders if possible, so that speakers differ."""
+    """Mask ``[len(manifest)]`` of what to validate on: whole top folders if possible, so that speakers differ.
+
+    Raises:
+        UserError: there are fewer than two files.
+    """
     if len(manifest) < 2:
         raise UserError(f"{manifest.root} holds {len(manifest)} usable file(s): too few to hold some out, use --valid")
     split = [name.split("/") for name in manifest.paths]
@@ -150,7 +162,8 @@ def choose_held_out(manifest: Manifest, fraction: float, seed: int) -> np.ndarra
     while all(len(parts) > depth + 1 and parts[depth] == split[0][depth] for parts in split):
         depth += 1
     tops = np.array([parts[depth] for parts in split])
-    for groups, what in ((tops, "top folders"), (np.array(manifest.paths), "files")):
+    folders = any(len(parts) > depth + 1 for parts in split)
+    for groups, what in ((tops, "top folders" if folders else "files"), (np.array(manifest.paths), "files")):
         _, group_of = np.unique(groups, return_inverse=True)
         frames = np.bincount(group_of, weights=manifest.num_frames)
         chosen, total = [], 0.0

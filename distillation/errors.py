@@ -28,6 +28,7 @@ ADVICE = {
     errno.EACCES: "choose a folder that can be written, or change its rights",
     errno.EPERM: "choose a folder that can be written, or change its rights",
     errno.ENOTDIR: "a part of this path is a file",
+    errno.EEXIST: "this is a file where a folder is needed",
     errno.EIO: "is the disk or network mount there? Then run again",
     errno.ESTALE: "is the network mount there? Then run again",
     errno.ENOTCONN: "is the network mount there? Then run again",

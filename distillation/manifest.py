@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distillation.errors import UserError
+from wav2vec2.checkpoint import replacing
 
 # 74 hours at 16 kHz. A list that claims more is damaged, and cutting up such an utterance would fill the memory.
 MAX_FRAMES = 2**32
@@ -82,7 +81,8 @@ def write_tsv(path: Path | str, manifest: Manifest) -> None:
     """Write a list of utterances under its name only when it is complete.
 
     Raises:
-        UserError: a path cannot be written in this format, or the file cannot be written.
+        UserError: a path cannot be written in this format.
+        OSError: naming ``path``; the disk is full, the folder cannot be written, ...
     """
     for name in manifest.paths:
         if any(character in name for character in "\t\r\n"):
@@ -92,27 +92,19 @@ def write_tsv(path: Path | str, manifest: Manifest) -> None:
 
 
 def write_lines(path: Path | str, lines: Iterable[str]) -> None:
-    """Write text lines under a temporary name, then move the complete file to its own."""
-    path = Path(path)
-    temporary: Path | None = None
+    """Write text lines; nobody ever sees half of them.
+
+    Raises:
+        UserError: a line is no UTF-8 text.
+        OSError: naming ``path``; the disk is full, the folder cannot be written, ...
+    """
     try:
         content = "".join(f"{line}\n" for line in lines).encode("utf-8")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except UnicodeEncodeError as error:
         name = error.object[error.start - 40 if error.start > 40 else 0 : error.end]
         raise UserError(f"cannot write {path}: a file name is not UTF-8 text, rename it: {name!r}") from None
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _check_root(path: Path, line: str) -> Path:
@@ -126,11 +118,3 @@ def _check_root(path: Path, line: str) -> Path:
             f"{path}: the root on its first line is not a folder: {line[:200]!r}, run prepare_data.py again"
         )
     return root
-
-
-def _umask() -> int:
-    # Temporary files are private; the finished list gets the rights that any new file would have. There is no way
-    # to read the umask without setting it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -26,13 +26,13 @@ class OptimConfig:
     """Peak learning rate of the weights and heads."""
 
     warmup_steps: int = 15000
-    """Updates of linear warm-up from 0."""
+    """Updates of linear warm-up; the last of them has the peak rate."""
 
     warmup_ratio: float | None = None
     """Warm-up as a share of all updates instead; warmup_steps is then not used."""
 
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """After the warm-up: linear decay to 0, half a cosine to 0, or no decay."""
+    """After the warm-up: linear decay, half a cosine, or no decay; 0 would come just after the last update."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW moment decay rates."""

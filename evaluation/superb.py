@@ -25,10 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jsonargparse
 from tqdm import tqdm
 
-from distillation.config import parse_arguments
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from distillation.runlock import run_lock
 from wav2vec2 import load_model
@@ -252,7 +251,7 @@ def run(model: Path, data: Path, tasks: list[str], out: Path, checkout: Path, de
 @command
 def main() -> None:
     """Parse the command line and run."""
-    parser = jsonargparse.ArgumentParser(prog="scripts/superb.sh", description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__, prog="scripts/superb.sh")
     parser.add_argument("model", type=Path, help="Model file.")
     parser.add_argument("data", type=Path, help="Folder of the corpora.")
     parser.add_argument("tasks", nargs="*", default=[], help=f"Any of {' '.join(TASKS)}; all by default.")
@@ -260,7 +259,7 @@ def main() -> None:
     parser.add_argument("--device", type=str, default="cuda", help="Of torch.")
     text = "heads for students whose published features are their heads (MaskHuBERT, ARMHuBERT)."
     parser.add_argument("-s", "--features", type=str, default="hidden_states", help=text)
-    options = vars(parse_arguments(parser, sys.argv[1:]))
+    options = vars(parse_arguments(parser))
     path = run(**options, checkout=Path(os.environ.get("S3PRL", "s3prl")))
     print(f"-> {path}; python -m evaluation.superb_score {path}")
 

@@ -10,7 +10,7 @@ die() {
 }
 
 # usage SCRIPT: the lines of its header comment.
-usage() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"; }
+usage() { sed -n '2,/^[^#]/{s/^# //p}' "$1"; }
 
 # setup REQUIREMENTS...: make and enter .venv (or $VENV) with these packages; NO_VENV=1 takes the active environment.
 setup() {
@@ -64,15 +64,21 @@ setting() {
     python -m distillation.config --config "$2" "${@:3}" "$1"
 }
 
+# fit_batch RECIPE EXP_DIR FLAGS...: sets BATCH. With FIT_BATCH=1 these flags cut the update into the largest
+# micro-batches that the GPUs can train on, found once per EXP_DIR.
+fit_batch() {
+    BATCH=()
+    if [ "${FIT_BATCH:-0}" != 1 ]; then return; fi
+    [ -f "$2/batch.yaml" ] || python fit_batch.py --config "$1" "${@:3}" --exp_dir "$2"
+    BATCH=(--config "$2/batch.yaml")
+}
+
 # two_steps RECIPE EXP_DIR FLAGS...: distil and prune jointly, prune, distil again. What is finished is not repeated.
-# FIT_BATCH=1 cuts the update into the largest micro-batches that the GPUs can train on, once per EXP_DIR.
 two_steps() {
     local recipe=$1 exp=$2
     shift 2
-    if [ "${FIT_BATCH:-0}" = 1 ]; then
-        [ -f "$exp/batch.yaml" ] || python fit_batch.py --config "$recipe" "$@" --exp_dir "$exp"
-        set -- "$@" --config "$exp/batch.yaml"
-    fi
+    fit_batch "$recipe" "$exp" "$@"
+    set -- "$@" "${BATCH[@]}"
     if [ ! -f "$exp/pruned.pth" ] || [ "$exp/ckpts/last.ckpt" -nt "$exp/pruned.pth" ]; then
         stage python distill.py --config "$recipe" "$@" --exp_dir "$exp"
         python prune.py --distilled_ckpt "$exp/ckpts/last.ckpt" --out "$exp/pruned.pth"

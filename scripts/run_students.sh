@@ -19,7 +19,8 @@ exp=$(setting exp_dir "conf/$name.yaml" "$@")
 if [ "$(setting pruning.units "conf/$name.yaml" "$@")" = "[]" ]; then
     final=$exp/final.pth
     if [ ! -f "$final" ] || [ "$exp/ckpts/last.ckpt" -nt "$final" ]; then
-        stage python distill.py --config "conf/$name.yaml" "$@"
+        fit_batch "conf/$name.yaml" "$exp" "$@"
+        stage python distill.py --config "conf/$name.yaml" "$@" "${BATCH[@]}"
     fi
 else
     two_steps "conf/$name.yaml" "$exp" "$@"

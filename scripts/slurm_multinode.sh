@@ -15,6 +15,8 @@
 #SBATCH --output=%x-%j.log
 cd "${SLURM_SUBMIT_DIR:-.}"
 source scripts/common.sh
+case "${1:-}" in -h | --help) usage scripts/slurm_multinode.sh; exit 0 ;; esac
+[ $# -ge 1 ] || { usage scripts/slurm_multinode.sh >&2; exit 2; }
 setup requirements.txt
 recipe=$1
 shift

@@ -199,7 +199,10 @@ def test_command_line_mistakes(run, tmp_path):
     assert "--valid_fraction 1.5" in run(*data, *out, "--valid_fraction", 1.5, code=2)
     assert "use --valid" in run(*data, *out, code=2)
     assert files(tmp_path / "out") == []
-    assert "cannot write" in run(*data, "--valid", tmp_path / "data", "--out", tmp_path / "data" / "a.flac", code=2)
+    path = tmp_path / "data" / "a.flac"
+    assert f"{path}: File exists; this is a file where a folder" in run(
+        *data, "--valid", path.parent, "--out", path, code=2
+    )
 
 
 def test_as_a_program(tmp_path):

@@ -10,18 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 
 from wav2vec2 import load_model
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(*args: object, code: int = 0) -> str:
+def run(*args: object, code: int = 0, **variables: str) -> str:
     environment = {
         **os.environ,
         "NO_VENV": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",
+        **variables,
     }
     result = subprocess.run(
         ["bash", str(ROOT / "scripts" / "run_students.sh"), *map(str, args)],
@@ -64,7 +66,11 @@ def test_from_audio_to_report(corpus, tmp_path):
         "trainer.log_every": 1,
     }
     args = ["armhubert_s_100h", corpus, *(word for key, value in flags.items() for word in (f"--{key}", value))]
-    out = run(*args)
+    (tmp_path / "exp").mkdir()  # batches that fit_batch.py found on an earlier start
+    (tmp_path / "exp" / "batch.yaml").write_text("data: {seconds_per_batch: 2.5}\ntrainer: {batches_per_update: 2}\n")
+    out = run(*args, FIT_BATCH="1")
+    used = yaml.safe_load((tmp_path / "exp" / "config.yaml").read_text())
+    assert (used["data"]["seconds_per_batch"], used["trainer"]["batches_per_update"]) == (2.5, 2)
     final = tmp_path / "exp" / "final.pth"
     assert f"Done: {final}" in out and "over all layers" in out
     model = load_model(final)

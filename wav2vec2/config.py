@@ -6,7 +6,11 @@ from typing import Any
 
 
 def check_config(config: dict[str, Any], is_wavlm: bool) -> None:
-    """Refuse values that would build a model which cannot run. Makes lists of the per-layer entries."""
+    """Refuse values that would build a model which cannot run. Makes lists of the per-layer entries.
+
+    Raises:
+        ValueError: naming the entry and its value.
+    """
     names = ["encoder_use_attention", "encoder_use_feed_forward", "encoder_ff_interm_features"]
     names += ["encoder_total_num_heads", "encoder_remaining_heads"] if is_wavlm else ["encoder_num_heads"]
     needed = ["encoder_num_buckets", "encoder_max_distance"] if is_wavlm else ["encoder_head_dim"]

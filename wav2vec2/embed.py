@@ -20,7 +20,11 @@ MAX_BATCH_SECONDS = 160.0  # padding included; bounds the memory of a long list
 
 @torch.no_grad()
 def embed(model: Wav2Vec2Model, waveforms: Tensor | Sequence[Tensor], layer: int = -1) -> list[Tensor]:
-    """One layer's features of each waveform; see :meth:`Wav2Vec2Model.embed`."""
+    """One layer's features [T, D] of each waveform [N]; see :meth:`Wav2Vec2Model.embed`.
+
+    Raises:
+        ValueError: no such layer, or a waveform that is no finite float tensor [N].
+    """
     rows = [waveforms] if isinstance(waveforms, Tensor) and waveforms.dim() == 1 else list(waveforms)
     num_states = model.num_layers + 1
     if not -num_states <= layer < num_states:

@@ -21,7 +21,6 @@ import logging
 import multiprocessing
 import os
 import tempfile
-from argparse import ArgumentError
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,11 +28,12 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo
 from tqdm import tqdm
 
 from benchmarks.minisuperb.espeak import Espeak, load_espeak
 from benchmarks.minisuperb.sentences import KEYWORDS, draw_sentences
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 
 logger = logging.getLogger(__name__)
@@ -319,15 +319,12 @@ def make_corpus(out: str | Path, settings: CorpusSettings | None = None) -> dict
 @command
 def main() -> None:
     """Parse the command line and run."""
-    parser = ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the corpus")
     parser.add_class_arguments(CorpusSettings, skip={"keywords"})
     # By hand: from the signature it would not be a switch but want the word "false".
     parser.add_argument("--keywords", action=ActionYesNo(no_prefix="no-"), default=True, help="also isolated words")
-    try:
-        options = parser.parse_args().as_dict()
-    except ArgumentError as error:
-        raise UserError(f"{error} (--help lists the flags)") from None
+    options = vars(parse_arguments(parser))
     make_corpus(options.pop("out"), CorpusSettings(**options))
 
 

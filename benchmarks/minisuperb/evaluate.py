@@ -22,13 +22,11 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import numpy as np
 import torch
 import torchaudio
@@ -50,7 +48,7 @@ from benchmarks.minisuperb.corpus import (
 from benchmarks.minisuperb.frame_probe import linear_probe
 from benchmarks.minisuperb.labels import HOP, IGNORE, FrameLabels, Utterance, read_split
 from benchmarks.minisuperb.score_plot import draw
-from distillation.config import parse_arguments
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from wav2vec2 import load_model, wav2vec2_model
 from wav2vec2.checkpoint import replacing
@@ -375,9 +373,9 @@ def run(
 @command
 def main() -> None:
     """Run the evaluation."""
-    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_function_arguments(run)
-    run(**vars(parse_arguments(parser, sys.argv[1:])))
+    run(**vars(parse_arguments(parser)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import time
-from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm, trange
@@ -36,6 +34,7 @@ from benchmarks.minisuperb.frame_probe import accuracy, linear_probe
 from benchmarks.minisuperb.labels import HOP, IGNORE, WINDOW, FrameLabels, Utterance, read_split
 from benchmarks.minisuperb.targets import NUM_CLUSTERS, cepstra, cluster, normalise, phone_information
 from benchmarks.minisuperb.teacher_folder import save_teacher
+from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 
 logger = logging.getLogger(__name__)
@@ -288,15 +287,12 @@ def train_teacher(corpus: Path, work_dir: Path, out: Path, settings: TeacherTrai
 @command
 def main() -> None:
     """Parse the command line and run."""
-    parser = ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="folder made by benchmarks.minisuperb.corpus")
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for the files of finished stages")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "teacher", help="folder of the teacher")
     parser.add_class_arguments(TeacherTraining)
-    try:
-        options = parser.parse_args().as_dict()
-    except ArgumentError as error:
-        raise UserError(f"{error} (--help lists the flags)") from None
+    options = vars(parse_arguments(parser))
     corpus, work_dir, out = (options.pop(name) for name in ("corpus", "work_dir", "out"))
     train_teacher(corpus, work_dir, out, TeacherTraining(**options))
 

@@ -185,7 +185,11 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def check_layers(layers: list[int], num_layers: int, what: str, first: int = 0) -> None:
-    """One-line error when a matched layer does not exist."""
+    """Look whether all matched layers exist.
+
+    Raises:
+        UserError: one does not.
+    """
     bad = [layer for layer in layers if not first <= layer <= num_layers]
     if bad:
         raise UserError(

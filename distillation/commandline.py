@@ -1,0 +1,61 @@
+"""Command lines: help that keeps the lines of a script's docstring, and mistakes in one line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import Any
+
+import jsonargparse
+
+from distillation.errors import UserError
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """jsonargparse's types and defaults under a description as it was written."""
+
+
+def make_parser(description: str | None, **settings: Any) -> jsonargparse.ArgumentParser:
+    """Parser for :func:`parse_arguments`.
+
+    Args:
+        description: docstring of the script.
+        settings: of ``jsonargparse.ArgumentParser``.
+    """
+    return jsonargparse.ArgumentParser(
+        description=description, formatter_class=_HelpFormatter, exit_on_error=False, **settings
+    )
+
+
+def parse_arguments(parser: jsonargparse.ArgumentParser, argv: list[str] | None = None) -> jsonargparse.Namespace:
+    """Parse a command line.
+
+    Args:
+        parser: of :func:`make_parser`.
+        argv: the words after the program's name; by default those that it was started with.
+
+    Raises:
+        UserError: an unknown flag or key, or a value that does not fit.
+    """
+    try:
+        return parser.parse_args(sys.argv[1:] if argv is None else argv)
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise UserError(one_line(error)) from None
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of the parser or of a file says, without line breaks."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    message = " ".join(str(error).split())
+    # an optional section fails as a union of types: keep the key and the reason
+    union = re.search(
+        r"""Parser key "([^"]+)".*?(Option '[^']+' is not accepted|Expected an? <class '[^']+'>[^-]*)""", message
+    )
+    return f"{union[1]}: {union[2].strip()}" if union else message

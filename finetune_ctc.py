@@ -14,6 +14,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import pytorch_lightning as pl
 import torch
@@ -46,6 +47,7 @@ def run(
     validate_every: int,
     beam_size: int,
     accelerator: str,
+    precision: Literal["32-true", "bf16-mixed"],
     seed: int,
     workers: int,
 ) -> dict[str, float]:
@@ -66,6 +68,7 @@ def run(
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=1,
+            precision=precision,
             max_steps=config.max_steps,
             val_check_interval=validate_every,
             check_val_every_n_epoch=None,
@@ -82,6 +85,7 @@ def run(
         if resume:
             metrics.resume(module.check(read_torch_file(last), last))
         trainer.fit(module, train_loader, valid_loader, ckpt_path=last if resume else None, weights_only=True)
+        module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
         results = dict(zip(("wer", "cer"), error_rates(module, valid_loader, module.decode)))
         if decode_beam is not None:
             results |= zip(("beam_wer", "beam_cer"), error_rates(module, valid_loader, decode_beam))
@@ -118,6 +122,8 @@ def main() -> None:
         "--beam_size", type=int, default=0, help="Also decode with a beam; see requirements-export.txt."
     )
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="Where to train.")
+    choices = ["32-true", "bf16-mixed"]
+    parser.add_argument("--precision", choices=choices, default=choices[0], help="Of training, as Lightning names it.")
     parser.add_argument("--seed", type=int, default=0, help="Of the data's order, dropout and the output layer.")
     parser.add_argument("--workers", type=int, default=2, help="Processes that read audio.")
     arguments = vars(parse_arguments(parser))

@@ -18,7 +18,7 @@ from torch import Tensor
 from distillation.build import build_run, load_teacher, starting_student
 from distillation.config import Recipe, parse_recipe
 from distillation.errors import UserError, command
-from distillation.memory import same_update, search
+from distillation.memory import probe_lengths, same_update, search
 from distillation.optim import param_groups
 from distillation.sparsity import make_prunable
 from lightning import DistillModule, find_devices
@@ -36,7 +36,7 @@ class Trial:
     """
 
     def __init__(self, module: DistillModule, recipe: Recipe) -> None:
-        self.module, self.dtype = module.train(), recipe.trainer.dtype
+        self.module, self.dtype, self.data = module.train(), recipe.trainer.dtype, recipe.data
         module.teacher.to(module.device)
         groups = param_groups(module, module.lagrangian, recipe.optim, recipe.pruning)
         for group in groups:
@@ -48,7 +48,8 @@ class Trial:
         module = self.module
         try:
             with torch.autocast(waveforms.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss = module.objectives(module.teacher, module.student, waveforms, None).total
+                lengths = probe_lengths(waveforms, self.data)
+                loss = module.objectives(module.teacher, module.student, waveforms, lengths).total
             if module.lagrangian is not None:
                 loss = loss + module.lagrangian(module.student.get_num_params(), 0)
             loss.backward()

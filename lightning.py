@@ -325,6 +325,8 @@ def build_trainer(recipe: Recipe, optim: OptimConfig, max_steps: int) -> pl.Trai
         backend = "nccl" if accelerator == "gpu" else "gloo"
         # no exchange of buffers: ranks may validate on unequal numbers of batches
         strategy = DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True, broadcast_buffers=False)
+    if config.precision == "32-true":  # torch lets convolutions round float32 to 10 bits of mantissa
+        torch.backends.cudnn.allow_tf32 = False
     logger.info("%d process(es), %d micro-batches each per update", world_size, accumulate)
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():

@@ -9,10 +9,14 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 from wav2vec2 import CheckpointError
 
@@ -33,6 +37,12 @@ ADVICE = {
     errno.ESTALE: "is the network mount there? Then run again",
     errno.ENOTCONN: "is the network mount there? Then run again",
 }
+
+
+NO_GPU_MEMORY = (
+    "unable to find an engine to execute this computation", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -59,16 +69,40 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             print(f"stopped: {error}", file=sys.stderr)
             sys.exit(INTERRUPTED)
         except KeyboardInterrupt:
-            sys.exit(130)
+            _leave(130)
         except Exception as error:
             message = describe(error)
             if message is None:
-                raise
+                if not _in_nccl():
+                    raise
+                traceback.print_exc()
+                _leave(FAILED)
             logger.debug("traceback", exc_info=True)
             print(f"error: {' '.join(message.split())}", file=sys.stderr)
-            sys.exit(FAILED if isinstance(error, PeerLost) else MISTAKE)
+            _leave(FAILED if isinstance(error, PeerLost) else MISTAKE)
 
     return run
+
+
+def _in_nccl() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit; at once where other processes may wait for this one in NCCL, whose clean-up at exit would wait for them."""
+    if _in_nccl():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def is_out_of_gpu_memory(error: BaseException) -> bool:
+    """Whether a GPU had too little memory; what cuDNN, cuBLAS and the driver say of it is no OutOfMemoryError."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_GPU_MEMORY)
 
 
 def describe(error: Exception) -> str | None:
@@ -78,7 +112,7 @@ def describe(error: Exception) -> str | None:
         return text
     if isinstance(error, OSError):
         return describe_os_error(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_gpu_memory(error):
         return f"out of GPU memory: {text.splitlines()[0]}"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "out of memory: lower --data.seconds_per_batch or --data.num_workers"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import math
@@ -14,11 +13,23 @@ from torch import Tensor, nn
 
 from distillation.batching import DataConfig
 from distillation.config import TrainerConfig
-from distillation.errors import UserError
+from distillation.errors import UserError, is_out_of_gpu_memory
 
 PROBE_SECONDS = 8.0
 USABLE = 0.9  # of the memory; the rest is lost to fragments and to steps that keep more units alive
 logger = logging.getLogger(__name__)
+
+
+def probe_lengths(waveforms: Tensor, data: DataConfig) -> Tensor | None:
+    """Samples [B] in the rows of a batch [B, N] that is to need as much memory as those of ``data``.
+
+    Where nothing is cropped a row is padded, as most batches then are: attention with a mask has other kernels.
+    """
+    if data.crop:
+        return None
+    lengths = torch.full((len(waveforms),), waveforms.shape[1], device=waveforms.device)
+    lengths[-1] -= waveforms.shape[1] // 8
+    return lengths
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
@@ -43,7 +54,9 @@ def fits(step: Callable[[], object]) -> bool:
     """Whether ``step`` runs within the GPU's memory, which is emptied of what it leaves in the cache."""
     try:
         step()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_gpu_memory(error):
+            raise
         found = False
     else:
         found = True
@@ -116,7 +129,7 @@ def same_update(data: DataConfig, trainer: TrainerConfig, world_size: int, secon
 
 
 def advice(
-    error: torch.OutOfMemoryError,
+    error: BaseException,
     module: nn.Module,
     loss: Callable[[Tensor], Tensor],
     data: DataConfig,
@@ -134,9 +147,12 @@ def advice(
         has_optimizer_state: whether an update has been made before.
     """
     traceback.clear_frames(error.__traceback__)
-    seconds = math.nan
-    with contextlib.suppress(torch.OutOfMemoryError):
+    try:
         seconds = seconds_that_fit(module, loss, data.sample_rate, has_optimizer_state)
+    except RuntimeError as again:
+        if not is_out_of_gpu_memory(again):
+            raise
+        seconds = math.nan
     longest = data.max_seconds
     if not seconds >= longest:
         found = "" if math.isnan(seconds) else f", about {seconds:.0f} s fit"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from distillation import memory
 from distillation.config import Recipe
-from distillation.errors import Stopped, UserError
+from distillation.errors import Stopped, UserError, is_out_of_gpu_memory
 from distillation.metrics import MetricsCSV
 from distillation.processes import Agreement, StopRequest, shared
 from wav2vec2.checkpoint import read_torch_file, write_torch_file
@@ -122,11 +122,12 @@ class Progress(pl.Callback):
         """Close the bar; where memory ran out, find out what would fit while the models are still on the GPU."""
         if self.bar is not None:
             self.bar.close()
-        if isinstance(exception, torch.OutOfMemoryError):
+        if is_out_of_gpu_memory(exception):
 
             def loss(waveforms: torch.Tensor) -> torch.Tensor:
                 with trainer.precision_plugin.train_step_context():
-                    return module.objectives(module.teacher, module.student, waveforms, None).total
+                    lengths = memory.probe_lengths(waveforms, self.recipe.data)
+                    return module.objectives(module.teacher, module.student, waveforms, lengths).total
 
             has_state = any(optimizer.state for optimizer in trainer.optimizers)
             message = memory.advice(exception, module, loss, self.recipe.data, self.config, has_state)

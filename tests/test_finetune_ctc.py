@@ -69,7 +69,9 @@ def run(model: Path, tones: tuple[Path, Path], exp_dir: Path, beam_size: int = 0
         "train_extractor": True, **changes,
     }  # fmt: skip
     config = FinetuneConfig(**settings)
-    return finetune_ctc.run(str(model), *tones, exp_dir, config, config.max_steps // 2, beam_size, "cpu", 0, 0)
+    return finetune_ctc.run(
+        str(model), *tones, exp_dir, config, config.max_steps // 2, beam_size, "cpu", "32-true", 0, 0
+    )
 
 
 def test_tones_are_learnt_and_travel_to_transformers(random_model, tones, tmp_path, monkeypatch, modules_cache):

@@ -11,16 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .hardconcrete import Alive, Gate, Gates, HardConcrete, scale, select
-from .kernels import attend, attention_weights, dropout, linear
+from .hardconcrete import Alive, Gate, Gates, HardConcrete, probability_none, scale, select
+from .kernels import attend, attention_weights, dropout, linear, traced
 
 HEAD_DROP_RATE = 0.01  # initial probability that a head is dropped (released DPHuBERT)
 LAYER_DROP_RATE = 0.01  # the same for a whole attention or feed-forward block
-
-
-def probability_any(alive: Tensor) -> Tensor:
-    """P(at least one unit exists) = 1 - prod(1 - p); 0 for a group without units."""
-    return 1 - (1 - alive).prod()
 
 
 @dataclass
@@ -162,7 +157,7 @@ class SelfAttention(nn.Module):
             total: Tensor | int = self.num_heads * per_head + shared
         else:
             heads = alive(source.hard_concrete_for_heads)
-            total = heads.sum() * per_head + probability_any(heads) * shared
+            total = heads.sum() * per_head + (1 - probability_none(heads)) * shared
         for block in {self, source}:
             if block.hard_concrete_for_layer is not None:
                 total = total * alive(block.hard_concrete_for_layer).sum()
@@ -175,7 +170,7 @@ class SelfAttention(nn.Module):
         """P(the block exists)."""
         result: Tensor | int = int(self.num_heads > 0)
         if self.hard_concrete_for_heads is not None:
-            result = probability_any(alive(self.hard_concrete_for_heads))
+            result = 1 - probability_none(alive(self.hard_concrete_for_heads))
         if self.hard_concrete_for_layer is not None:
             result = result * alive(self.hard_concrete_for_layer).sum()
         return result
@@ -212,11 +207,21 @@ class WavLMSelfAttention(SelfAttention):
             embed_dim, len(remaining_heads), embed_dim // total_num_heads, dropout, prune_heads, prune_layer
         )
         self.total_num_heads, self.remaining_heads = total_num_heads, list(remaining_heads)
+        self._heads_on: Tensor | None = None
         self.num_buckets, self.max_distance = num_buckets, max_distance
         self.rel_attn_embed = nn.Embedding(num_buckets, total_num_heads) if has_position_embedding else None
         if self.num_heads > 0:
             self.gru_rel_pos_linear = nn.Linear(self.head_dim, 8)
             self.gru_rel_pos_const = nn.Parameter(torch.ones(1, total_num_heads, 1, 1))
+
+    def _remaining_heads_on(self, device: torch.device) -> Tensor:
+        """Their numbers [H], copied once: a copy from the host in every pass would make it wait for a GPU."""
+        if traced():
+            return torch.tensor(self.remaining_heads, device=device)
+        if self._heads_on is None or self._heads_on.device != device:
+            with torch.inference_mode(False):  # training may use what a validation made
+                self._heads_on = torch.tensor(self.remaining_heads, device=device)
+        return self._heads_on
 
     def position_bias(self, num_frames: int) -> Tensor:
         """Bias [H, T, T] of every pair of frames, computed once per forward pass for all layers and rows.
@@ -247,7 +252,7 @@ class WavLMSelfAttention(SelfAttention):
             return valid
         live = None
         if self.num_heads < self.total_num_heads or (heads is not None and heads.index is not None):
-            live = torch.tensor(self.remaining_heads, device=x.device)
+            live = self._remaining_heads_on(x.device)
             live = live if heads is None or heads.index is None else live.index_select(0, heads.index)
         by_head = x.unflatten(-1, (self.total_num_heads, self.head_dim)).transpose(1, 2)  # [B, H, T, E]
         const: Tensor = self.gru_rel_pos_const

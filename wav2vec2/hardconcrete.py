@@ -86,9 +86,17 @@ def alive_probabilities(masks: Iterable[HardConcrete]) -> Alive:
     return by_mask.__getitem__
 
 
+def probability_none(alive: Tensor) -> Tensor:
+    """P(no unit of a group exists) = prod(1 - p); 1 for a group without units.
+
+    As a sum of logarithms, since a GPU waits for the host in the backward pass of ``prod``, which looks for zeros.
+    """
+    return (1 - alive).clamp(min=torch.finfo(alive.dtype).tiny).log().sum().exp()
+
+
 def expected_live(mask: HardConcrete, alive: Tensor) -> Tensor:
     """Expected number of live units, a unit that always survives included."""
-    return alive.sum() + (1 - alive).prod() if mask.min_live else alive.sum()
+    return alive.sum() + probability_none(alive) if mask.min_live else alive.sum()
 
 
 def sample(log_alpha: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """Operations whose fastest form depends on the machine; each computes what its name says, whichever form runs.
 
-All were chosen by measurements on a CPU with AVX-512 (``benchmarks/speed.py`` shows the sum of them); on a GPU they are
-torch's own. Shapes: B batch, T frames, C channels, K kernel size.
+Those for a CPU were chosen by measurements on one with AVX-512 (``benchmarks/speed.py`` shows the sum of them); on a
+GPU they are torch's own, without cuDNN's attention. Shapes: B batch, T frames, C channels, K kernel size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 MIN_MACS = 1e8  # a smaller product is over before oneDNN has prepared one of a new shape
 MAX_WRITTEN_OUT = 2048  # frames up to which bfloat16 attention without a fused kernel is faster on a CPU
 SHARE_BITS = 16  # of randomness per element that may be dropped
+HEAD_MULTIPLE = 8  # widths of heads that fused attention with a mask takes on a GPU
 
 
 @functools.cache
@@ -198,6 +201,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Te
     Fused, except on a CPU where that is slower: with dropout, and in bfloat16 over few frames.
     """
     slow = p > 0 or (q.dtype != torch.float32 and q.shape[2] <= MAX_WRITTEN_OUT)
+    if q.is_cuda and not traced():
+        with _without_cudnn_attention():
+            return fused_attention(q, k, v, mask, p)
     if q.device.type != "cpu" or not slow or traced():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     return dropout(attention_weights(q, k, mask).to(v.dtype), p) @ v
+
+
+@contextlib.contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    """cuDNN is torch's first choice on Hopper, and takes half a second to plan for a new shape.
+
+    Live heads, rows and frames change with every batch.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """:func:`attend` for a GPU, where no fused kernel takes a mask and heads whose width is no multiple of 8.
+
+    Zeros beside them change nothing; without a fused kernel all weights would be kept, in float32.
+    """
+    width = q.shape[-1]
+    if mask is None or width % HEAD_MULTIPLE == 0:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    q, k, v = (F.pad(x, (0, -width % HEAD_MULTIPLE)) for x in (q, k, v))
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=width**-0.5)
+    return x[..., :width]

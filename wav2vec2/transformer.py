@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import LAYER_DROP_RATE, AttentionMap, SelfAttention, WavLMSelfAttention, probability_any
+from .attention import LAYER_DROP_RATE, AttentionMap, SelfAttention, WavLMSelfAttention
 from .feature_extractor import FeatureProjection, valid_frames
-from .hardconcrete import Alive, Gates, HardConcrete, scale, select, touch
+from .hardconcrete import Alive, Gates, HardConcrete, probability_none, scale, select, touch
 from .kernels import Dropout, linear, wide_conv1d
 from .passes import HiddenStates, PassOptions, ScaleGradient
 
@@ -108,7 +108,7 @@ class FeedForward(nn.Module):
             total: Tensor | int = self.intermediate_dense.out_features * (2 * width + 1) + width
         else:
             units = alive(self.hard_concrete_for_intermediate)
-            total = units.sum() * (2 * width + 1) + probability_any(units) * width
+            total = units.sum() * (2 * width + 1) + (1 - probability_none(units)) * width
         if self.hard_concrete_for_layer is not None:
             total = total * alive(self.hard_concrete_for_layer).sum()
         return total

@@ -64,7 +64,7 @@ class TemporalRelation(Objective):
         student, teacher, valid = passes.student_output(), passes.teacher_output(), passes.valid()
         frames = passes.frame_lengths()
         num_pairs = (
-            torch.as_tensor(len(passes.waveforms) * passes.num_frames**2, device=passes.waveforms.device)
+            torch.full((), len(passes.waveforms) * passes.num_frames**2, device=passes.waveforms.device)
             if frames is None
             else frames.square().sum()
         )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from distillation.errors import PeerLost, Stopped, UserError, command
 from wav2vec2 import CheckpointError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -25,6 +30,8 @@ from wav2vec2 import CheckpointError
         (OSError(errno.ESTALE, "Stale file handle"), 2, "error: Stale file handle; is the network mount there?"),
         (OSError("no such model on the hub"), 2, "error: no such model on the hub"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "error: out of GPU memory: CUDA out of memory."),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), 2, "error: out of GPU"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), 2, "error: out of GPU"),
         (MemoryError(), 2, "error: out of memory: lower --data.seconds_per_batch"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 2,
@@ -53,3 +60,20 @@ def test_a_bug_keeps_its_traceback(error):
 
     with pytest.raises(type(error)):
         main()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [("UserError('bad.tsv: no')", 2, "error: bad.tsv: no"), ("KeyError('x')", 1, "KeyError: 'x'")],
+)
+def test_nobody_waits_in_nccl_for_a_process_that_failed(error, code, line):
+    """At exit the group would be taken down, which waits for the others, which wait for this process."""
+    program = (
+        "import atexit, time, torch.distributed as dist\n"
+        "from distillation.errors import UserError, command\n"
+        "dist.is_initialized, dist.get_backend = lambda: True, lambda: 'nccl'\n"
+        "atexit.register(time.sleep, 60)\n"
+        f"@command\ndef main():\n    raise {error}\nmain()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, cwd=ROOT)
+    assert result.returncode == code and result.stderr.splitlines()[-1] == line

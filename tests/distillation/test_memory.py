@@ -95,6 +95,21 @@ def test_search_finds_the_most_utterances(room, utterances):
     assert len(step.tried) <= 12
 
 
+def test_cudnn_out_of_memory_is_out_of_memory_and_a_bug_is_none():
+    def step(message: str) -> None:
+        raise RuntimeError(message)
+
+    assert not memory.fits(lambda: step("GET was unable to find an engine to execute this computation"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        memory.fits(lambda: step("shapes differ"))
+
+
+def test_probes_are_padded_where_batches_are():
+    waveforms = torch.randn(3, 800)
+    assert memory.probe_lengths(waveforms, DataConfig(crop=True)) is None
+    assert memory.probe_lengths(waveforms, DataConfig(crop=False)).tolist() == [800, 800, 700]
+
+
 def test_search_without_room_for_one():
     with pytest.raises(UserError, match=r"not even one utterance of 15\.625 s fits: lower --data\.max_frames"):
         memory.search(Limited(15), DataConfig(), 640.0, torch.device("cpu"))

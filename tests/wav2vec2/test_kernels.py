@@ -111,6 +111,21 @@ def test_attention_written_out_equals_the_fused_one(mask):
     torch.testing.assert_close(low.float(), written, atol=3e-2, rtol=3e-2)
 
 
+@pytest.mark.parametrize("mask", [None, "bool", "bias"])
+@pytest.mark.parametrize("width", [8, 9, 15])
+def test_attention_of_heads_that_no_fused_kernel_takes(mask, width, monkeypatch):
+    q, k, v = (torch.randn(2, 3, 20, width, requires_grad=True) for _ in range(3))
+    given = {None: None, "bool": torch.rand(2, 1, 1, 20) > 0.3, "bias": torch.randn(3, 20, 20)}[mask]
+    seen = []
+    usual = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *a, **b: seen.append(q.shape[-1]) or usual(q, *a, **b)
+    )
+    fused = kernels.fused_attention(q, k, v, given, 0.0)
+    assert seen == [width if mask is None else -(-width // 8) * 8]
+    assert_same(fused, kernels.attention_weights(q, k, given) @ v, [q, k, v])
+
+
 def test_attention_drops_weights_without_bias():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, 6, 4) for _ in range(3))

@@ -338,6 +338,16 @@ def test_the_model_in_memory_stays_as_it_was(tiny, flags, architecture):
     }
 
 
+def test_training_after_inference_mode(tiny):
+    """What a validation leaves behind in the layers must not be tensors that gradients refuse."""
+    model = prune(tiny("wavlm_base", ("head",)))[0]
+    assert any(0 < layer.attention.num_heads < 4 for layer in model.encoder.transformer.layers)
+    with torch.inference_mode():
+        model(torch.randn(1, 400))
+    model.train()(torch.randn(1, 400))[0].sum().backward()
+    copy.deepcopy(model)
+
+
 def test_pruning_draws_no_random_numbers_and_keeps_the_dtype(tiny, flags):
     model = tiny("wavlm_base", tuple(flags)).double()
     before = torch.get_rng_state()

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.peak_memory import SAMPLE_RATE, peak_memory
+from benchmarks.timing import in_turns
 from distillation.batching import MIN_INPUT_FRAMES
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
-from wav2vec2 import Wav2Vec2Model, load_model
+from wav2vec2 import load_model
 from wav2vec2.checkpoint import load_checkpoint, replacing
 from wav2vec2.macs import num_macs
 
@@ -81,41 +80,6 @@ def cost_of_file(name: str, path: Path) -> Cost:
     )
 
 
-def time_in_turns(
-    models: Sequence[Wav2Vec2Model], waveforms: Tensor, rounds: int, after_each: Callable[[], object] = lambda: None
-) -> list[float]:
-    """Median seconds of ``extract_features`` per model.
-
-    The models run one after the other in every round, and another one begins each time: whatever else the machine does
-    meets all of them alike.
-
-    Args:
-        models: on the device of ``waveforms``, in eval mode.
-        waveforms: [B, N].
-        rounds: timed runs per model, after one that is not timed.
-        after_each: called after every run.
-    """
-
-    def run(model: Wav2Vec2Model) -> float:
-        begin = time.perf_counter()
-        model.extract_features(waveforms)
-        if waveforms.is_cuda:
-            torch.cuda.synchronize(waveforms.device)
-        elapsed = time.perf_counter() - begin
-        after_each()
-        return elapsed
-
-    with torch.inference_mode():
-        for model in models:
-            run(model)
-        times: list[list[float]] = [[] for _ in models]
-        for i in range(rounds):
-            for j in range(len(models)):
-                turn = (i + j) % len(models)
-                times[turn].append(run(models[turn]))
-    return [statistics.median(t) for t in times]
-
-
 def measure(
     paths: Mapping[str, Path],
     *,
@@ -152,8 +116,10 @@ def measure(
             for i, (length, size) in enumerate(cases):
                 # The noise is the same for all; what it is does not change the time.
                 waveforms = torch.randn(size, round(length * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
-                times = time_in_turns(models, waveforms.to(device), rounds, bar.update)
-                for cost, elapsed, peak in zip(costs, times, peaks):
+                runs = dict(enumerate(partial(model.extract_features, waveforms.to(device)) for model in models))
+                with torch.inference_mode():
+                    times = in_turns(runs, rounds, "", bar)
+                for cost, elapsed, peak in zip(costs, times.values(), peaks):
                     factor = elapsed / (length * size)
                     cost.speed.append(Speed(device, length, size, factor, peak[i] if peak is not None else None))
     return costs

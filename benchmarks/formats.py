@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import io
 import json
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.minisuperb.corpus import CorpusSettings, make_corpus, read_marker
 from benchmarks.minisuperb.evaluate import CORPUS, Features, frame_counts, load_data, rates
+from benchmarks.timing import in_turns
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from exporting.graphs import export_graph
@@ -58,19 +58,14 @@ def onnx_extract(path: Path, threads: int) -> Extract:
     return extract
 
 
-def time_in_turns(extracts: dict[str, Extract], rounds: int) -> dict[str, float]:
+def real_time_factors(extracts: dict[str, Extract], rounds: int) -> dict[str, float]:
     """Median computing seconds per second of audio, one waveform of 10 s."""
     waveform = torch.randn(1, int(SECONDS * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([waveform.shape[1]])
-    times: dict[str, list[float]] = {name: [] for name in extracts}
     with torch.inference_mode():
-        for i in tqdm(range(rounds + 1), "timing", unit="round", leave=False):
-            for name, extract in extracts.items():
-                begin = time.perf_counter()
-                extract(waveform, lengths)
-                if i:  # the first round warms up
-                    times[name].append((time.perf_counter() - begin) / SECONDS)
-    return {name: statistics.median(some) for name, some in times.items()}
+        runs = {name: partial(extract, waveform, lengths) for name, extract in extracts.items()}
+        seconds = in_turns(runs, rounds, "timing")
+    return {name: some / SECONDS for name, some in seconds.items()}
 
 
 @torch.inference_mode()
@@ -158,7 +153,7 @@ def run(
         "compressed": student.extract_features,
         **{name: onnx_extract(path, threads) for name, path in files.items() if path.suffix == ".onnx"},
     }
-    factors = time_in_turns(extracts, rounds)
+    factors = real_time_factors(extracts, rounds)
     rows = []
     for name, extract in tqdm(extracts.items(), "probing", unit="model"):
         features = Features(extract)

@@ -28,7 +28,8 @@ import soundfile
 import torch
 import torchaudio
 
-from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, autocast, in_turns, matmul_peak, set_sparsity
+from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, autocast, matmul_peak, set_sparsity
+from benchmarks.timing import in_turns
 from distillation.commandline import make_parser, parse_arguments
 from distillation.config import RECIPES, parse_recipe
 from distillation.data import DataConfig, make_train_loader, read_tsv

@@ -34,7 +34,8 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
-from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, in_turns, kept_bytes, matmul_peak, set_sparsity
+from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, kept_bytes, matmul_peak, set_sparsity
+from benchmarks.timing import in_turns
 from distillation.commandline import make_parser, parse_arguments
 from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError, command
@@ -280,7 +281,7 @@ def form_rows(rounds: int) -> list[Row]:
 
         steps: dict[str, Step] = {name: lambda name=name: step([name]) for name in FORMS}
         steps |= {"any": lambda: step(list(FORMS)), "all": lambda: step([])}
-        found = in_turns(steps, rounds, f"forms {precision}", shuffled=True)
+        found = in_turns(steps, rounds, f"forms {precision}")
         title = "HuBERT Base, step 1, 4 x 5 s, 70% pruned, against one without"
         rows += [Row("forms", f"{title} {name}, {precision}", found["all"], found[name]) for name in [*FORMS, "any"]]
     return rows

@@ -1,19 +1,17 @@
-"""One training step of this toolkit and the same step plainly, and how their time and memory are measured."""
+"""One training step of this toolkit and the same step plainly, and what they keep in memory."""
 
 from __future__ import annotations
 
 import copy
-import random
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from benchmarks.timing import Stopwatch
 from distillation.config import RECIPES, parse_recipe
 from distillation.objectives import ObjectiveConfig, Objectives, Teacher
 from distillation.objectives.layer_to_layer import DistanceWeights, distances
@@ -33,21 +31,6 @@ Step = Callable[[], object]
 def autocast(dtype: torch.dtype | None, device: str = "cpu") -> Any:
     """Of a step: bfloat16, or float32 as it is."""
     return nullcontext() if dtype is None else torch.autocast(device, dtype)
-
-
-class Stopwatch:
-    """Seconds spent in the phases of a step; a phase inside another is not counted there."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time what runs inside."""
-        begin, inner = time.perf_counter(), sum(self.seconds.values())
-        yield
-        elapsed = time.perf_counter() - begin - (sum(self.seconds.values()) - inner)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
 
 
 class Ours:
@@ -178,27 +161,6 @@ def set_sparsity(model: Wav2Vec2Model, target: float) -> None:
                 high = middle
             else:
                 low = middle
-
-
-def in_turns(steps: dict[str, Step], rounds: int, title: str, shuffled: bool = False) -> dict[str, float]:
-    """Median seconds of each after one round that does not count.
-
-    With ``shuffled`` every round has another order: the next step feels in what state one leaves the memory, which
-    counts where small differences do.
-    """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    with tqdm(total=(rounds + 1) * len(steps), desc=title, unit="step", leave=False, dynamic_ncols=True) as bar:
-        for i in range(rounds + 1):
-            order = random.Random(i).sample(list(steps), len(steps)) if shuffled else list(steps)
-            for name, step in ((name, steps[name]) for name in order):
-                begin = time.perf_counter()
-                step()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                if i:
-                    times[name].append(time.perf_counter() - begin)
-                bar.update()
-    return {name: statistics.median(some) for name, some in times.items()}
 
 
 def matmul_peak(dtype: torch.dtype, size: int = 2048, device: str = "cpu") -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import signal
 import subprocess
@@ -54,6 +55,10 @@ def test_chain(step1, script, tiny_flags, teacher_path):
     # the largest unit of this teacher is a head: 4 * 24 * 6 + 3 * 6 weights
     assert abs(count - 0.7 * before) <= 4 * 24 * 6 + 3 * 6 + 24
     assert f"{count:,} parameters" in result.stdout
+    assert "the target is 0.3000: the ranking decides" in result.stderr  # 12 updates do not get there
+    near = script("prune.py", "--distilled_ckpt", step1 / "ckpts/last.ckpt", "--out", step1 / "near.pth",
+                  "--target_sparsity", re.search(r"step 1 ended at sparsity ([\d.]+)", result.stderr)[1])  # fmt: skip
+    assert "the ranking decides" not in near.stderr
 
     script("prune.py", "--distilled_ckpt", step1 / "ckpts/last.ckpt", "--out", step1 / "rule.pth", "--faithful")
     by_rule = sum(p.numel() for p in load_model(step1 / "rule.pth").parameters())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import cost
-from benchmarks.cost import SUPERB_SAMPLES, cost_of_file, format_costs, name_files, time_in_turns
+from benchmarks.cost import SUPERB_SAMPLES, cost_of_file, format_costs, name_files
 from benchmarks.peak_memory import peak_memory
 from tests.configs import HUBERT_BASE
 from wav2vec2 import prune, save_model, wav2vec2_model
@@ -48,27 +48,6 @@ def test_masks_are_no_parameters(tiny_config, tmp_path):
     masked = add_masks(model, encoder_prune_attention_heads=True, encoder_prune_feed_forward_intermediate=True)
     save_model(tmp_path / "m.pth", masked)
     assert cost_of_file("m", tmp_path / "m.pth").num_params == sum(p.numel() for p in model.parameters())
-
-
-class Fake:
-    """Notes its runs, and takes as long as it is told."""
-
-    def __init__(self, name: str, log: list[str], clock: list[float], seconds: list[float]) -> None:
-        self.name, self.log, self.clock, self.seconds = name, log, clock, seconds
-
-    def extract_features(self, waveforms):
-        self.log.append(self.name)
-        self.clock[0] += self.seconds[self.log.count(self.name) - 1]
-
-
-def test_models_run_in_turns_and_the_median_counts(monkeypatch):
-    log: list[str] = []
-    clock = [0.0]
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
-    a = Fake("a", log, clock, [100, 1, 2, 50])  # the first run is the warm-up
-    b = Fake("b", log, clock, [100, 4, 4, 4])
-    assert time_in_turns([a, b], torch.zeros(1, 400), rounds=3) == [2, 4]
-    assert "".join(log) == "ab" + "ab" + "ba" + "ab"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")

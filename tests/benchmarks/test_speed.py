@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torchaudio
 
 from benchmarks import gpu, speed, steps
 from benchmarks.speed import Row, schedule_total
-from benchmarks.steps import Ours, Stopwatch, kept_bytes, set_sparsity, states
+from benchmarks.steps import Ours, kept_bytes, set_sparsity, states
 from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError
 from distillation.sparsity import make_prunable
@@ -155,17 +154,7 @@ def test_each_form_can_be_switched_off(monkeypatch, form):
     assert kernels.traced is spy
 
 
-def test_phases_add_up():
-    watch = Stopwatch()
-    begin = time.perf_counter()
-    with watch("outer"):
-        time.sleep(0.02)
-        with watch("inner"):
-            time.sleep(0.05)
-        with watch("inner"):
-            time.sleep(0.05)
-    assert sum(watch.seconds.values()) == pytest.approx(time.perf_counter() - begin, abs=0.005)
-    assert watch.seconds["inner"] >= 0.1 and watch.seconds["outer"] >= 0.02
+def test_phases_of_a_step():
     step = ours([[0], [2, 4]], torch.randn(1, 4000))
     step.step()
     assert list(step.watch.seconds) == ["teacher", "student, forward", "student, backward", "update"]

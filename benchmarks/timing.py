@@ -1,0 +1,60 @@
+"""How long things take: side by side in turns, and phase by phase."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+Key = TypeVar("Key")
+
+
+class Stopwatch:
+    """Seconds spent in the phases of a step; a phase inside another is not counted there."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time what runs inside."""
+        begin, inner = time.perf_counter(), sum(self.seconds.values())
+        yield
+        elapsed = time.perf_counter() - begin - (sum(self.seconds.values()) - inner)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+
+
+def in_turns(
+    steps: Mapping[Key, Callable[[], object]], rounds: int, title: str, bar: tqdm | None = None
+) -> dict[Key, float]:
+    """Median seconds of each step after one round that does not count.
+
+    Whatever else the machine does meets all of them alike. Every round has another order: a step feels in what state
+    the one before leaves the memory.
+
+    Args:
+        steps: what to run.
+        rounds: timed runs of each.
+        title: of the progress bar.
+        bar: to advance by one for every run, instead of a bar of its own.
+    """
+    times: dict[Key, list[float]] = {key: [] for key in steps}
+    total = (rounds + 1) * len(steps)
+    own = tqdm(total=total, desc=title, unit="step", leave=False, dynamic_ncols=True, disable=bar is not None)
+    with own:
+        for i in range(rounds + 1):
+            for key in random.Random(i).sample(list(steps), len(steps)):
+                begin = time.perf_counter()
+                steps[key]()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if i:
+                    times[key].append(time.perf_counter() - begin)
+                (bar or own).update()
+    return {key: statistics.median(some) for key, some in times.items()}

@@ -162,7 +162,7 @@ def refusing(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise CheckpointError(f"{what}: {reason}") from error
 
 

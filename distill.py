@@ -11,10 +11,10 @@ import logging
 
 from distillation.architecture import format_architecture
 from distillation.build import build_run, load_teacher, starting_student, update_count
-from distillation.config import parse_recipe, save_resolved
+from distillation.config import parse_recipe
 from distillation.errors import command
 from distillation.runlock import run_lock
-from distillation.sparsity import make_prunable
+from distillation.sparsity import check_target, make_prunable
 from lightning import AudioDataModule, build_trainer, fit
 from wav2vec2 import prune, save_model
 
@@ -27,13 +27,12 @@ def main() -> None:
     recipe, resolved = parse_recipe(description=__doc__ or "")
     teacher = load_teacher(recipe)
     student = make_prunable(starting_student(recipe, teacher), recipe.pruning)
+    check_target(student, sum(p.numel() for p in teacher.parameters()), recipe.pruning)
     data = AudioDataModule(recipe.data, recipe.seed, recipe.trainer.batches_per_update)
     max_steps = update_count(recipe.optim, data)
     trainer = build_trainer(recipe, recipe.optim, max_steps)
     module = build_run(recipe, recipe.optim, max_steps, student, teacher, pruning=recipe.pruning, resolved=resolved)
     with run_lock(recipe.exp_dir, owner=trainer.is_global_zero):
-        if trainer.is_global_zero:
-            save_resolved(resolved, recipe.exp_dir)
         fit(module, data, trainer, recipe)
         if trainer.is_global_zero and not recipe.pruning.units:
             save_model(recipe.exp_dir / "final.pth", student, module.objectives.head_state())

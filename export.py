@@ -76,7 +76,8 @@ def _read_report(model: Path, report: Path | None) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{path}: no report of report.py") from None
-    if not isinstance(content, dict):
+    models = content.get("models", []) if isinstance(content, dict) else None
+    if not isinstance(models, list) or not all(isinstance(model, dict) and "name" in model for model in models):
         raise UserError(f"{path}: no report of report.py")
     return content
 

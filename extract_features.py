@@ -47,6 +47,7 @@ def run(
             raise UserError(f"{path} and {targets[target]} would both become {target}; extract them to two folders")
         targets[target] = path
     try:
+        torch.zeros(1, device=device).item()
         network = load_model(model, device=device)
     except RuntimeError as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None

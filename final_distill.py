@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 
 from distillation.build import build_run, load_teacher, update_count
-from distillation.config import parse_recipe, save_resolved
+from distillation.config import parse_recipe
 from distillation.errors import UserError, command
 from distillation.runlock import run_lock
 from lightning import AudioDataModule, build_trainer, fit
@@ -41,8 +41,6 @@ def main() -> None:
     if not module.objectives.load_head_state(student.heads, recipe.student_ckpt):
         logger.warning("%s holds no distillation heads: they start afresh", recipe.student_ckpt)
     with run_lock(recipe.exp_dir, owner=trainer.is_global_zero):
-        if trainer.is_global_zero:
-            save_resolved(resolved, recipe.exp_dir)
         fit(module, data, trainer, recipe)
         if trainer.is_global_zero:
             save_model(recipe.exp_dir / "final.pth", student.model, module.objectives.head_state())

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -33,9 +32,6 @@ from wav2vec2 import load_model, prune, save_model
 from wav2vec2.checkpoint import read_torch_file, replacing
 
 logger = logging.getLogger(__name__)
-# Lightning's own advice on the console; what a user must know is logged here or raised
-logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", module="pytorch_lightning")
 
 
 def run(
@@ -60,9 +56,8 @@ def run(
     decode_beam = beam_decoder(vocabulary, beam_size) if beam_size else None  # is the library there? Say so now
     if unknown := sorted({c for u in valid_set for c in u.text} - {" ", *vocabulary}):
         logger.warning("%s: characters %s do not occur in training and count as errors", valid, "".join(unknown))
-    module = CTCModule(network, vocabulary, config)
-    train_loader = _loader(train_set, vocabulary, config.seconds_per_batch, seed, workers)
-    valid_loader = _loader(valid_set, vocabulary, config.seconds_per_batch, None, workers)
+    module = CTCModule(network, vocabulary, config, seed)
+    valid_loader = _loader(valid_set, vocabulary, LengthBatches(valid_set, config.seconds_per_batch, None), workers)
     last, metrics = exp_dir / "ckpts" / "last.ckpt", MetricsCSV(exp_dir / "metrics.csv")
     with run_lock(exp_dir, owner=True):
         trainer = pl.Trainer(
@@ -70,6 +65,7 @@ def run(
             devices=1,
             precision=precision,
             max_steps=config.max_steps,
+            max_epochs=-1,
             val_check_interval=validate_every,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
@@ -82,8 +78,10 @@ def run(
             log_every_n_steps=min(50, validate_every),
         )
         resume = last.is_file()
-        if resume:
-            metrics.resume(module.check(read_torch_file(last), last))
+        step = module.check(read_torch_file(last), last) if resume else 0
+        metrics.resume(step)
+        batches = LengthBatches(train_set, config.seconds_per_batch, seed, step)
+        train_loader = _loader(train_set, vocabulary, batches, workers)
         trainer.fit(module, train_loader, valid_loader, ckpt_path=last if resume else None, weights_only=True)
         module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
         results = dict(zip(("wer", "cer"), error_rates(module, valid_loader, module.decode)))
@@ -95,10 +93,7 @@ def run(
     return results
 
 
-def _loader(
-    utterances: list[Utterance], vocabulary: list[str], seconds: float, seed: int | None, workers: int
-) -> DataLoader:
-    batches = LengthBatches(utterances, seconds, seed)
+def _loader(utterances: list[Utterance], vocabulary: list[str], batches: LengthBatches, workers: int) -> DataLoader:
     return DataLoader(
         SpeechDataset(utterances, vocabulary),
         sampler=batches,
@@ -130,6 +125,8 @@ def main() -> None:
     config = FinetuneConfig(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(FinetuneConfig)})
     if min(arguments["validate_every"] - 1, arguments["beam_size"], arguments["workers"]) < 0:
         raise UserError("--validate_every must be at least 1, --beam_size and --workers at least 0")
+    if not 0 <= arguments["seed"] < 2**32:
+        raise UserError(f"--seed {arguments['seed']}: it must lie in [0, 2^32)")
     if arguments["accelerator"] == "gpu" and not torch.cuda.is_available():
         raise UserError("--accelerator gpu: no GPU is visible")
     results = run(config=config, **arguments)

@@ -22,7 +22,7 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from distillation.config import Recipe, TrainerConfig
+from distillation.config import Recipe, TrainerConfig, save_resolved
 from distillation.data import Batch, DataConfig, make_train_loader, make_valid_loader, read_tsv
 from distillation.errors import UserError
 from distillation.guards import BatchGuard
@@ -392,6 +392,8 @@ def fit(module: DistillModule, data: AudioDataModule, trainer: pl.Trainer, recip
         step = found
         module.check(content, resume)
         logger.info("resuming from %s at update %d", resume, step)
+    if trainer.is_global_zero:  # now that the folder is known to be this run's
+        save_resolved(module.recipe, exp_dir)
     table.resume(step)
     if step == max_steps and not (validate_last and "valid/distill" not in table.row(max_steps)):
         logger.info("%s is complete", exp_dir)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from pathlib import Path
+
+import numpy as np
 
 from distillation.commandline import make_parser, parse_arguments
 from distillation.corpus import (
@@ -20,7 +23,7 @@ from distillation.corpus import (
     usable_headers,
 )
 from distillation.errors import UserError, command
-from distillation.manifest import write_lines, write_tsv
+from distillation.manifest import Manifest, write_lines, write_tsv
 
 logger = logging.getLogger("prepare_data")
 
@@ -74,6 +77,8 @@ def prepare(
     if check:
         manifests = [decodable(manifest, num_threads, problems) for manifest in manifests]
     report(problems, out, check, skip_broken)
+    if valid is not None:
+        manifests[0] = _without(manifests[0], manifests[1])
 
     held_out = manifests[1] if valid is not None else None
     if librispeech:
@@ -90,6 +95,15 @@ def prepare(
         write_tsv(out / name, manifest)
         hours = manifest.num_frames.sum() / sample_rate / 3600
         logger.info("%s: %d utterances, %.2f h", out / name, len(manifest), hours)
+
+
+def _without(manifest: Manifest, held_out: Manifest) -> Manifest:
+    """What is not validated on, whatever link a file is found through."""
+    validated = {os.path.realpath(held_out.file(i)) for i in range(len(held_out))}
+    keep = np.array([os.path.realpath(manifest.file(i)) not in validated for i in range(len(manifest))], dtype=bool)
+    if not keep.all():
+        logger.info("%d files of --data are in --valid as well: they are not trained on", (~keep).sum())
+    return subset(manifest, keep)
 
 
 def report(problems: list[Problem], out: Path, check: bool, skip_broken: bool) -> None:

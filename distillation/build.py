@@ -95,6 +95,11 @@ def build_run(
     if pruning is not None and pruning.units:
         before = sum(p.numel() for p in teacher.parameters())
         lagrangian = Lagrangian(before, pruning.target_sparsity, pruning.warmup_steps)
+        if pruning.warmup_steps >= max_steps:
+            logger.warning("pruning.warmup_steps is %d of %d updates: the target sparsity is never asked for",
+                           pruning.warmup_steps, max_steps)  # fmt: skip
+    if optim.resolved_warmup(max_steps) >= max_steps:
+        logger.warning("the learning rate warms up over %d of %d updates", optim.resolved_warmup(max_steps), max_steps)
     objectives = Objectives(recipe.objective, student, teacher, recipe.trainer.recompute)
     logger.info(
         "student: %s parameters, and %s in heads that only training uses",

@@ -143,6 +143,10 @@ class Recipe:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Machine and bookkeeping."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}: it must lie in [0, 2^63)")
+
 
 def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[Recipe, str]:
     """Recipe from a command line, and its resolved YAML.
@@ -170,8 +174,8 @@ def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[
         recipe = Recipe(**vars(parser.instantiate(namespace)))
     except ValueError as error:  # the checks of optional sections run here
         raise UserError(one_line(error)) from None
-    except TypeError as error:  # the parser lets null pass everywhere
-        raise UserError(f"a setting is null that needs a value ({error})") from None
+    except TypeError:  # the parser lets null pass everywhere
+        raise UserError("a section of the recipe is null or a single value: give its settings") from None
     _require_values(recipe)
     return recipe, resolved
 
@@ -190,7 +194,7 @@ def _expand_bases(argv: list[str]) -> tuple[list[str], list[str]]:
     """Put ``--config base`` before every ``--config recipe`` that names one; also return all recipes."""
     expanded: list[str] = []
     recipes: list[str] = []
-    words = iter(argv)
+    words = iter(sorted(argv, key=lambda word: word.startswith("--print_config")))  # what it prints comes before it
     for word in words:
         name, equals, value = word.partition("=")
         if name != "--config":
@@ -252,8 +256,14 @@ def _check_names(content: object, kind: object, path: str) -> None:
         path: what comes before the names in messages.
     """
     section = next((t for t in (kind, *get_args(kind)) if isinstance(t, type) and dataclasses.is_dataclass(t)), None)
-    if section is None or not isinstance(content, dict):
+    if section is None:
         return
+    if not isinstance(content, dict):
+        optional = type(None) in get_args(kind)
+        if isinstance(content, str) or (content is None and optional):  # the path of a file with the settings; none
+            return
+        hint = "; for no pruning set its units to []" if section is PruningConfig else ""
+        raise UserError(f"{path.removesuffix('.')} is {content!r}: a mapping of settings is needed{hint}")
     hints = get_type_hints(section)
     for name, value in content.items():
         if name not in hints:

@@ -108,6 +108,8 @@ def is_out_of_gpu_memory(error: BaseException) -> bool:
 def describe(error: Exception) -> str | None:
     """What to tell a user about an error that is no bug; None for a bug."""
     text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:  # what a process that reads audio raised
+        text = text.strip().splitlines()[-1].partition(": ")[2]
     if isinstance(error, UserError | CheckpointError | PeerLost):
         return text
     if isinstance(error, OSError):

@@ -55,8 +55,16 @@ class OptimConfig:
             raise UserError(f"warmup_ratio is {self.warmup_ratio}: it must lie in [0, 1]")
         if self.warmup_steps < 0:
             raise UserError(f"warmup_steps is {self.warmup_steps}: it must be at least 0")
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise UserError(f"lr is {self.lr}: it must be positive")
+        if not 0 < self.eps < math.inf:
+            raise UserError(f"eps is {self.eps}: it must be positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas is {list(self.betas)}: both must lie in [0, 1)")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"weight_decay is {self.weight_decay}: it must be at least 0")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise UserError(f"clip is {self.clip}: it must be positive, or null for no clipping")
 
     def resolved_warmup(self, max_steps: int) -> int:
         """Updates of warm-up in a run of ``max_steps`` updates."""

@@ -22,7 +22,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from distillation.errors import FAILED, INTERRUPTED, MISTAKE, PeerLost, Stopped
 
 # SIGTERM comes with a pre-emption; `sbatch --signal` announces the time limit with any of them
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 POLL_SECONDS = 0.5
 # for the other ranks to end by themselves when all of them have the same reason to
 GRACE_SECONDS = 5.0
@@ -31,23 +31,31 @@ READER_SECONDS = 600
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop; a context manager that listens while it is open."""
+    """Whether a signal has asked this process to stop; a context manager, within which :meth:`listen` takes effect.
+
+    Ctrl-C counts as such a signal; the second one ends the process as it is.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        return self
+
+    def listen(self) -> None:
+        """From now on signals are noted; before, e.g. while processes wait for each other, they end the process."""
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == "SIGINT":
+            raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
 
 

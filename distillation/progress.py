@@ -38,7 +38,7 @@ class Progress(pl.Callback):
 
     Attributes:
         expected_step: update at which training will start; set before.
-        stop: listens for signals; to be opened around training.
+        stop: listens for signals from the start of training on; to be opened around it.
     """
 
     def __init__(self, recipe: Recipe, last: Path, max_steps: int) -> None:
@@ -56,6 +56,7 @@ class Progress(pl.Callback):
         if self.step != self.expected_step:
             raise UserError(f"{self.last}: does not say where it stands in the data: move it away to start afresh")
         self.agree = Agreement(trainer.world_size)
+        self.stop.listen()
         _check_optimizer_state(trainer.optimizers[0], self.last)
         self.bar = tqdm(total=self.max_steps, initial=trainer.global_step, desc="train", unit="update",
                         dynamic_ncols=True, disable=not trainer.is_global_zero, mininterval=1.0)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +57,9 @@ class PruningConfig:
         for unit, rate in self.drop_rates.items():
             if not 0 < rate < 1:
                 raise UserError(f"pruning.drop_rates.{unit} is {rate}: it must lie between 0 and 1")
+        for name, rate in (("lr_masks", self.lr_masks), ("lr_lagrangian", self.lr_lagrangian)):
+            if not 0 < rate < math.inf:
+                raise UserError(f"pruning.{name} is {rate}: it must be positive")
         if self.warmup_steps < 0:
             raise UserError(f"pruning.warmup_steps is {self.warmup_steps}: it must be at least 0")
 
@@ -68,6 +72,25 @@ def make_prunable(model: Wav2Vec2Model, config: PruningConfig) -> Wav2Vec2Model:
             if name.endswith(UNITS[unit][1]):
                 mask.reset(rate)
     return masked
+
+
+def check_target(student: Wav2Vec2Model, num_params_before: int, config: PruningConfig) -> None:
+    """Look before training whether the units of the recipe can give its sparsity.
+
+    Args:
+        student: with masks.
+        num_params_before: parameters of the unpruned model.
+        config: what to prune.
+
+    Raises:
+        UserError: more parameters stay when all of these units are gone.
+    """
+    least = student.get_num_params(lambda mask: torch.zeros(len(mask), dtype=torch.float64)).item()
+    if config.units and (1 - config.target_sparsity) * num_params_before < least:
+        raise UserError(
+            f"pruning.target_sparsity is {config.target_sparsity}: without any {', '.join(config.units)} units "
+            f"{least:,.0f} of {num_params_before:,} parameters stay, a sparsity of {1 - least / num_params_before:.4f}"
+        )
 
 
 class Lagrangian(nn.Module):

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -153,6 +154,17 @@ def read_metric(
     return factor * (best(found) if best else found[-1])
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that an earlier start left."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged; move it away")
+    return content
+
+
 def standard(superb: Superb, task: Task, exp: Path) -> Results:
     """Train once, test the best checkpoint."""
     superb.train(task, exp)
@@ -231,9 +243,9 @@ def run(model: Path, data: Path, tasks: list[str], out: Path, checkout: Path, de
         if not owner.is_file():
             with replacing(owner) as temporary:
                 temporary.write_text(json.dumps(measured, indent=1) + "\n")
-        elif json.loads(owner.read_text()) != measured:
+        elif read_json(owner) != measured:
             raise UserError(f"{out}: holds the results of another model or of other features: use another --out")
-        results: Results = json.loads(results_path.read_text()) if results_path.is_file() else {}
+        results: Results = read_json(results_path) if results_path.is_file() else {}
         for name in tqdm(tasks or list(TASKS), "SUPERB", unit="task"):
             task = TASKS[name]
             if task.metrics.keys() <= results.keys():

@@ -48,8 +48,10 @@ def make_windows(model: Wav2Vec2Model, num_samples: int, seconds: float, context
         context: seconds on either side of the frames that are kept, except at the ends of the file.
 
     Raises:
-        UserError: no frame would be kept.
+        UserError: no frame would be kept, or these are no lengths.
     """
+    if not (0 < seconds < math.inf and 0 <= context < math.inf):
+        raise UserError(f"--window {seconds} --context {context}: both are numbers of seconds")
     num_frames = int(model.output_length(torch.tensor([num_samples])))
     if num_samples <= seconds * SAMPLE_RATE:
         return [Window(0, num_samples, 0, num_frames)]

@@ -22,6 +22,7 @@ from distillation.errors import UserError
 from distillation.optim import lr_factor
 from finetuning.decoding import Decoder, greedy_decoder
 from finetuning.transcripts import Batch
+from lightning import seed_micro_batch
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.checkpoint import fingerprint
 
@@ -78,10 +79,12 @@ class CTCModule(pl.LightningModule):
         model: what to fine-tune; its output layer, if any, is replaced.
         vocabulary: blank first.
         config: rates and lengths.
+        seed: of dropout, a function of it and the update: a resumed run repeats nothing.
     """
 
-    def __init__(self, model: Wav2Vec2Model, vocabulary: list[str], config: FinetuneConfig) -> None:
+    def __init__(self, model: Wav2Vec2Model, vocabulary: list[str], config: FinetuneConfig, seed: int = 0) -> None:
         super().__init__()
+        self.seed = seed
         self.start = {"model": fingerprint(model), "vocabulary": vocabulary}
         self.model, self.vocabulary, self.config = with_output_layer(model, vocabulary), vocabulary, config
         self.model.feature_extractor.requires_grad_(config.train_extractor)
@@ -101,6 +104,7 @@ class CTCModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean CTC loss per utterance, each divided by its characters."""
+        seed_micro_batch(self.seed, self.global_step)
         self.model.encoder.requires_grad_(self.global_step >= self.config.freeze_steps)  # AdamW skips what has none
         log_probs, frames = self.log_probs(batch)
         loss = F.ctc_loss(
@@ -180,6 +184,11 @@ class UpdateBar(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Close the bar."""
         self.bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Close it before anything is said about the error."""
+        if hasattr(self, "bar"):
+            self.bar.close()
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ Shapes: B batch, N samples at 16 kHz, S characters.
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,11 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from distillation.audio import AudioError, read_crop, read_header
+from distillation.batching import MIN_INPUT_FRAMES
 from distillation.errors import UserError
 from wav2vec2.embed import SAMPLE_RATE
+
+logger = logging.getLogger(__name__)
 
 BLANK, SPACE = "<pad>", "|"  # as transformers writes them
 
@@ -52,7 +57,12 @@ def read_transcripts(source: Path) -> list[Utterance]:
             raise UserError(str(error)) from None
         if header.sample_rate != SAMPLE_RATE or header.num_channels != 1:
             raise UserError(f"{path}: {header.sample_rate} Hz, {header.num_channels} channels; wanted 16000 Hz mono")
+        if header.num_frames < MIN_INPUT_FRAMES:
+            logger.warning("%s: left out, %d samples are too few for a frame", path, header.num_frames)
+            continue
         utterances.append(Utterance(path, header.num_frames, text))
+    if not utterances:
+        raise UserError(f"{source}: no utterance is long enough for a frame")
     return utterances
 
 
@@ -134,15 +144,17 @@ class LengthBatches(Sampler[list[int]]):
     Args:
         utterances: what to draw from.
         seconds: one utterance that is longer makes a batch alone.
-        seed: None for always the same batches, in order of length.
+        seed: endless, epoch after epoch; None for always the same batches, once, in order of length.
+        start: batches that have been used before.
     """
 
-    def __init__(self, utterances: Sequence[Utterance], seconds: float, seed: int | None) -> None:
+    def __init__(self, utterances: Sequence[Utterance], seconds: float, seed: int | None, start: int = 0) -> None:
         self.num_frames = torch.tensor([u.num_frames for u in utterances])
-        self.budget, self.seed, self.epoch = seconds * SAMPLE_RATE, seed, 0
+        self.budget, self.seed, self.start = seconds * SAMPLE_RATE, seed, start
 
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed((self.seed or 0) * 1_000_003 + self.epoch)
+    def epoch(self, number: int) -> list[list[int]]:
+        """The batches of epoch 0, 1, ..."""
+        generator = torch.Generator().manual_seed((self.seed or 0) * 1_000_003 + number)
         # lengths a tenth apart count as equal, so that the neighbours of an utterance change from epoch to epoch
         jitter = 1 + 0.1 * torch.rand(len(self.num_frames), generator=generator) if self.seed is not None else 1.0
         batches: list[list[int]] = []
@@ -155,5 +167,14 @@ class LengthBatches(Sampler[list[int]]):
                 batches.append([position])
                 longest = int(self.num_frames[position])
         order = torch.randperm(len(batches), generator=generator) if self.seed is not None else range(len(batches))
-        self.epoch += 1
-        return iter([batches[int(i)] for i in order])
+        return [batches[int(i)] for i in order]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.epoch(0)) if self.seed is None else self._endless()
+
+    def _endless(self) -> Iterator[list[int]]:
+        used = self.start
+        for number in itertools.count():
+            batches = self.epoch(number)
+            yield from batches[used:]
+            used = max(0, used - len(batches))

@@ -90,7 +90,7 @@ two_steps() {
 
 # prepare_recipe DATA_DIR RECIPE.yaml FLAGS...: utterance lists and the converted teacher, what is missing of them.
 prepare_recipe() {
-    local audio=$1 lists train teacher
+    local audio=$1 lists train teacher root
     shift
     lists=$(setting data.tsv_dir "$@")
     train=$lists/$(setting data.train "$@")
@@ -98,6 +98,10 @@ prepare_recipe() {
         python prepare_data.py --data "$audio" --out "$lists"
         [ -f "$train" ] || die "$audio gives no $train; for audio other than LibriSpeech add --data.train train.tsv"
     fi
+    root=$(head -n 1 "$train")
+    case $root in "$(realpath -- "$audio")" | "$(realpath -m -- "$audio/LibriSpeech")") ;; *)
+        die "$train lists audio of $root, not of $audio: remove $lists, or name another folder with --data.tsv_dir" ;;
+    esac
     teacher=$(setting teacher_ckpt "$@")
     [ -f "$teacher" ] || python convert_hubert_from_hf.py --model "$(setting teacher_id "$@")" --out "$teacher"
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -129,6 +130,29 @@ def test_a_stopped_run_resumes(random_model, tones, tmp_path):
         run(tmp_path / "other.pth", tones, tmp_path, max_steps=16, freeze_steps=2)
 
 
+def test_a_killed_run_ends_as_an_uninterrupted_one(random_model, tones, tmp_path, monkeypatch):
+    settings = {"max_steps": 8, "freeze_steps": 2, "seconds_per_batch": 12.0}  # validates and saves after 4
+    model = load_model(random_model)
+    dropping = wav2vec2_model(**{**model.config, "encoder_dropout": 0.3})
+    dropping.load_state_dict(model.state_dict())
+    save_model(tmp_path / "dropping.pth", dropping)
+    run(tmp_path / "dropping.pth", tones, tmp_path / "whole", **settings)
+    step = CTCModule.training_step
+
+    def killed(self, batch, batch_idx):
+        if self.global_step == 6:
+            raise KeyError("killed")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(CTCModule, "training_step", killed)
+        run(tmp_path / "dropping.pth", tones, tmp_path / "cut", **settings)
+    run(tmp_path / "dropping.pth", tones, tmp_path / "cut", **settings)
+    whole, cut = (load_model(tmp_path / name / "final.pth").state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert (tmp_path / "whole" / "metrics.csv").read_text() == (tmp_path / "cut" / "metrics.csv").read_text()
+
+
 def test_greedy_decoding_by_hand():
     ids = [2, 2, 0, 2, 1, 1, 0, 3, 3, 0, 5, 1, 4]
     log_probs = torch.nn.functional.one_hot(torch.tensor([ids]), 6).float().log()
@@ -158,17 +182,20 @@ def test_transcripts_of_both_kinds(tones, tmp_path):
 def test_batches_lose_nothing_hold_the_budget_and_change():
     utterances = [Utterance(Path("x"), n, "A") for n in torch.randint(8_000, 240_000, (97,)).tolist()]
     batches = LengthBatches(utterances, 40.0, 0)
-    first, second = list(batches), list(batches)
+    first, second = batches.epoch(0), batches.epoch(1)
     for epoch in (first, second):
         assert sorted(i for batch in epoch for i in batch) == list(range(97))
         assert all(len(b) * max(utterances[i].num_frames for i in b) <= 40 * 16_000 for b in epoch)
         assert len(epoch) < 40
     assert sorted(map(sorted, first)) != sorted(map(sorted, second))
-    assert list(LengthBatches(utterances, 40.0, 0)) == first
+    both = [*first, *second]
+    for start in (0, 3, len(first), len(first) + 2):  # a resumed run goes on where the other was
+        stream = iter(LengthBatches(utterances, 40.0, 0, start))
+        assert list(itertools.islice(stream, len(both) - start)) == both[start:]
     fixed = LengthBatches(utterances, 40.0, None)
     assert list(fixed) == list(fixed)
     alone = LengthBatches([Utterance(Path("x"), 10**6, "A")] * 2, 10.0, 0)
-    assert [len(batch) for batch in alone] == [1, 1]
+    assert [len(batch) for batch in alone.epoch(0)] == [1, 1]
 
 
 def test_mistakes(random_model, tones, noise, tmp_path):
@@ -185,6 +212,8 @@ def test_mistakes(random_model, tones, noise, tmp_path):
     assert "8000 Hz, 1 channels; wanted 16000 Hz mono" in refusal("fast.wav\tA\n")
     assert "no.wav" in refusal("no.wav\tA\n")
     assert "no transcribed utterance" in refusal("\n")
+    noise(tmp_path / "short.wav", 0.01, 0)
+    assert "no utterance is long enough" in refusal("short.wav\tA\n")
     with pytest.raises(UserError, match="neither a folder nor a readable text file"):
         read_transcripts(tmp_path / "nothing.tsv")
     with pytest.raises(UserError, match="--freeze_steps 5: it must be at least 0 and less than --max_steps 5"):

@@ -125,6 +125,17 @@ def test_own_validation_folder_and_other_formats(run, tmp_path):
     assert (valid.root, valid.paths) == (tmp_path / "valid", ["c.wav"])
 
 
+def test_validation_audio_is_never_trained_on(run, caplog, tmp_path):
+    write(tmp_path / "data" / "a.flac")
+    write(tmp_path / "data" / "valid" / "b.flac")
+    (tmp_path / "data" / "link.flac").symlink_to(tmp_path / "data" / "valid" / "b.flac")
+    run("--data", tmp_path / "data", "--valid", tmp_path / "data" / "valid", "--out", tmp_path / "out")
+    train, valid = (read_tsv(tmp_path / "out" / f"{name}.tsv") for name in ("train", "valid"))
+    assert (train.paths, valid.paths) == (["a.flac"], ["b.flac"]) and "2 files of --data are in --valid" in caplog.text
+    args = ("--data", tmp_path / "data", "--valid", tmp_path / "data", "--out", tmp_path / "same")
+    assert "train.tsv would be empty" in run(*args, code=2)
+
+
 @pytest.mark.parametrize(("rate", "channels"), [(22050, 1), (16000, 2)])
 def test_other_rates_and_stereo_are_refused(run, tmp_path, rate, channels):
     write(tmp_path / "data" / "a.flac")
@@ -200,8 +211,9 @@ def test_command_line_mistakes(run, tmp_path):
     assert "use --valid" in run(*data, *out, code=2)
     assert files(tmp_path / "out") == []
     path = tmp_path / "data" / "a.flac"
+    write(tmp_path / "other" / "b.flac")
     assert f"{path}: File exists; this is a file where a folder" in run(
-        *data, "--valid", path.parent, "--out", path, code=2
+        *data, "--valid", tmp_path / "other", "--out", path, code=2
     )
 
 

@@ -140,8 +140,12 @@ def test_checkpoint_of_another_network_is_refused(step1, script_error, tiny_flag
     exp = tmp_path / "run"
     shutil.copytree(step1, exp)
     message = script_error("distill.py", *tiny_flags, "--exp_dir", exp, "--pruning.units", "[head]",
-                           "--optim.max_steps", 20)  # fmt: skip
+                           "--pruning.target_sparsity", 0.1, "--optim.max_steps", 20)  # fmt: skip
     assert "another network" in message and "last.ckpt" in message
+    assert (exp / "config.yaml").read_text() == (step1 / "config.yaml").read_text()
+    message = script_error("final_distill.py", *tiny_flags, "--exp_dir", exp, "--student_ckpt", step1 / "pruned.pth")
+    assert "another network" in message  # --exp_dir of step 1 by mistake
+    assert (exp / "config.yaml").read_text() == (step1 / "config.yaml").read_text()
 
 
 def test_no_step_2(step1, script, tiny_flags, tmp_path):
@@ -163,6 +167,12 @@ def test_no_step_2(step1, script, tiny_flags, tmp_path):
         (["--pruning.target_sparsity", 1.0], "target_sparsity is 1.0"),
         (["--pruning.target_sparsity", -0.1], "target_sparsity is -0.1"),
         (["--pruning.nothing", 1], "--pruning.nothing"),
+        (["--pruning.units", "[head]", "--pruning.target_sparsity", 0.75], "without any head units"),
+        (["--optim.clip", 0], "clip is 0.0: it must be positive, or null for no clipping"),
+        (
+            ["--objective.layer_to_layer.l1", 0, "--objective.layer_to_layer.cos", 0],
+            "every weight of the",
+        ),
         (["--trainer.accelerator", "gpu"], "asks for a GPU"),
         (["--trainer.devices", 3], "do not spread evenly over 3 processes"),
         (["--data.train", "none.tsv"], "none.tsv"),

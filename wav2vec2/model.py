@@ -18,6 +18,7 @@ from .config import check_config
 from .embed import embed, frame_times
 from .feature_extractor import ConvLayerBlock, FeatureExtractor, FeatureProjection, valid_frames
 from .hardconcrete import Alive, Gates, HardConcrete, alive_probabilities, draw_gates
+from .kernels import traced
 from .passes import HiddenStates, PassOptions
 from .transformer import (
     ConvolutionalPositionalEmbedding,
@@ -172,7 +173,7 @@ class Wav2Vec2Model(nn.Module):
             The states, and the valid frames [B] of the features, or None.
 
         Raises:
-            ValueError: waveforms of another shape, or masked frames without a mask embedding.
+            ValueError: waveforms or lengths of another shape, or masked frames without a mask embedding.
         """
         options = options or PassOptions()
         if options.masked is not None and options.mask_embedding is None:
@@ -181,6 +182,11 @@ class Wav2Vec2Model(nn.Module):
             options = dataclasses.replace(options, mask_embedding=self.mask_embedding)
         if waveforms.dim() != 2:
             raise ValueError(f"waveforms must be [batch, samples], got shape {tuple(waveforms.shape)}")
+        if lengths is not None and not traced():
+            if lengths.shape != waveforms.shape[:1]:
+                raise ValueError(f"lengths must be [{len(waveforms)}], got shape {tuple(lengths.shape)}")
+            if lengths.device.type == "cpu" and (lengths > waveforms.shape[1]).any():  # elsewhere it would wait
+                raise ValueError(f"lengths {lengths.tolist()} exceed the {waveforms.shape[1]} samples of the waveforms")
         if gates is None:
             gates = self.draw_gates()
         if self.normalize_waveform:

@@ -14,6 +14,7 @@ from distillation.objectives.layer_to_layer import LayerToLayer, PredictionLayer
 from distillation.objectives.masking import Masking
 from distillation.objectives.temporal_relation import TemporalRelation
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.hardconcrete import touch
 from wav2vec2.passes import PassOptions
 
 __all__ = ["OBJECTIVES", "ObjectiveConfig", "Objectives", "Passes", "Teacher"]
@@ -83,6 +84,11 @@ class Objectives(nn.Module):
         if not self.parts:
             raise UserError(f"the recipe sets no objective: set one of {', '.join(OBJECTIVES)}")
         parts = self._all()
+        if not any(weight for part in parts for weight in part.weights.values()):
+            raise UserError("every weight of the objective is 0: nothing would be trained")
+        self.only_logged = any(
+            not (any if part.terms_look_alike else all)(part.weights.values()) for part in parts
+        )  # some layer or head may be looked at by terms of weight 0 alone
         self.student_layers = max(part.student_layers for part in parts)
         keep_maps = any(part.keeps_maps for part in parts)
         self.teacher_options = PassOptions(max(part.teacher_layers for part in parts), keep_maps=keep_maps)
@@ -113,6 +119,8 @@ class Objectives(nn.Module):
                 if weight != 0:
                     total = total + weight * value
                 terms[term if len(self.parts) == 1 else f"{name}/{term}"] = value.detach()
+        if self.only_logged:  # DDP waits for a gradient of these too
+            total = touch(total, student, self)
         return Loss(total, terms)
 
     def head_state(self) -> dict[str, Tensor]:

@@ -161,6 +161,7 @@ class Objective(nn.Module):
     heads: nn.ModuleList
     uses_upsampler = True  # takes time-reduced states through the student's upsampler
     keeps_maps = False  # looks at attention maps
+    terms_look_alike = False  # every term depends on all that the others depend on
 
     def forward(self, passes: Passes) -> dict[str, Tensor]:
         """Terms by name, each a float32 scalar."""

@@ -71,6 +71,8 @@ def distances(
 class LayerToLayer(Objective):
     """Each matched student layer is mapped linearly to the teacher's width and compared with the teacher's layer."""
 
+    terms_look_alike = True
+
     @dataclass
     class Config(DistanceWeights):
         """Settings."""
@@ -105,6 +107,8 @@ class PredictionLayer(Objective):
     DPHuBERT's ablation has linear + GELU (Table 2, "predlayer"), DistilHuBERT linear heads
     (https://arxiv.org/abs/2110.01900, section 2.2; its loss is ``cos_type: log_sig``).
     """
+
+    terms_look_alike = True
 
     @dataclass
     class Config(DistanceWeights):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distillation.config import parse_recipe, recipe_chain
+from distillation.config import RECIPES, parse_recipe, recipe_chain
 from distillation.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -81,6 +81,11 @@ def test_chain(tmp_path):
         ("base: [1]", "base is"),
         ("pruning: {units: [neuron]}", "unknown unit 'neuron', choose from conv"),
         ("objective: {layer_to_layer: {layer: [1]}}", "layer_to_layer.layer: no such setting; there are .*layers"),
+        ("pruning: null", "recipe.yaml: pruning is None: a mapping of settings is needed; for no pruning"),
+        ("optim: 3", "recipe.yaml: optim is 3: a mapping of settings is needed"),
+        ("seed: -1", "seed is -1"),
+        ("seed: 99999999999999999999999", "seed is 9"),
+        ("optim: {lr: .nan}", "lr is nan: it must be positive"),
         ("objective: {hnt: {}}", "objective.hnt: no such setting; there are layer_to_layer.*hint"),
         ("seed: !!python/object/apply:os.system ['false']", "not valid YAML"),
     ],
@@ -90,6 +95,22 @@ def test_bad_recipes(text, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         parse("--config", tmp_path / "recipe.yaml")
     assert "\n" not in str(error.value)
+
+
+def test_printed_settings_are_those_of_the_recipe(capsys):
+    for order in (
+        ["--print_config", "--config", RECIPES / "demo.yaml"],
+        ["--config", RECIPES / "demo.yaml", "--print_config"],
+    ):
+        with pytest.raises(SystemExit):
+            parse(*order)
+        assert "exp_dir: demo_out/run" in capsys.readouterr().out
+
+
+def test_help_of_a_section(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--objective.layer_to_layer.help")
+    assert stop.value.code == 0 and "--objective.layer_to_layer.cos_type" in capsys.readouterr().out
 
 
 def test_bad_files(tmp_path):

@@ -73,6 +73,34 @@ def test_any_objective_trains_any_student(make_student, teacher, batch, name, ki
         )
 
 
+LOGGED = {
+    "hint last": ObjectiveConfig(hint=Hint.Config(last=0.0)),
+    "hint": ObjectiveConfig(hint=Hint.Config(hint=0.0)),
+    "masking": ObjectiveConfig(masking=Masking.Config(span=2, probability=0.5, last=0.0)),
+    "relation": ObjectiveConfig(temporal_relation=TemporalRelation.Config(layer=0.0, intra=0.0, attention=1.0)),
+    "one of two": ObjectiveConfig(
+        layer_to_layer=LayerToLayer.Config(layers=[[1]]),
+        prediction_layer=PredictionLayer.Config(layers=[2, 4], l1=0.0, cos=0.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_terms_that_are_only_logged_leave_no_parameter_out(make_student, teacher, batch, name):
+    student = make_student().train().requires_grad_(True)
+    student.feature_extractor.dummy_weight.requires_grad_(False)
+    objectives = Objectives(LOGGED[name], student, teacher).double().train()
+    objectives(Teacher(teacher), student, *batch).total.backward()
+    for module in (student, objectives):
+        assert not [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_a_loss_without_weights_is_refused(make_student, teacher):
+    settings = ObjectiveConfig(layer_to_layer=LayerToLayer.Config(l1=0.0, cos=0.0, layers=[[1]]))
+    with pytest.raises(UserError, match="every weight of the objective is 0"):
+        Objectives(settings, make_student(), teacher)
+
+
 def test_objectives_add_up_and_share_passes(make_student, teacher, batch):
     student = make_student()
     both = Objectives(config_of("hint", "temporal_relation"), student, teacher).double().eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -78,7 +80,24 @@ def test_maximize_is_gradient_ascent():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"max_steps": 0}, {"lr": 0.0}, {"warmup_ratio": 1.5}, {"warmup_steps": -1}, {"max_epochs": 0}]
+    "settings",
+    [
+        {"max_steps": 0},
+        {"lr": 0.0},
+        {"warmup_ratio": 1.5},
+        {"warmup_steps": -1},
+        {"max_epochs": 0},
+        {"lr": math.nan},
+        {"lr": math.inf},
+        {"clip": 0.0},
+        {"clip": -1.0},
+        {"clip": math.nan},
+        {"betas": (0.9, 1.0)},
+        {"betas": (-0.1, 0.9)},
+        {"eps": 0.0},
+        {"weight_decay": -1.0},
+        {"weight_decay": math.nan},
+    ],
 )
 def test_bad_settings(settings):
     with pytest.raises(UserError):

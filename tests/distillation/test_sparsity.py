@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from distillation.errors import UserError
-from distillation.sparsity import UNITS, Lagrangian, PruningConfig, make_prunable
+from distillation.sparsity import UNITS, Lagrangian, PruningConfig, check_target, make_prunable
 from tests.configs import HUBERT_BASE
-from wav2vec2 import wav2vec2_model
+from wav2vec2 import prune, wav2vec2_model
 from wav2vec2.hardconcrete import alive_probability
 
 
@@ -83,8 +83,25 @@ def test_masks_keep_the_weights(tiny_config):
 @pytest.mark.parametrize(
     "settings",
     [{"units": ["neuron"]}, {"units": ["head", "head"]}, {"target_sparsity": 1.0}, {"target_sparsity": -0.1},
-     {"drop_rates": {"head": 0.0}}, {"drop_rates": {"layer": 0.1}}, {"warmup_steps": -1}],
+     {"drop_rates": {"head": 0.0}}, {"drop_rates": {"layer": 0.1}}, {"warmup_steps": -1},
+     {"lr_masks": -1.0}, {"lr_masks": math.nan}, {"lr_lagrangian": 0.0}, {"lr_lagrangian": math.inf}],
 )  # fmt: skip
 def test_bad_settings(settings):
     with pytest.raises(UserError):
         PruningConfig(**settings)
+
+
+def test_a_target_that_the_units_cannot_give(tiny_config):
+    config = PruningConfig(units=["head"], target_sparsity=0.75)
+    model = wav2vec2_model(**tiny_config)
+    before = sum(p.numel() for p in model.parameters())
+    student = make_prunable(model, config)
+    with pytest.raises(UserError, match=r"is 0\.75: without any head units [\d,]+ of [\d,]+ parameters stay"):
+        check_target(student, before, config)
+    for mask in student.masks().values():
+        torch.nn.init.constant_(mask.log_alpha, -30.0)
+    gone = 1 - sum(p.numel() for p in prune(student)[0].parameters()) / before
+    check_target(student, before, PruningConfig(units=["head"], target_sparsity=gone - 1e-9))
+    with pytest.raises(UserError):
+        check_target(student, before, PruningConfig(units=["head"], target_sparsity=gone + 1e-6))
+    check_target(model, before, PruningConfig(units=[]))  # nothing is to be pruned

@@ -122,3 +122,16 @@ def test_usage_and_errors(tmp_path):
     assert "LIBRISPEECH_DIR [RECIPE]" in run_recipe("run_dpwavlm.sh", code=2)
     assert "no such folder" in run_recipe("run_dphubert.sh", tmp_path / "none", code=2)
     assert "there are" in run_recipe("run_dphubert.sh", tmp_path, "dphubert_huge", code=2)
+
+
+def test_lists_of_other_audio_are_not_trained_on(tmp_path):
+    other = tmp_path / "other"
+    for folder in (other, tmp_path / "lists", tmp_path / "audio" / "LibriSpeech"):
+        folder.mkdir(parents=True)
+    flags = ("--data.tsv_dir", tmp_path / "lists", "--teacher_ckpt", tmp_path / "none.pth", "--teacher_id", tmp_path)
+    for root, refused in ((other, True), (tmp_path / "audio", False), (tmp_path / "audio" / "LibriSpeech", False)):
+        for name in ("train960.tsv", "valid.tsv"):
+            (tmp_path / "lists" / name).write_text(f"{root}\n")
+        printed = run_recipe("run_dphubert.sh", tmp_path / "audio", *flags, code=2)
+        message = f"train960.tsv lists audio of {other}, not of {tmp_path / 'audio'}: remove"
+        assert (message in printed) == refused and printed.count("error: ") == 1

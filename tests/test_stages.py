@@ -136,6 +136,20 @@ def test_killed_run_resumes_exactly(step1, tiny_flags, tmp_path, script):
     assert_same_run(step1, exp)
 
 
+def test_a_stop_while_other_machines_are_awaited(tiny_flags, tmp_path):
+    """Nothing is there to be saved yet, and nobody would ever look at a note that a signal came."""
+    command = [sys.executable, "distill.py", *tiny_flags, "--exp_dir", tmp_path / "run", "--trainer.num_nodes", 2]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stderr=file)
+    while "micro-batches each per update" not in log.read_text() and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == -signal.SIGTERM
+
+
 def test_checkpoint_of_another_network_is_refused(step1, script_error, tiny_flags, tmp_path):
     exp = tmp_path / "run"
     shutil.copytree(step1, exp)

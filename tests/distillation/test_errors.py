@@ -37,6 +37,8 @@ ROOT = Path(__file__).parents[2]
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 2,
          "error: DataLoader worker (pid 7) is killed by signal: Killed: out of memory, or of shared memory?"),
         (RuntimeError("DataLoader timed out after 900 seconds"), 2, "error: DataLoader timed out after 900 seconds"),
+        (UserError("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                   "  File x\ndistillation.errors.UserError: a.flac: truncated\n"), 2, "error: a.flac: truncated"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )  # fmt: skip

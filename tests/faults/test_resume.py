@@ -44,7 +44,8 @@ def test_step_1_killed_everywhere(server, reference, tiny_flags, tmp_path):
         (["kill", "write", 0], 3),
         (["SIGTERM", "update", 4], 5),
         (["SIGUSR1", "update", 7], 8),  # a validation follows this update, and is not lost
-        (["kill", "valid", 12], 9),
+        (["SIGINT", "update", 9], 10),  # Ctrl-C
+        (["kill", "valid", 12], 10),
     ):
         finished = server.run(*args, fault=fault, code=75 if fault[0] != "kill" else -signal.SIGKILL)
         assert last.is_file() == (saved is not None)

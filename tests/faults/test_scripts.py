@@ -16,7 +16,7 @@ from tests.faults.test_processes import wait_for
 ROOT = Path(__file__).parents[2]
 
 
-def test_slurm_job_is_requeued(tiny_flags, tmp_path):
+def test_slurm_job_is_requeued(tiny_flags, corpus, tmp_path):
     """The batch script with a stand-in for the shell recipe's data and a stand-in for scontrol."""
     exp, log, bin_dir = tmp_path / "run", tmp_path / "log", tmp_path / "bin"
     bin_dir.mkdir()
@@ -24,7 +24,7 @@ def test_slurm_job_is_requeued(tiny_flags, tmp_path):
     (bin_dir / "scontrol").chmod(0o755)
     flags = [str(flag) for flag in tiny_flags]
     config, teacher = Path(flags[1]), Path(flags[3])
-    command = ["bash", "scripts/slurm_dphubert.sh", tmp_path, config.stem, *flags[2:],
+    command = ["bash", "scripts/slurm_dphubert.sh", corpus, config.stem, *flags[2:],
                "--exp_dir", exp, "--optim.max_steps", 2000]  # fmt: skip
     environment = {
         **os.environ,

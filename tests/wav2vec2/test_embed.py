@@ -87,3 +87,15 @@ def test_the_frame_of_a_click_is_the_nearest_in_time(tiny):
     times = model.frame_times(len(changed))
     seen = changed > 0
     assert seen.any() and (times[seen] - 455 / 16000).abs().max() <= 15 / 16000
+
+
+@pytest.mark.parametrize("architecture", ["hubert_base", "wavlm_large"])
+def test_lengths_that_cannot_be(tiny, architecture):
+    model = tiny(architecture)
+    waveforms = torch.randn(2, 500)
+    for lengths, message in (
+        ([900, 500], r"lengths \[900, 500\] exceed the 500 samples"),
+        ([500], r"lengths must be \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.extract_features(waveforms, torch.tensor(lengths))

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 
-from distillation.architecture import format_architecture
 from distillation.build import build_run, load_teacher, starting_student, update_count
 from distillation.config import parse_recipe
 from distillation.errors import command
-from distillation.runlock import run_lock
 from distillation.sparsity import check_target, make_prunable
+from distillation.training.lock import run_lock
 from lightning import AudioDataModule, build_trainer, fit
 from wav2vec2 import prune, save_model
+from wav2vec2.architecture import format_architecture
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import logging
 from distillation.build import build_run, load_teacher, update_count
 from distillation.config import parse_recipe
 from distillation.errors import UserError, command
-from distillation.runlock import run_lock
+from distillation.training.lock import run_lock
 from lightning import AudioDataModule, build_trainer, fit
 from wav2vec2 import save_model
 from wav2vec2.checkpoint import load_checkpoint

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
-from distillation.metrics import MetricsCSV
-from distillation.progress import AtomicCheckpointIO
-from distillation.runlock import run_lock
+from distillation.training.lock import run_lock
+from distillation.training.metrics import MetricsCSV
+from distillation.training.progress import AtomicCheckpointIO
 from finetuning.ctc import CTCModule, FinetuneConfig, UpdateBar, error_rates
 from finetuning.decoding import beam_decoder
 from finetuning.transcripts import LengthBatches, SpeechDataset, Utterance, make_vocabulary, read_transcripts
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_class_arguments(FinetuneConfig, as_group=False)
     parser.add_argument("--validate_every", type=int, default=1000, help="Updates between two validations.")
     parser.add_argument(
-        "--beam_size", type=int, default=0, help="Also decode with a beam; see requirements-export.txt."
+        "--beam_size", type=int, default=0, help="Also decode with a beam; see requirements/export.txt."
     )
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="Where to train.")
     choices = ["32-true", "bf16-mixed"]

@@ -18,9 +18,9 @@ from torch import Tensor
 from distillation.build import build_run, load_teacher, starting_student
 from distillation.config import Recipe, parse_recipe
 from distillation.errors import UserError, command
-from distillation.memory import probe_lengths, same_update, search
-from distillation.optim import param_groups
+from distillation.optimisation import param_groups
 from distillation.sparsity import make_prunable
+from distillation.training.memory import probe_lengths, same_update, search
 from lightning import DistillModule, find_devices
 from wav2vec2.checkpoint import replacing
 

@@ -23,15 +23,17 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from distillation.config import Recipe, TrainerConfig, save_resolved
-from distillation.data import Batch, DataConfig, make_train_loader, make_valid_loader, read_tsv
+from distillation.data.batching import DataConfig
+from distillation.data.loaders import Batch, make_train_loader, make_valid_loader
+from distillation.data.manifest import read_tsv
 from distillation.errors import UserError
-from distillation.guards import BatchGuard
-from distillation.metrics import MetricsCSV, RunningMeans
 from distillation.objectives import Objectives, Teacher
-from distillation.optim import OptimConfig, lr_factor, param_groups
-from distillation.processes import outlive_stop_signal, supervised
-from distillation.progress import AtomicCheckpointIO, Progress, metrics_table
+from distillation.optimisation import OptimConfig, lr_factor, param_groups
 from distillation.sparsity import Lagrangian, PruningConfig
+from distillation.training.guards import BatchGuard
+from distillation.training.metrics import MetricsCSV, RunningMeans
+from distillation.training.processes import outlive_stop_signal, supervised
+from distillation.training.progress import AtomicCheckpointIO, Progress, metrics_table
 from wav2vec2 import CheckpointError, Wav2Vec2Model
 from wav2vec2.checkpoint import read_torch_file
 
@@ -355,8 +357,8 @@ def build_trainer(recipe: Recipe, optim: OptimConfig, max_steps: int) -> pl.Trai
         default_root_dir=recipe.exp_dir,
         benchmark=False,
     )
-    # Signals are heard by distillation.processes. Lightning's own handlers wait for all ranks inside the handler, and
-    # its loop asks the device before every micro-batch whether one came.
+    # Signals are heard by distillation.training.processes. Lightning's own handlers wait for all ranks inside the
+    # handler, and its loop asks the device before every micro-batch whether one came.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from distillation.commandline import make_parser, parse_arguments
-from distillation.corpus import (
+from distillation.data.corpus import (
     TRAIN_PARTS,
     VALID_PARTS,
     Problem,
@@ -22,8 +22,8 @@ from distillation.corpus import (
     subset,
     usable_headers,
 )
+from distillation.data.manifest import Manifest, write_lines, write_tsv
 from distillation.errors import UserError, command
-from distillation.manifest import Manifest, write_lines, write_tsv
 
 logger = logging.getLogger("prepare_data")
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from distillation.architecture import format_architecture
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from wav2vec2 import prune, save_model
+from wav2vec2.architecture import format_architecture
 from wav2vec2.checkpoint import model_from_state, read_torch_file
 from wav2vec2.pruning import survivors_for_size
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.cost import resolve_devices
-from benchmarks.report_data import closing_table, collect
-from benchmarks.report_page import render
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
+from evaluation.cost import resolve_devices
+from evaluation.report_data import closing_table, collect
+from evaluation.report_page import render
 from wav2vec2.checkpoint import replacing
 
 

@@ -257,7 +257,7 @@ def compare(
         raise UserError("name at least one method, one seed and 10 steps")
     if not (demo / "teacher.pth").is_file() or not (demo / "data" / "valid.tsv").is_file():
         raise UserError(f"{demo}: no teacher.pth and data/valid.tsv in it; run scripts/demo.sh {demo} first")
-    logging.getLogger("distillation.data").setLevel(logging.WARNING)
+    logging.getLogger("distillation.data.loaders").setLevel(logging.WARNING)
     demo, out = demo.resolve(), out.resolve()
     torch.manual_seed(0)
     teacher = load_model(demo / "teacher.pth")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from benchmarks.svg import nice_axis
+from evaluation.svg import nice_axis
 
 WIDTH, HEIGHT = 760, 420  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 60, 210, 44, 48

@@ -5,7 +5,7 @@
 
 Speed is measured in turns: every round runs each of them once on the same 10 s. Accuracy is phones per frame of
 mini-SUPERB, a linear probe on the weighted layers, with 95 % intervals over 30 held-out speakers. Prints a table,
-writes formats.json and formats.svg. Needs requirements-export.txt.
+writes formats.json and formats.svg. Needs requirements/export.txt.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.minisuperb.corpus import CorpusSettings, make_corpus, read_marker
 from benchmarks.minisuperb.evaluate import CORPUS, Features, frame_counts, load_data, rates
-from benchmarks.timing import in_turns
+from demo.corpus import CorpusSettings, make_corpus, read_marker
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
+from evaluation.timing import in_turns
 from exporting.graphs import export_graph
 from exporting.verify import ExportedOutputs
 from wav2vec2 import load_model

@@ -29,15 +29,17 @@ import torch
 import torchaudio
 
 from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, autocast, matmul_peak, set_sparsity
-from benchmarks.timing import in_turns
 from distillation.commandline import make_parser, parse_arguments
 from distillation.config import RECIPES, parse_recipe
-from distillation.data import DataConfig, make_train_loader, read_tsv
+from distillation.data.batching import DataConfig
+from distillation.data.loaders import make_train_loader
+from distillation.data.manifest import read_tsv
 from distillation.errors import UserError, command
-from distillation.memory import fits, largest_that_fits
 from distillation.sparsity import make_prunable
-from tests.configs import HUBERT_BASE
+from distillation.training.memory import fits, largest_that_fits
+from evaluation.timing import in_turns
 from wav2vec2 import prune, wav2vec2_model
+from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.checkpoint import replacing
 from wav2vec2.macs import num_macs
 

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillation.data import DataConfig, Manifest, make_valid_loader, read_tsv, select_utterances
+from distillation.data.batching import DataConfig, select_utterances
+from distillation.data.loaders import make_valid_loader
+from distillation.data.manifest import Manifest, read_tsv
 from distillation.errors import UserError
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.feature_extractor import valid_frames

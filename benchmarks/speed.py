@@ -35,13 +35,13 @@ import torchaudio
 from torch import Tensor, nn
 
 from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, kept_bytes, matmul_peak, set_sparsity
-from benchmarks.timing import in_turns
 from distillation.commandline import make_parser, parse_arguments
 from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError, command
 from distillation.sparsity import make_prunable
-from tests.configs import HUBERT_BASE
+from evaluation.timing import in_turns
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
+from wav2vec2.architecture import HUBERT_BASE, WAVLM_BASE
 from wav2vec2.checkpoint import replacing
 from wav2vec2.macs import num_macs
 
@@ -49,10 +49,6 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 SPARSITIES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.85)
-WAVLM_BASE = {
-    **HUBERT_BASE, "encoder_num_heads": None, "encoder_head_dim": None, "encoder_total_num_heads": [12] * 12,
-    "encoder_remaining_heads": [list(range(12))] * 12, "encoder_num_buckets": 320, "encoder_max_distance": 800,
-}  # fmt: skip
 NAMES = {"step1": "HuBERT Base", "wavlm": "WavLM Base+"}
 SECTIONS = ["step1", "phases", "step2", "wavlm", "inference", "forms"]
 START = "start"  # the masks as the recipe begins with them

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import Stopwatch
 from distillation.config import RECIPES, parse_recipe
 from distillation.objectives import ObjectiveConfig, Objectives, Teacher
 from distillation.objectives.layer_to_layer import DistanceWeights, distances
-from distillation.optim import param_groups
+from distillation.optimisation import param_groups
 from distillation.sparsity import Lagrangian
+from evaluation.timing import Stopwatch
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.kernels import linear
 

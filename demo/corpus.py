@@ -1,6 +1,6 @@
 """Synthesise a miniature corpus in the shape of LibriSpeech, with phone and word alignments.
 
-    python -m benchmarks.minisuperb.corpus --out DIR
+    python -m demo.corpus --out DIR
 
 makes, with espeak-ng and without a network,
 
@@ -31,8 +31,8 @@ import soundfile
 from jsonargparse import ActionYesNo
 from tqdm import tqdm
 
-from benchmarks.minisuperb.espeak import Espeak, load_espeak
-from benchmarks.minisuperb.sentences import KEYWORDS, draw_sentences
+from demo.espeak import Espeak, load_espeak
+from demo.sentences import KEYWORDS, draw_sentences
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 
@@ -238,7 +238,7 @@ def _synthesise(out: Path, settings: CorpusSettings) -> None:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     # import once, not once per shard; not this module itself, which `python -m` would run a second time
-    context.set_forkserver_preload(["benchmarks.minisuperb.espeak", "benchmarks.minisuperb.sentences", "jsonargparse"])
+    context.set_forkserver_preload(["demo.espeak", "demo.sentences", "jsonargparse"])
     counter = context.Value("i", 0)
     rows: dict[str, list[dict]] = {TRAIN: [], DEV: []}
     with (
@@ -278,9 +278,7 @@ def read_marker(corpus: str | Path) -> dict:
     """
     path = Path(corpus) / MARKER
     if not path.is_file():
-        raise UserError(
-            f"{path} is missing: make the corpus with python -m benchmarks.minisuperb.corpus --out {corpus}"
-        )
+        raise UserError(f"{path} is missing: make the corpus with python -m demo.corpus --out {corpus}")
     return json.loads(path.read_text())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.minisuperb.labels import IGNORE
+from demo.labels import IGNORE
 
 
 class LayerWeightedClassifier(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.minisuperb.corpus import SAMPLE_RATE, is_silence
+from demo.corpus import SAMPLE_RATE, is_silence
 from distillation.errors import UserError
 
 HOP, WINDOW = 320, 400
@@ -61,7 +61,7 @@ def read_split(corpus: str | Path, split: str) -> list[Utterance]:
     """
     path = Path(corpus) / "align" / f"{split}.jsonl"
     if not path.is_file():
-        raise UserError(f"{path} is missing: make the corpus with python -m benchmarks.minisuperb.corpus")
+        raise UserError(f"{path} is missing: make the corpus with python -m demo.corpus")
     utterances = []
     for line in tqdm(path.read_text().splitlines(), desc=f"reading {split}", unit="utt", leave=False):
         row = json.loads(line)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.minisuperb.corpus import SAMPLE_RATE
-from benchmarks.minisuperb.labels import HOP, IGNORE, Utterance
+from demo.corpus import SAMPLE_RATE
+from demo.labels import HOP, IGNORE, Utterance
 
 NUM_CLUSTERS = 100  # as HuBERT's first iteration
 _NUM_FITTED = 150_000  # frames that k-means sees; all are assigned

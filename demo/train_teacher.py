@@ -1,6 +1,6 @@
-"""Train the tiny HuBERT teacher that is shipped in ``benchmarks/minisuperb/teacher``.
+"""Train the tiny HuBERT teacher that is shipped in ``demo/teacher``.
 
-    python -m benchmarks.minisuperb.train_teacher --corpus DIR --work_dir WORK
+    python -m demo.train_teacher --corpus DIR --work_dir WORK
 
 1. ``mfcc``: masked prediction of clusters of cepstra, as the first iteration of HuBERT (arXiv 2106.07447).
 2. ``hidden``: the same with clusters of a middle layer of stage 1, as its second iteration, on from the same weights.
@@ -29,11 +29,11 @@ from torch.nn import functional as F
 from tqdm import tqdm, trange
 from transformers import HubertConfig, HubertModel
 
-from benchmarks.minisuperb.corpus import DEV, TRAIN, read_marker
-from benchmarks.minisuperb.frame_probe import accuracy, linear_probe
-from benchmarks.minisuperb.labels import HOP, IGNORE, WINDOW, FrameLabels, Utterance, read_split
-from benchmarks.minisuperb.targets import NUM_CLUSTERS, cepstra, cluster, normalise, phone_information
-from benchmarks.minisuperb.teacher_folder import save_teacher
+from demo.corpus import DEV, TRAIN, read_marker
+from demo.frame_probe import accuracy, linear_probe
+from demo.labels import HOP, IGNORE, WINDOW, FrameLabels, Utterance, read_split
+from demo.targets import NUM_CLUSTERS, cepstra, cluster, normalise, phone_information
+from demo.teacher_folder import save_teacher
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 
@@ -288,7 +288,7 @@ def train_teacher(corpus: Path, work_dir: Path, out: Path, settings: TeacherTrai
 def main() -> None:
     """Parse the command line and run."""
     parser = make_parser(__doc__)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder made by benchmarks.minisuperb.corpus")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder made by demo.corpus")
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for the files of finished stages")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "teacher", help="folder of the teacher")
     parser.add_class_arguments(TeacherTraining)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from distillation.config import Recipe
-from distillation.data import BatchStream, select_utterances
+from distillation.data.batching import BatchStream, select_utterances
 from distillation.errors import UserError
 from distillation.objectives import Objectives, Teacher
-from distillation.optim import OptimConfig
+from distillation.optimisation import OptimConfig
 from distillation.sparsity import Lagrangian, PruningConfig
 from distillation.students import backbone_params, build_student, check_frame_rate
 from wav2vec2 import Wav2Vec2Model, load_model

@@ -15,10 +15,10 @@ import torch
 import yaml
 
 from distillation.commandline import make_parser, one_line, parse_arguments
-from distillation.data import DataConfig
+from distillation.data.batching import DataConfig
 from distillation.errors import UserError, command
 from distillation.objectives import ObjectiveConfig
-from distillation.optim import OptimConfig
+from distillation.optimisation import OptimConfig
 from distillation.sparsity import PruningConfig
 from distillation.students import StudentConfig
 from wav2vec2.checkpoint import replacing

@@ -1,6 +1,6 @@
 """What the students of all recipes cost at their published size, beside the published figures.
 
-    python -m benchmarks.recipe_costs
+    python -m docs.recipe_costs
 
 Fixed students are built at random from a HuBERT Base. What pruning leaves is known only after training: for those the
 size that is asked for and the teacher's cost are given. MACs are sums over the 32 utterances of the SUPERB protocol.
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.cost import SUPERB_SAMPLES
 from distillation.build import starting_student
 from distillation.config import RECIPES, Recipe, parse_recipe
 from distillation.objectives import Objectives
 from distillation.students import backbone_params
-from tests.configs import HUBERT_BASE
+from evaluation.cost import SUPERB_SAMPLES
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
+from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.macs import num_macs
 
 # GMACs: the papers' own tables (DPHuBERT; ARMHuBERT-S as STaR's paper lists it)

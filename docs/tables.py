@@ -1,6 +1,6 @@
 """Write the tables of the README from their sources: the recipes' headers and the published results.
 
-python -m benchmarks.readme_tables [--check]
+python -m docs.tables [--check]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.recipe_costs import table as costs
+from docs.recipe_costs import table as costs
 from wav2vec2.checkpoint import replacing
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ def recipes() -> str:
 
 def published() -> str:
     """The published SUPERB results."""
-    with (ROOT / "benchmarks" / "published_superb.csv").open(newline="") as file:
+    with (ROOT / "evaluation" / "published_superb.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     titles = {
         "model": "model", "params_m": "params M", "macs_g": "MACs G", "KS": "KS acc", "IC": "IC acc", "PR": "PR PER",
@@ -64,7 +64,7 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     renewed = fill(text)
     if "--check" in sys.argv[1:]:
-        sys.exit("README.md is stale: run python -m benchmarks.readme_tables" if renewed != text else 0)
+        sys.exit("README.md is stale: run python -m docs.tables" if renewed != text else 0)
     with replacing(README) as temporary:
         temporary.write_text(renewed, encoding="utf-8")
 

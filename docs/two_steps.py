@@ -1,6 +1,6 @@
 """Draw the picture of the two steps that the README shows, as an SVG that is legible in light and dark mode.
 
-python -m benchmarks.draw_steps [--out docs/two_steps.svg]
+python -m docs.two_steps [--out docs/two_steps.svg]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What models cost: parameters, multiply-accumulates, memory, and speed measured in turns.
 
-python -m benchmarks.cost teacher.pth final.pth [--seconds 1 5 15 35] [--batch 1 8] [--device auto] [--out cost.json]
+python -m evaluation.cost teacher.pth final.pth [--seconds 1 5 15 35] [--batch 1 8] [--device auto] [--out cost.json]
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.peak_memory import SAMPLE_RATE, peak_memory
-from benchmarks.timing import in_turns
-from distillation.batching import MIN_INPUT_FRAMES
 from distillation.commandline import make_parser, parse_arguments
+from distillation.data.batching import MIN_INPUT_FRAMES
 from distillation.errors import UserError, command
+from evaluation.peak_memory import SAMPLE_RATE, peak_memory
+from evaluation.timing import in_turns
 from wav2vec2 import load_model
 from wav2vec2.checkpoint import load_checkpoint, replacing
 from wav2vec2.macs import num_macs

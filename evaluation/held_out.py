@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from distillation.config import Recipe
-from distillation.data import Manifest, make_valid_loader, read_tsv, select_utterances
+from distillation.data.batching import select_utterances
+from distillation.data.loaders import make_valid_loader
+from distillation.data.manifest import Manifest, read_tsv
 from distillation.errors import UserError
 from distillation.objectives import Objectives, Teacher
 from distillation.objectives.base import masked_mean

@@ -1,6 +1,6 @@
 """Peak memory of a model on the CPU, in a process of its own.
 
-    python -m benchmarks.peak_memory MODEL.pth '[[10, 1], [10, 8]]'      (seconds of audio, utterances)
+    python -m evaluation.peak_memory MODEL.pth '[[10, 1], [10, 8]]'      (seconds of audio, utterances)
 
 Prints one number of bytes per case, as JSON: the most memory that the process held while the model ran, over what it
 held before the model was loaded. So it counts weights and activations, not Python and torch. Memory is read from the
@@ -40,7 +40,7 @@ def peak_memory(path: Path, cases: Sequence[tuple[float, int]]) -> list[int] | N
     if not STATUS.is_file():
         return None
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    words = [sys.executable, "-m", "benchmarks.peak_memory", str(path.absolute()), json.dumps(list(cases))]
+    words = [sys.executable, "-m", "evaluation.peak_memory", str(path.absolute()), json.dumps(list(cases))]
     result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"measuring the memory of {path} failed:\n{result.stderr}")

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.cost import Cost, format_table, measure
-from benchmarks.held_out import Distance, evaluate, floor_of
-from distillation.architecture import Architecture, architecture
 from distillation.config import Recipe, parse_recipe
 from distillation.errors import UserError
+from evaluation.cost import Cost, format_table, measure
+from evaluation.held_out import Distance, evaluate, floor_of
 from wav2vec2 import prune, save_model
+from wav2vec2.architecture import Architecture, architecture
 from wav2vec2.checkpoint import load_checkpoint, model_from_state, read_torch_file
 
 logger = logging.getLogger(__name__)

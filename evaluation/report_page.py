@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from html import escape
 
-from benchmarks.cost import MIB, Speed
-from benchmarks.report_data import FINAL, PRUNED, TEACHER, ModelReport, Report, Step
-from benchmarks.svg import Series, bar_chart, line_chart
+from evaluation.cost import MIB, Speed
+from evaluation.report_data import FINAL, PRUNED, TEACHER, ModelReport, Report, Step
+from evaluation.svg import Series, bar_chart, line_chart
 
 Value = Callable[[ModelReport], str | None]
 MINUS = "\N{MINUS SIGN}"

@@ -4,7 +4,7 @@
     python -m evaluation.s3prl_upstream s3prl.main SuperbKS --build_upstream.name dphubert \
         --build_upstream.path_or_url final.pth ...
 
-The first argument is the module to run, the others are its own. Needs requirements-s3prl.txt.
+The first argument is the module to run, the others are its own. Needs requirements/s3prl.txt.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def prepare(module: str) -> None:
         install()
         register()
     except ImportError as error:
-        raise UserError(f"{error}: pip install -r requirements-s3prl.txt") from None
+        raise UserError(f"{error}: pip install -r requirements/s3prl.txt") from None
     if importlib.util.find_spec(module) is None:
         raise UserError(f"{module}: no such module; s3prl.run_downstream and s3prl.main are what this is for")
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
-from distillation.runlock import run_lock
+from distillation.training.lock import run_lock
 from wav2vec2 import load_model
 from wav2vec2.checkpoint import fingerprint, replacing
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from distillation.errors import UserError, command
 
-PUBLISHED = Path(__file__).parent.parent / "benchmarks" / "published_superb.csv"
+PUBLISHED = Path(__file__).with_name("published_superb.csv")
 COLUMNS = ("KS", "IC", "PR", "ASR", "ER", "QbE", "SF_F1", "SF_CER", "SID", "ASV", "SD")
 ERRORS = {"PR", "ASR", "SF_CER", "ASV", "SD"}  # lower is better
 # The two ends of the leaderboard's scale: filter banks, and the best model of each task when it was set.

@@ -119,4 +119,4 @@ def _require(package: str) -> None:
     try:
         __import__(package)
     except ImportError:
-        raise UserError(f"--to onnx needs the package {package}: pip install -r requirements-export.txt") from None
+        raise UserError(f"--to onnx needs the package {package}: pip install -r requirements/export.txt") from None

@@ -19,7 +19,7 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 from tqdm import tqdm
 
 from distillation.errors import UserError
-from distillation.optim import lr_factor
+from distillation.optimisation import lr_factor
 from finetuning.decoding import Decoder, greedy_decoder
 from finetuning.transcripts import Batch
 from lightning import seed_micro_batch

@@ -47,7 +47,7 @@ def beam_decoder(vocabulary: Sequence[str], beam_size: int) -> Decoder:
         )  # fmt: skip
     except (ImportError, RuntimeError):
         raise UserError(
-            f"--beam_size {beam_size}: pip install -r requirements-export.txt, or 0 for greedy decoding"
+            f"--beam_size {beam_size}: pip install -r requirements/export.txt, or 0 for greedy decoding"
         ) from None
 
     def decode(log_probs: Tensor, frames: Tensor) -> list[str]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from distillation.audio import AudioError, read_crop, read_header
-from distillation.batching import MIN_INPUT_FRAMES
+from distillation.data.audio import AudioError, read_crop, read_header
+from distillation.data.batching import MIN_INPUT_FRAMES
 from distillation.errors import UserError
 from wav2vec2.embed import SAMPLE_RATE
 

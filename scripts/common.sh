@@ -28,7 +28,7 @@ setup() {
     # shellcheck disable=SC1091
     source "$venv/bin/activate"
     local stamp
-    stamp="$venv/installed-$(echo "$@" | cat - requirements*.txt | cksum | cut -d" " -f1)"
+    stamp="$venv/installed-$(echo "$@" | cat - requirements.txt requirements/*.txt | cksum | cut -d" " -f1)"
     if [ ! -f "$stamp" ]; then
         echo "Installing $* into $venv (a few minutes, about 5 GB with the CUDA libraries)"
         local args=() file

@@ -5,13 +5,13 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 case "${1:-}" in -h | --help) usage scripts/demo.sh; exit 0 ;; esac
 out=$(cd "$CALLER_DIR" && realpath -m -- "${1:-demo_out}")
-setup requirements.txt requirements-demo.txt
+setup requirements.txt requirements/demo.txt
 export OMP_WAIT_POLICY=PASSIVE # spinning threads slow each other down on shared machines
 began=$SECONDS
 
-python -m benchmarks.minisuperb.corpus --out "$out/corpus" --train_utterances 40 --no-keywords
+python -m demo.corpus --out "$out/corpus" --train_utterances 40 --no-keywords
 [ -f "$out/data/valid.tsv" ] || python prepare_data.py --data "$out/corpus/LibriSpeech" --out "$out/data"
-[ -f "$out/teacher.pth" ] || python convert_hubert_from_hf.py --model benchmarks/minisuperb/teacher --out "$out/teacher.pth"
+[ -f "$out/teacher.pth" ] || python convert_hubert_from_hf.py --model demo/teacher --out "$out/teacher.pth"
 two_steps conf/demo.yaml "$out/run" --teacher_ckpt "$out/teacher.pth" --data.tsv_dir "$out/data"
 cp "$out/run/final/final.pth" "$out/final.pth"
 python report.py "$out/run" --out "$out/report.html"

@@ -1,27 +1,4 @@
-"""Flat configs that several tests build: HuBERT Base as published, and a tiny model of the same kind."""
-
-HUBERT_BASE = {
-    "extractor_mode": "group_norm",
-    "extractor_conv_layer_config": [(512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2],
-    "extractor_conv_bias": False,
-    "encoder_embed_dim": 768,
-    "encoder_projection_dropout": 0.1,
-    "encoder_pos_conv_kernel": 128,
-    "encoder_pos_conv_groups": 16,
-    "encoder_num_layers": 12,
-    "encoder_use_attention": [True] * 12,
-    "encoder_use_feed_forward": [True] * 12,
-    "encoder_num_heads": [12] * 12,
-    "encoder_head_dim": 64,
-    "encoder_attention_dropout": 0.1,
-    "encoder_ff_interm_features": [3072] * 12,
-    "encoder_ff_interm_dropout": 0.0,
-    "encoder_dropout": 0.1,
-    "encoder_layer_norm_first": False,
-    "encoder_layer_drop": 0.05,
-    "aux_num_out": None,
-    "normalize_waveform": False,
-}
+"""The flat config of the tiny HuBERT that most tests run on."""
 
 TINY = {
     "extractor_mode": "group_norm",

@@ -58,7 +58,7 @@ ALL_BATCHES = verify.BATCHES
 VOCABULARY = ["<pad>", "|", "A", "B", "C"]
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
-    reason="requirements-export.txt",
+    reason="requirements/export.txt",
 )
 
 

@@ -14,12 +14,12 @@ import torch
 
 from distillation.build import build_run
 from distillation.config import Recipe, TrainerConfig
-from distillation.data import DataConfig
+from distillation.data.batching import DataConfig
 from distillation.errors import UserError
-from distillation.metrics import MetricsCSV, RunningMeans
 from distillation.objectives import LayerToLayer, ObjectiveConfig
-from distillation.optim import OptimConfig
+from distillation.optimisation import OptimConfig
 from distillation.sparsity import PruningConfig, make_prunable
+from distillation.training.metrics import MetricsCSV, RunningMeans
 from fit_batch import Trial
 from lightning import fit_batches, seed_micro_batch
 from wav2vec2 import wav2vec2_model

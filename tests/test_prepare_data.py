@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 import prepare_data
-from distillation.manifest import read_tsv
+from distillation.data.manifest import read_tsv
 
 SCRIPT = Path(__file__).parents[1] / "prepare_data.py"
 

@@ -14,6 +14,7 @@ from distillation.config import parse_recipe, recipe_chain
 from distillation.objectives import Objectives
 from distillation.students import backbone_params
 from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
+from wav2vec2.architecture import HUBERT_BASE
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
@@ -57,28 +58,7 @@ def parse(name: str, *flags: object):
 def hubert_base() -> Wav2Vec2Model:
     """Of the published size, at random."""
     torch.manual_seed(0)
-    return wav2vec2_model(
-        extractor_mode="group_norm",
-        extractor_conv_layer_config=[(512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2],
-        extractor_conv_bias=False,
-        encoder_embed_dim=768,
-        encoder_projection_dropout=0.1,
-        encoder_pos_conv_kernel=128,
-        encoder_pos_conv_groups=16,
-        encoder_num_layers=12,
-        encoder_use_attention=[True] * 12,
-        encoder_use_feed_forward=[True] * 12,
-        encoder_num_heads=[12] * 12,
-        encoder_head_dim=64,
-        encoder_attention_dropout=0.1,
-        encoder_ff_interm_features=[3072] * 12,
-        encoder_ff_interm_dropout=0.0,
-        encoder_dropout=0.1,
-        encoder_layer_norm_first=False,
-        encoder_layer_drop=0.05,
-        aux_num_out=None,
-        normalize_waveform=False,
-    )
+    return wav2vec2_model(**HUBERT_BASE)
 
 
 @pytest.fixture(scope="module")

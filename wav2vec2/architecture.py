@@ -1,9 +1,39 @@
-"""The architecture that pruning found, as numbers and as text."""
+"""The architecture of a flat config as numbers and as text, and the configs of two published models."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+HUBERT_BASE: dict[str, Any] = {
+    "extractor_mode": "group_norm",
+    "extractor_conv_layer_config": [(512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2],
+    "extractor_conv_bias": False,
+    "encoder_embed_dim": 768,
+    "encoder_projection_dropout": 0.1,
+    "encoder_pos_conv_kernel": 128,
+    "encoder_pos_conv_groups": 16,
+    "encoder_num_layers": 12,
+    "encoder_use_attention": [True] * 12,
+    "encoder_use_feed_forward": [True] * 12,
+    "encoder_num_heads": [12] * 12,
+    "encoder_head_dim": 64,
+    "encoder_attention_dropout": 0.1,
+    "encoder_ff_interm_features": [3072] * 12,
+    "encoder_ff_interm_dropout": 0.0,
+    "encoder_dropout": 0.1,
+    "encoder_layer_norm_first": False,
+    "encoder_layer_drop": 0.05,
+    "aux_num_out": None,
+    "normalize_waveform": False,
+}
+WAVLM_BASE: dict[str, Any] = {
+    **{key: value for key, value in HUBERT_BASE.items() if key not in ("encoder_num_heads", "encoder_head_dim")},
+    "encoder_total_num_heads": [12] * 12,
+    "encoder_remaining_heads": [list(range(12))] * 12,
+    "encoder_num_buckets": 320,
+    "encoder_max_distance": 800,
+}
 
 
 @dataclass

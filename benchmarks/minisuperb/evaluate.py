@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from benchmarks.compare_methods import METHODS, used_params
 from benchmarks.minisuperb.abx import abx_right, draw_triples
-from benchmarks.minisuperb.corpus import (
+from benchmarks.minisuperb.score_plot import draw
+from demo.corpus import (
     DEV,
     SAMPLE_RATE,
     TRAIN,
@@ -45,9 +46,8 @@ from benchmarks.minisuperb.corpus import (
     read_marker,
     training_sentences,
 )
-from benchmarks.minisuperb.frame_probe import linear_probe
-from benchmarks.minisuperb.labels import HOP, IGNORE, FrameLabels, Utterance, read_split
-from benchmarks.minisuperb.score_plot import draw
+from demo.frame_probe import linear_probe
+from demo.labels import HOP, IGNORE, FrameLabels, Utterance, read_split
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from wav2vec2 import load_model, wav2vec2_model

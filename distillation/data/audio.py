@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from distillation.manifest import MAX_FRAMES
+from distillation.data.manifest import MAX_FRAMES
 
 AUDIO_SUFFIXES = frozenset((".flac", ".wav", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph", ".w64", ".caf"))
 

@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from distillation.data.manifest import MAX_FRAMES, Manifest
 from distillation.errors import UserError
-from distillation.manifest import MAX_FRAMES, Manifest
 
 # The convolutions of wav2vec 2.0 turn this many samples into their first frame.
 MIN_INPUT_FRAMES = 400

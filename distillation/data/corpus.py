@@ -12,9 +12,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from distillation.audio import AUDIO_SUFFIXES, AudioError, Finding, Header, check_audio, read_header
+from distillation.data.audio import AUDIO_SUFFIXES, AudioError, Finding, Header, check_audio, read_header
+from distillation.data.manifest import Manifest
 from distillation.errors import UserError
-from distillation.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from distillation.audio import AudioError, level_of, read_crop
-from distillation.batching import (
+from distillation.data.audio import AudioError, level_of, read_crop
+from distillation.data.batching import (
     BatchStream,
     Crop,
     DataConfig,
@@ -27,7 +27,7 @@ from distillation.batching import (
     plan_epoch,
     select_utterances,
 )
-from distillation.manifest import Manifest, read_tsv
+from distillation.data.manifest import Manifest, read_tsv
 
 __all__ = [
     "AudioDataset",

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distillation.data import Batch, Manifest
+from distillation.data.loaders import Batch
+from distillation.data.manifest import Manifest, write_lines
 from distillation.errors import UserError
-from distillation.manifest import write_lines
-from distillation.processes import shared
+from distillation.training.processes import shared
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from distillation.batching import DataConfig
 from distillation.config import TrainerConfig
+from distillation.data.batching import DataConfig
 from distillation.errors import UserError, is_out_of_gpu_memory
 
 PROBE_SECONDS = 8.0

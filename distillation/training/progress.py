@@ -12,11 +12,11 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
-from distillation import memory
 from distillation.config import Recipe
 from distillation.errors import Stopped, UserError, is_out_of_gpu_memory
-from distillation.metrics import MetricsCSV
-from distillation.processes import Agreement, StopRequest, shared
+from distillation.training import memory
+from distillation.training.metrics import MetricsCSV
+from distillation.training.processes import Agreement, StopRequest, shared
 from wav2vec2.checkpoint import read_torch_file, write_torch_file
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import torch
 from benchmarks import formats
 from benchmarks.minisuperb import evaluate
 from benchmarks.minisuperb.abx import SHORTEST, abx_right, draw_triples, warped_distance
-from benchmarks.minisuperb.corpus import CorpusSettings, make_corpus, training_sentences
 from benchmarks.minisuperb.evaluate import Row, rates, scores, table
-from benchmarks.minisuperb.frame_probe import accuracy, linear_probe
-from benchmarks.minisuperb.labels import IGNORE, read_split
+from demo.corpus import CorpusSettings, make_corpus, training_sentences
+from demo.frame_probe import accuracy, linear_probe
+from demo.labels import IGNORE, read_split
 from distillation.errors import UserError
 from exporting import verify
 from tests.configs import TINY

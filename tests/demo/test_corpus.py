@@ -12,10 +12,10 @@ import pytest
 import soundfile
 import torch
 
-from benchmarks.minisuperb import corpus, espeak
-from benchmarks.minisuperb.corpus import CorpusSettings, is_silence, make_corpus
-from benchmarks.minisuperb.labels import IGNORE, FrameLabels, num_frames, read_split
-from benchmarks.minisuperb.sentences import KEYWORDS, draw_sentences
+from demo import corpus, espeak
+from demo.corpus import CorpusSettings, is_silence, make_corpus
+from demo.labels import IGNORE, FrameLabels, num_frames, read_split
+from demo.sentences import KEYWORDS, draw_sentences
 from distillation.errors import UserError
 
 SMALL = CorpusSettings(train_speakers=3, train_utterances=4, dev_speakers=2, dev_utterances=3, keywords=False, seed=3)
@@ -128,7 +128,7 @@ def test_nothing_is_left_when_synthesis_fails(tmp_path, monkeypatch):
 
 
 def test_command_with_keywords(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.minisuperb.corpus", "--out", str(tmp_path / "c"), "--train_speakers=1"]
+    command = [sys.executable, "-m", "demo.corpus", "--out", str(tmp_path / "c"), "--train_speakers=1"]
     command += ["--train_utterances=1", "--dev_speakers=1", "--dev_utterances=1", "--keywords", "--seed=5"]
     made = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "Warning" not in made.stderr

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoFeatureExtractor, HubertModel
 
-from benchmarks.minisuperb import train_teacher as training
-from benchmarks.minisuperb.corpus import CorpusSettings, make_corpus
-from benchmarks.minisuperb.frame_probe import accuracy, linear_probe
-from benchmarks.minisuperb.labels import IGNORE
-from benchmarks.minisuperb.targets import cepstra, phone_information
-from benchmarks.minisuperb.train_teacher import TeacherTraining, train_teacher
+from demo import train_teacher as training
+from demo.corpus import CorpusSettings, make_corpus
+from demo.frame_probe import accuracy, linear_probe
+from demo.labels import IGNORE
+from demo.targets import cepstra, phone_information
+from demo.train_teacher import TeacherTraining, train_teacher
 from distillation.errors import UserError
 
 SHIPPED = Path(training.__file__).parent / "teacher"

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.speed import FORMS, usual_forms
 from distillation.objectives import LayerToLayer, ObjectiveConfig, Objectives, Teacher
-from distillation.optim import OptimConfig
+from distillation.optimisation import OptimConfig
 from distillation.sparsity import PruningConfig, make_prunable
 from wav2vec2 import kernels, wav2vec2_model
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distillation.errors import UserError
-from distillation.optim import OptimConfig, lr_factor, param_groups
+from distillation.optimisation import OptimConfig, lr_factor, param_groups
 from distillation.sparsity import Lagrangian, PruningConfig, make_prunable
 from wav2vec2 import wav2vec2_model
 

@@ -9,8 +9,8 @@ import torch
 
 from distillation.errors import UserError
 from distillation.sparsity import UNITS, Lagrangian, PruningConfig, check_target, make_prunable
-from tests.configs import HUBERT_BASE
 from wav2vec2 import prune, wav2vec2_model
+from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.hardconcrete import alive_probability
 
 

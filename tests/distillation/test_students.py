@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 
-from distillation.architecture import architecture
 from distillation.errors import UserError
 from distillation.sparsity import PruningConfig, make_prunable
 from distillation.students import (
@@ -20,6 +19,7 @@ from distillation.students import (
     check_frame_rate,
 )
 from wav2vec2 import prune, wav2vec2_model
+from wav2vec2.architecture import architecture
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HEADING = "## Use it in your project"
 # a few updates instead of the full fine-tuning
 SHORTER = {"finetune_ctc.py": "--max_steps 4 --freeze_steps 2 --validate_every 2 --accelerator cpu --workers 0"}

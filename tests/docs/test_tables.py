@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks.readme_tables import README, fill, recipes
+from docs.tables import README, fill, recipes
 
 
 def test_tables_are_up_to_date():
     text = README.read_text(encoding="utf-8")
-    assert fill(text) == text, "run python -m benchmarks.readme_tables"
+    assert fill(text) == text, "run python -m docs.tables"
 
 
 def test_every_recipe_has_a_complete_header():

@@ -1,9 +1,9 @@
 """Feed every reader of files damaged and hostile ones, and see that each is refused in one line or read.
 
-    python -m benchmarks.fuzz_readers [--files 2400] [--seed 0] [--keep FOLDER]
+    python -m tests.endurance.fuzz_readers [--files 2400] [--seed 0] [--keep FOLDER]
 
 A file passes when the command ends with code 0, or with code 2 and one line, within 10 s and 2 GiB, and what was in the
-place of its output before is untouched or replaced by something whole. Prints a table. Needs requirements-dev.txt.
+place of its output before is untouched or replaced by something whole. Prints a table. Needs requirements/dev.txt.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ import convert_hubert_from_hf
 import distill
 import prepare_data
 import prune
-from benchmarks import mutations
 from distillation.config import RECIPES, parse_recipe
-from distillation.data import AudioDataset, Crop, MicroBatch, read_tsv
+from distillation.data.batching import Crop, MicroBatch
+from distillation.data.loaders import AudioDataset
+from distillation.data.manifest import Manifest, read_tsv
 from distillation.errors import UserError, command
-from distillation.manifest import Manifest
 from tests.conftest import TINY, write_noise
+from tests.endurance import mutations
 from tests.released_students import TINY as STUDENTS
 from tests.released_students import lightning, settings_file, student_state
 from tests.wav2vec2.test_importers_fairseq import layout_args, teacher

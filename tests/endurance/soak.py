@@ -1,11 +1,11 @@
 """Kill the two-step recipe at random moments, start it again each time, and compare with a run that never was stopped.
 
-    python -m benchmarks.soak [--kills 50] [--seed 0] [--modes plain,readers,processes]
+    python -m tests.endurance.soak [--kills 50] [--seed 0] [--modes plain,readers,processes]
 
 Runs what the shell recipes run (both steps and the pruning between them) on a tiny teacher and noise. Most kills are
 SIGKILL to all processes at once, as a power cut; some hit one process alone, some are the SIGTERM of a batch system.
 When a run got to its end all its models, checkpoints and metrics must be equal to the undisturbed ones, bit for bit;
-then the next one starts. Prints a table; exits with 1 when anything differed. Needs requirements-dev.txt.
+then the next one starts. Prints a table; exits with 1 when anything differed. Needs requirements/dev.txt.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from tests.conftest import TINY, write_noise
 from wav2vec2 import save_model, wav2vec2_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODES = {
     "plain": {"data.num_workers": 0},
     "readers": {"data.num_workers": 2},

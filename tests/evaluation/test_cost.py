@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cost
-from benchmarks.cost import SUPERB_SAMPLES, cost_of_file, format_costs, name_files
-from benchmarks.peak_memory import peak_memory
-from tests.configs import HUBERT_BASE
+from evaluation import cost
+from evaluation.cost import SUPERB_SAMPLES, cost_of_file, format_costs, name_files
+from evaluation.peak_memory import peak_memory
 from wav2vec2 import prune, save_model, wav2vec2_model
+from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.checkpoint import add_masks
 from wav2vec2.macs import num_macs
 
@@ -74,7 +74,7 @@ def test_command(teacher_path, tmp_path):
     save_model(tmp_path / "small.pth", small)
     words = [str(teacher_path), str(tmp_path / "small.pth"), "--seconds", "1", "0.5", "--batch", "2", "--rounds", "1"]
     words += ["--device", "cpu", "--out", str(tmp_path / "cost.json")]
-    result = subprocess.run([sys.executable, "-m", "benchmarks.cost", *words], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "evaluation.cost", *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "cost.json").read_text())
     assert [m["name"] for m in found["models"]] == ["teacher", "small"]
@@ -94,7 +94,7 @@ def test_table_shows_speed_up_against_the_first():
 
 
 def test_bad_input_is_one_line(script_error, teacher_path, tmp_path):
-    name = "benchmarks/cost.py"
+    name = "evaluation/cost.py"
     assert "no such file" in script_error(name, tmp_path / "none.pth")
     assert "--seconds 0.001" in script_error(name, teacher_path, "--seconds", 0.001)
     assert "--seconds inf" in script_error(name, teacher_path, "--seconds", ".inf")

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cost, draw_steps
-from benchmarks.held_out import compare_layers
-from benchmarks.report_data import closing_table, collect, read_curves
-from benchmarks.report_page import render
-from benchmarks.svg import Series, bar_chart, line_chart, nice_axis
-from distillation.architecture import architecture
 from distillation.config import parse_recipe, save_resolved
 from distillation.errors import UserError
 from distillation.sparsity import PruningConfig, make_prunable
+from docs import two_steps
+from evaluation import cost
+from evaluation.held_out import compare_layers
+from evaluation.report_data import closing_table, collect, read_curves
+from evaluation.report_page import render
+from evaluation.svg import Series, bar_chart, line_chart, nice_axis
 from wav2vec2 import load_model, prune, save_model
+from wav2vec2.architecture import architecture
 from wav2vec2.checkpoint import CheckpointError
 
 VOID = {"meta", "br"}
@@ -232,7 +233,7 @@ def test_command_writes_page_and_numbers(run, script_error, monkeypatch, capsys,
     import sys
 
     out = tmp_path / "out" / "page.html"
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     monkeypatch.setattr(sys, "argv", ["report.py", str(run), "--out", str(out), "--rounds", "1", "--device", "cpu"])
     runpy.run_path(str(root / "report.py"), run_name="__main__")
     assert sorted(p.name for p in out.parent.iterdir()) == ["page.html", "page.json"]
@@ -303,8 +304,8 @@ def test_charts():
 
 
 def test_picture_in_the_readme_is_the_one_drawn():
-    drawn = draw_steps.draw()
-    assert (Path(__file__).parent.parent / "docs" / "two_steps.svg").read_text(encoding="utf-8") == drawn
+    drawn = two_steps.draw()
+    assert (Path(__file__).parents[2] / "docs" / "two_steps.svg").read_text(encoding="utf-8") == drawn
     texts = [
         "".join(text.itertext()) for text in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")
     ]

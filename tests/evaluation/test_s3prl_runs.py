@@ -1,6 +1,6 @@
 """s3prl itself with a model of ours: phone recognition and keyword spotting, by its runner and by its recipes.
 
-Needs requirements-s3prl.txt; scripts/test_s3prl.sh makes an environment with it.
+Needs requirements/s3prl.txt; scripts/test_s3prl.sh makes an environment with it.
 """
 
 from __future__ import annotations

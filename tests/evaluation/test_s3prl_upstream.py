@@ -168,7 +168,7 @@ def test_without_s3prl_one_line():
     code = "import sys; sys.modules['pandas'] = None; from evaluation.s3prl_upstream import main; main()"
     result = subprocess.run([sys.executable, "-c", code, "s3prl.main"], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].endswith("pip install -r requirements-s3prl.txt")
+    assert result.stderr.strip().splitlines()[-1].endswith("pip install -r requirements/s3prl.txt")
     usage = subprocess.run(
         [sys.executable, "-m", "evaluation.s3prl_upstream", "--help"], capture_output=True, text=True, cwd=ROOT
     )

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from benchmarks import timing
+from evaluation import timing
 
 
 def test_steps_run_in_turns_and_the_median_counts(monkeypatch):

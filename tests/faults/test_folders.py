@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from distillation import runlock
 from distillation.errors import UserError
-from distillation.runlock import run_lock
+from distillation.training import lock as lock_module
+from distillation.training.lock import run_lock
 from tests.faults.test_resume import assert_same_run
 
 
@@ -82,7 +82,7 @@ def test_second_run_is_refused(server, tiny_flags, tmp_path):
 def held_by(folder: Path, age: float = 0, **changes: object) -> Path:
     """The lock of another owner: by default one that lives, this process."""
     lock = folder / ".lock"
-    lock.write_text(json.dumps({**runlock._identity(), **changes}))
+    lock.write_text(json.dumps({**lock_module._identity(), **changes}))
     os.utime(lock, (time.time() - age, time.time() - age))
     return lock
 
@@ -141,7 +141,7 @@ def zombie() -> int:
 
 
 def test_dead_process_that_nobody_has_buried(tmp_path):
-    started = runlock._started(os.getpid())
+    started = lock_module._started(os.getpid())
     held_by(tmp_path, pid=zombie(), started=started)
     with run_lock(tmp_path, owner=True):
         pass

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distillation import processes
+from distillation.training import processes
 from tests.faults.test_resume import assert_same_run
 
 ROOT = Path(__file__).parents[2]

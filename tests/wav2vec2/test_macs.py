@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.configs import HUBERT_BASE
 from wav2vec2 import prune, wav2vec2_model
+from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.hardconcrete import sample
 from wav2vec2.macs import expected_macs, num_macs
 

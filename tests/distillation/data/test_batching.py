@@ -8,14 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distillation.data import (
-    BatchStream,
-    DataConfig,
-    Manifest,
-    ValidationBatches,
-    plan_epoch,
-    select_utterances,
-)
+from distillation.data.batching import BatchStream, DataConfig, ValidationBatches, plan_epoch, select_utterances
+from distillation.data.manifest import Manifest
 from distillation.errors import UserError
 
 
@@ -242,7 +236,7 @@ def test_one_batch_on_four_ranks():
 
 
 def test_stream_plans_each_epoch_once(manifest, monkeypatch):
-    import distillation.batching as batching
+    import distillation.data.batching as batching
 
     calls = []
     plan = batching.plan_epoch

@@ -9,18 +9,10 @@ import pytest
 import soundfile
 import torch
 
-from distillation.audio import AudioError, check_audio, read_header
-from distillation.data import (
-    AudioDataset,
-    BatchStream,
-    Crop,
-    DataConfig,
-    Manifest,
-    MicroBatch,
-    make_train_loader,
-    make_valid_loader,
-    select_utterances,
-)
+from distillation.data.audio import AudioError, check_audio, read_header
+from distillation.data.batching import BatchStream, Crop, DataConfig, MicroBatch, select_utterances
+from distillation.data.loaders import AudioDataset, make_train_loader, make_valid_loader
+from distillation.data.manifest import Manifest
 
 # Files
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from distillation.data.manifest import Manifest, read_tsv, write_tsv
 from distillation.errors import UserError
-from distillation.manifest import Manifest, read_tsv, write_tsv
 
 
 def test_round_trip_keeps_every_character(tmp_path):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from distillation import memory
 from distillation.config import TrainerConfig
-from distillation.data import DataConfig
+from distillation.data.batching import DataConfig
 from distillation.errors import UserError
+from distillation.training import memory
 
 GIB = 2**20  # small ones, for weights that really exist
 

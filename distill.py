@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import logging
 
-from distillation.build import build_run, load_teacher, starting_student, update_count
+from distillation.build import build_step, load_teacher, starting_student
 from distillation.config import parse_recipe
 from distillation.errors import command
 from distillation.sparsity import check_target, make_prunable
 from distillation.training.lock import run_lock
-from lightning import AudioDataModule, build_trainer, fit
 from wav2vec2 import prune, save_model
 from wav2vec2.architecture import format_architecture
 
@@ -25,15 +24,17 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Run the stage."""
     recipe, resolved = parse_recipe(description=__doc__ or "")
+    from lightning import AudioDataModule, DistillModule, build_trainer, train  # takes seconds: not for --help
+
     teacher = load_teacher(recipe)
     student = make_prunable(starting_student(recipe, teacher), recipe.pruning)
     check_target(student, sum(p.numel() for p in teacher.parameters()), recipe.pruning)
-    data = AudioDataModule(recipe.data, recipe.seed, recipe.trainer.batches_per_update)
-    max_steps = update_count(recipe.optim, data)
-    trainer = build_trainer(recipe, recipe.optim, max_steps)
-    module = build_run(recipe, recipe.optim, max_steps, student, teacher, pruning=recipe.pruning, resolved=resolved)
+    data = AudioDataModule(recipe)
+    optim = recipe.optim.resolved(data.updates_of)
+    trainer = build_trainer(recipe, optim)
+    module = DistillModule(build_step(recipe, optim, student, teacher, recipe.pruning), recipe.seed, resolved)
     with run_lock(recipe.exp_dir, owner=trainer.is_global_zero):
-        fit(module, data, trainer, recipe)
+        train(module, data, trainer, recipe)
         if trainer.is_global_zero and not recipe.pruning.units:
             save_model(recipe.exp_dir / "final.pth", student, module.objectives.head_state())
             logger.info("wrote %s", recipe.exp_dir / "final.pth")

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 
-from distillation.build import build_run, load_teacher, update_count
+from distillation.build import build_step, load_teacher
 from distillation.config import parse_recipe
 from distillation.errors import UserError, command
 from distillation.training.lock import run_lock
-from lightning import AudioDataModule, build_trainer, fit
 from wav2vec2 import save_model
 from wav2vec2.checkpoint import load_checkpoint
 
@@ -24,6 +23,8 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Run the stage."""
     recipe, resolved = parse_recipe(description=__doc__ or "")
+    from lightning import AudioDataModule, DistillModule, build_trainer, train  # takes seconds: not for --help
+
     if recipe.student_ckpt is None:
         raise UserError("name the pruned model with --student_ckpt, e.g. E/pruned.pth from prune.py")
     teacher = load_teacher(recipe)
@@ -34,14 +35,14 @@ def main() -> None:
         save_model(recipe.exp_dir / "final.pth", student.model, student.heads)
         logger.info("no step 2 in this recipe: %s is the pruned model", recipe.exp_dir / "final.pth")
         return
-    data = AudioDataModule(recipe.data, recipe.seed, recipe.trainer.batches_per_update)
-    max_steps = update_count(recipe.final, data)
-    trainer = build_trainer(recipe, recipe.final, max_steps)
-    module = build_run(recipe, recipe.final, max_steps, student.model, teacher, pruning=None, resolved=resolved)
+    data = AudioDataModule(recipe)
+    optim = recipe.final.resolved(data.updates_of)
+    trainer = build_trainer(recipe, optim)
+    module = DistillModule(build_step(recipe, optim, student.model, teacher, None), recipe.seed, resolved)
     if not module.objectives.load_head_state(student.heads, recipe.student_ckpt):
         logger.warning("%s holds no distillation heads: they start afresh", recipe.student_ckpt)
     with run_lock(recipe.exp_dir, owner=trainer.is_global_zero):
-        fit(module, data, trainer, recipe)
+        train(module, data, trainer, recipe)
         if trainer.is_global_zero:
             save_model(recipe.exp_dir / "final.pth", student.model, module.objectives.head_state())
             logger.info("wrote %s", recipe.exp_dir / "final.pth")

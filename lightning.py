@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -22,42 +21,33 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from distillation.config import Recipe, TrainerConfig, save_resolved
-from distillation.data.batching import DataConfig
-from distillation.data.loaders import Batch, make_train_loader, make_valid_loader
+from distillation.config import Recipe, save_resolved
+from distillation.data.batching import BatchStream, select_utterances
+from distillation.data.loaders import Batch, Place, make_train_loader, make_valid_loader
 from distillation.data.manifest import read_tsv
 from distillation.errors import UserError
-from distillation.objectives import Objectives, Teacher
-from distillation.optimisation import OptimConfig, lr_factor, param_groups
-from distillation.sparsity import Lagrangian, PruningConfig
+from distillation.optimisation import OptimConfig, lr_factor
 from distillation.training.guards import BatchGuard
+from distillation.training.lightning_internals import supervise_alone
 from distillation.training.metrics import MetricsCSV, RunningMeans
 from distillation.training.processes import outlive_stop_signal, supervised
-from distillation.training.progress import AtomicCheckpointIO, Progress, metrics_table
-from wav2vec2 import CheckpointError, Wav2Vec2Model
-from wav2vec2.checkpoint import read_torch_file
+from distillation.training.progress import Progress, metrics_table
+from distillation.training.resuming import AtomicCheckpointIO, read_run, supervise_restoring
+from distillation.training.step import TrainingStep, seed_micro_batch
 
 logger = logging.getLogger(__name__)
+LAST = Path("ckpts") / "last.ckpt"  # newest checkpoint, in the folder of a run
 # Lightning's own advice on the console; what a user must know is logged here or raised
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", module="pytorch_lightning")
-
-
-def seed_micro_batch(seed: int, number: int) -> None:
-    """Seed masks and dropout for micro-batch ``number``; every one, on whichever rank, has its own stream."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1))
 
 
 class DistillModule(pl.LightningModule):
     """Trains a student towards a frozen teacher; holds the sparsity where there is a Lagrangian.
 
     Args:
-        student: masked or dense.
-        teacher: frozen; not part of the module, hence in no checkpoint.
-        objectives: what to train towards.
-        optim: rates and lengths; ``max_steps`` is the number of updates.
-        lagrangian: None when nothing is pruned.
-        pruning: rates of the masks and multipliers.
+        step: what is trained, and by which losses and rates. Its teacher is frozen and no part of the module, hence in
+            no checkpoint.
         seed: of masks and dropout.
         recipe: resolved YAML, kept in checkpoints.
 
@@ -67,28 +57,16 @@ class DistillModule(pl.LightningModule):
 
     guard: BatchGuard
 
-    def __init__(
-        self,
-        student: Wav2Vec2Model,
-        teacher: Teacher,
-        objectives: Objectives,
-        optim: OptimConfig,
-        lagrangian: Lagrangian | None,
-        pruning: PruningConfig | None,
-        seed: int,
-        recipe: str,
-    ) -> None:
+    def __init__(self, step: TrainingStep, seed: int, recipe: str) -> None:
         super().__init__()
-        self.student, self.objectives, self.lagrangian = student, objectives, lagrangian
-        self.teacher = teacher
-        self.optim, self.pruning, self.seed, self.recipe = optim, pruning, seed, recipe
-        _freeze_unused(student, objectives.student_layers)
+        self.step, self.seed, self.recipe = step, seed, recipe
+        self.student, self.objectives, self.lagrangian = step.student, step.objectives, step.lagrangian
         self.means = RunningMeans()
         self.read, self.read_seconds = 0.0, 0.0  # seconds of audio on this rank, and a reader's time for them
 
     def on_fit_start(self) -> None:
         """Bring the teacher to the student's device."""
-        self.teacher.to(self.device)
+        self.step.teacher.to(self.device)
 
     on_validation_start = on_fit_start
 
@@ -101,17 +79,13 @@ class DistillModule(pl.LightningModule):
         seed_micro_batch(self.seed, batch.number)
         self.guard.read("train", batch)
         self.read, self.read_seconds = self.read + batch.seconds, self.read_seconds + batch.read_seconds
-        penalty = torch.zeros((), device=self.device)
-        if self.lagrangian is not None:
-            penalty = self.lagrangian(self.student.get_num_params(), self.global_step)
-        if not len(batch.waveforms):  # no file could be read; the other ranks wait for a gradient of everything
-            return penalty + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
-        loss = self.objectives(self.teacher, self.student, batch.waveforms, batch.lengths)
-        total = loss.total + penalty
-        self.guard.loss(self.global_step, total, batch)
-        metrics = {"train/distill": loss.total.detach(), **{f"train/{k}": v for k, v in loss.terms.items()}}
-        self.means.add({**metrics, "train/loss": total.detach()}, batch.seconds)
-        return total
+        loss = self.step.loss(batch.waveforms, batch.lengths, self.global_step)
+        if loss.distillation is not None:
+            self.guard.loss(self.global_step, loss.total, batch)
+            terms = {f"train/{name}": value for name, value in loss.distillation.terms.items()}
+            values = {"train/distill": loss.distillation.total.detach(), **terms, "train/loss": loss.total.detach()}
+            self.means.add(values, batch.seconds)
+        return loss.total
 
     def configure_gradient_clipping(
         self,
@@ -123,10 +97,7 @@ class DistillModule(pl.LightningModule):
 
         The norm is the same on all ranks. The fused optimizer reads the flag on the device: nobody waits for it.
         """
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-        if self.optim.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(params, self.optim.clip, norm)
+        norm = self.step.clip(optimizer)
         finite = norm.isfinite()
         if self._scales_loss:  # the scaler skips by itself, often without trouble: what counts is the loss
             self.guard.gradient(self.global_step, None)
@@ -143,7 +114,7 @@ class DistillModule(pl.LightningModule):
         self.guard.read("valid", batch)
         if not len(batch.waveforms):
             return
-        loss = self.objectives(self.teacher, self.student, batch.waveforms, batch.lengths)
+        loss = self.objectives(self.step.teacher, self.student, batch.waveforms, batch.lengths)
         values = {"valid/distill": loss.total, **{f"valid/{k}": v for k, v in loss.terms.items()}}
         self.validation.add(values, batch.seconds)
 
@@ -160,23 +131,18 @@ class DistillModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """AdamW with one schedule for all groups (the masks' rates may be kept constant)."""
-        groups = param_groups(self, self.lagrangian, self.optim, self.pruning)
+        optim = self.step.optim
         # the fused update would take the scaling out of the gradient itself, after it has been clipped
-        fused = self.device.type in ("cpu", "cuda") and not self._scales_loss
-        optimizer = torch.optim.AdamW(groups, betas=self.optim.betas, eps=self.optim.eps, fused=fused)
-        steps = self.optim.max_steps
-        warmup = self.optim.resolved_warmup(steps)
+        optimizer = self.step.make_optimizer(fused=self.device.type in ("cpu", "cuda") and not self._scales_loss)
 
         def scheduled(step: int) -> float:
-            return lr_factor(step, warmup, steps, self.optim.schedule)
+            return lr_factor(step, optim.warmup_steps, optim.max_steps, optim.schedule)
 
         def constant(step: int) -> float:
             return 1.0
 
-        keep = self.pruning is not None and self.pruning.constant_lr
-        factors: list[Any] = [
-            constant if keep and group["name"] in ("log_alpha", "lambda") else scheduled for group in groups
-        ]
+        keep = ("log_alpha", "lambda") if self.lagrangian is not None and self.lagrangian.config.constant_lr else ()
+        factors: list[Any] = [constant if group["name"] in keep else scheduled for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
 
     def log_training(self) -> None:
@@ -235,93 +201,78 @@ class DistillModule(pl.LightningModule):
                 raise UserError(f"{source}: {name} does not fit this recipe: use another --exp_dir")
 
 
-def _freeze_unused(student: Wav2Vec2Model, num_layers: int) -> None:
-    """Freeze what no objective looks at: it would never get a gradient, and DDP waits for one."""
-    transformer = student.encoder.transformer
-    unused: list[Any] = [*transformer.layers[num_layers:], student.aux]
-    if transformer.layer_norm_first:  # hidden states come before the final norm
-        unused.append(transformer.layer_norm)
-    for module in unused:
-        for name, p in module.named_parameters() if module is not None else ():
-            p.requires_grad_(name.endswith("log_alpha"))
-
-
 class AudioDataModule(pl.LightningDataModule):
     """Batches of one rank. Resumes at the micro-batch that the number of updates implies.
 
     Args:
-        config: audio and batching.
-        seed: of order and crops.
-        batches_per_update: micro-batches of all ranks in one update.
+        recipe: audio and batching, the seed of order and crops, and the micro-batches of all ranks in one update.
     """
 
-    def __init__(self, config: DataConfig, seed: int, batches_per_update: int) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.config, self.seed, self.batches_per_update = config, seed, batches_per_update
-        self.train_manifest = read_tsv(config.tsv_dir / config.train)
-        self.valid_manifest = read_tsv(config.tsv_dir / config.valid)
+        self.config, self.seed, self.batches_per_update = recipe.data, recipe.seed, recipe.trainer.batches_per_update
+        self.train_manifest = read_tsv(self.config.tsv_dir / self.config.train)
+        self.valid_manifest = read_tsv(self.config.tsv_dir / self.config.valid)
 
-    def _ranks(self) -> dict[str, Any]:
+    def updates_of(self, epochs: int) -> int:
+        """Updates that so many epochs hold."""
+        stream = BatchStream(select_utterances(self.train_manifest, self.config), self.config, seed=self.seed)
+        steps = max(1, stream.first_of(epochs) // self.batches_per_update)
+        logger.info("%d epochs are %d updates of %d micro-batches", epochs, steps, self.batches_per_update)
+        return steps
+
+    def _place(self) -> Place:
         assert self.trainer is not None
-        gpu = self.trainer.strategy.root_device.type == "cuda"
-        per_node = max(1, self.trainer.world_size // self.trainer.num_nodes)
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size, "pin_memory": gpu,
-                "ranks_per_node": per_node, "worker_init_fn": outlive_stop_signal}  # fmt: skip
+        return Place(
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            ranks_per_node=max(1, self.trainer.world_size // self.trainer.num_nodes),
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            worker_init_fn=outlive_stop_signal,
+        )
 
     def train_dataloader(self) -> Any:
         """Endless."""
         assert self.trainer is not None
         start = self.trainer.global_step * self.batches_per_update
-        return make_train_loader(self.train_manifest, self.config, seed=self.seed, start=start, **self._ranks())
+        return make_train_loader(self.train_manifest, self.config, self.seed, start, self._place())
 
     def val_dataloader(self) -> Any:
         """This rank's share."""
-        return make_valid_loader(self.valid_manifest, self.config, **self._ranks())
+        return make_valid_loader(self.valid_manifest, self.config, self._place())
 
 
-def fit_batches(data: DataConfig, trainer: TrainerConfig, world_size: int) -> int:
-    """Accumulation that keeps the recipe's update on ``world_size`` processes.
+def accumulation(batches_per_update: int, world_size: int) -> int:
+    """Micro-batches that each of ``world_size`` processes takes for one update.
 
     Raises:
         UserError: the recipe's micro-batches cannot be spread evenly.
     """
-    accumulate, rest = divmod(trainer.batches_per_update, world_size)
+    each, rest = divmod(batches_per_update, world_size)
     if rest:
-        fitting = [n for n in range(1, trainer.batches_per_update + 1) if trainer.batches_per_update % n == 0]
+        fitting = [n for n in range(1, batches_per_update + 1) if batches_per_update % n == 0]
         raise UserError(
-            f"{trainer.batches_per_update} micro-batches per update do not spread evenly over {world_size} processes: "
+            f"{batches_per_update} micro-batches per update do not spread evenly over {world_size} processes: "
             f"use {', '.join(map(str, fitting))} processes, or set --trainer.batches_per_update "
             f"and --data.seconds_per_batch so that their product stays the published one"
         )
-    return accumulate
+    return each
 
 
-def find_devices(config: TrainerConfig) -> tuple[str, int]:
-    """What to train on, "gpu" or "cpu", and how many processes of it per node.
-
-    Raises:
-        UserError: the machine is not what the recipe asks for.
-    """
-    gpus = torch.cuda.device_count()
-    accelerator = config.accelerator if config.accelerator != "auto" else ("gpu" if gpus else "cpu")
-    if accelerator == "gpu" and not gpus:
-        raise UserError("the recipe asks for a GPU and none is visible: set --trainer.accelerator cpu to train without")
-    devices = config.devices if config.devices != "auto" else (gpus if accelerator == "gpu" else 1)
-    if accelerator == "gpu" and devices > gpus:
-        raise UserError(f"the recipe asks for {devices} GPUs and {gpus} are visible: set --trainer.devices {gpus}")
-    return accelerator, devices
-
-
-def build_trainer(recipe: Recipe, optim: OptimConfig, max_steps: int) -> pl.Trainer:
+def build_trainer(recipe: Recipe, optim: OptimConfig) -> pl.Trainer:
     """Trainer of one step of a recipe, with the accumulation that this number of processes needs.
+
+    Args:
+        recipe: machine and bookkeeping.
+        optim: of the step, its length in updates.
 
     Raises:
         UserError: the machine is not what the recipe asks for.
     """
     config = recipe.trainer
-    accelerator, devices = find_devices(config)
+    accelerator, devices = config.find_devices()
     world_size = devices * config.num_nodes
-    accumulate = fit_batches(recipe.data, config, world_size)
+    accumulate = accumulation(config.batches_per_update, world_size)
     strategy: str | Strategy = "auto"
     if world_size > 1:
         backend = "nccl" if accelerator == "gpu" else "gloo"
@@ -339,11 +290,11 @@ def build_trainer(recipe: Recipe, optim: OptimConfig, max_steps: int) -> pl.Trai
         num_nodes=config.num_nodes,
         strategy=strategy,
         precision=config.precision,
-        max_steps=max_steps,
+        max_steps=optim.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=optim.clip,
-        val_check_interval=min(config.validate_every, max_steps) * accumulate,
+        val_check_interval=min(config.validate_every, optim.max_steps) * accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -352,19 +303,16 @@ def build_trainer(recipe: Recipe, optim: OptimConfig, max_steps: int) -> pl.Trai
         enable_checkpointing=False,
         log_every_n_steps=config.log_every,
         logger=[TensorBoardLogger(recipe.exp_dir, name="", version=""), MetricsCSV(recipe.exp_dir / "metrics.csv")],
-        callbacks=[Progress(recipe, recipe.exp_dir / "ckpts" / "last.ckpt", max_steps)],
+        callbacks=[Progress(recipe, recipe.exp_dir / LAST)],
         plugins=plugins,
         default_root_dir=recipe.exp_dir,
         benchmark=False,
     )
-    # Signals are heard by distillation.training.processes. Lightning's own handlers wait for all ranks inside the
-    # handler, and its loop asks the device before every micro-batch whether one came.
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    supervise_alone(trainer)
     return trainer
 
 
-def fit(module: DistillModule, data: AudioDataModule, trainer: pl.Trainer, recipe: Recipe) -> None:
+def train(module: DistillModule, data: AudioDataModule, trainer: pl.Trainer, recipe: Recipe) -> None:
     """Train to the end, from ``ckpts/last.ckpt`` where there is one.
 
     Raises:
@@ -373,26 +321,18 @@ def fit(module: DistillModule, data: AudioDataModule, trainer: pl.Trainer, recip
         PeerLost: another process of the run died.
     """
     exp_dir, max_steps = recipe.exp_dir, trainer.max_steps
-    last = exp_dir / "ckpts" / "last.ckpt"
-    module.guard = BatchGuard(
-        {"train": data.train_manifest, "valid": data.valid_manifest},
-        recipe.data.max_bad_share,
-        recipe.trainer.max_skipped_updates,
-        exp_dir / "bad_files.tsv",
-    )
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    progress = next(callback for callback in callbacks if isinstance(callback, Progress))
+    manifests = {"train": data.train_manifest, "valid": data.valid_manifest}
+    limits = recipe.data.max_bad_share, recipe.trainer.max_skipped_updates
+    module.guard = BatchGuard(manifests, *limits, report=exp_dir / "bad_files.tsv")
     table = metrics_table(trainer)
     validate_last = max_steps % min(recipe.trainer.validate_every, max_steps) != 0
+    last, step = exp_dir / LAST, 0
     resume = last if last.is_file() else None
-    step = 0
     if resume is not None:
-        content = read_torch_file(resume)
-        found = content.get("global_step")
-        if not isinstance(found, int) or found < 0 or "pytorch-lightning_version" not in content:
-            raise UserError(f"{resume}: not a checkpoint of a run: move it away to start afresh")
-        step = found
+        content = read_run(resume)
+        step = content["global_step"]
         module.check(content, resume)
+        supervise_restoring(trainer, content, resume)
         logger.info("resuming from %s at update %d", resume, step)
     if trainer.is_global_zero:  # now that the folder is known to be this run's
         save_resolved(module.recipe, exp_dir)
@@ -401,18 +341,8 @@ def fit(module: DistillModule, data: AudioDataModule, trainer: pl.Trainer, recip
         logger.info("%s is complete", exp_dir)
         module.load_state_dict(content["state_dict"])
         return
-    progress.expected_step = step
+    progress = next(callback for callback in trainer.callbacks if isinstance(callback, Progress))  # type: ignore[attr-defined]
     with progress.stop, supervised(trainer):
-        try:
-            trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-        except UNREADABLE as error:
-            if resume is None or progress.step > progress.first_step or isinstance(error, UserError | CheckpointError):
-                raise
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            raise UserError(f"{resume}: cannot be continued ({reason}): move it away to start afresh") from error
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
         if validate_last:
             trainer.validate(module, data, verbose=False)
-
-
-# What a checkpoint of the right kind with wrong content raises, at the latest in the first update.
-UNREADABLE = (KeyError, TypeError, AttributeError, ValueError, IndexError, AssertionError)

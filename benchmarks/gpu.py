@@ -36,7 +36,7 @@ from distillation.data.loaders import make_train_loader
 from distillation.data.manifest import read_tsv
 from distillation.errors import UserError, command
 from distillation.sparsity import make_prunable
-from distillation.training.memory import fits, largest_that_fits
+from distillation.training.memory import largest_batch, runs_in_memory
 from evaluation.timing import in_turns
 from wav2vec2 import prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
@@ -187,7 +187,7 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
     result: dict[str, Any] = {"largest_batch_seconds": None}
     if device == "cuda":
         set_sparsity(masked, 0.0)
-        count = largest_that_fits(lambda count: fits(lambda: step_of(count)), 256)
+        count = largest_batch(lambda count: runs_in_memory(lambda: step_of(count)), 256)
         result["largest_batch_seconds"] = count * UTTERANCE
         waveforms = torch.randn(max(1, count * 9 // 10), round(UTTERANCE * SAMPLE_RATE), device=device)
         seconds = waveforms.shape[0] * UTTERANCE

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillation.build import build_step
 from distillation.config import RECIPES, parse_recipe
-from distillation.objectives import ObjectiveConfig, Objectives, Teacher
+from distillation.objectives import ObjectiveConfig, Teacher
 from distillation.objectives.layer_to_layer import DistanceWeights, distances
-from distillation.optimisation import param_groups
-from distillation.sparsity import Lagrangian
 from evaluation.timing import Stopwatch
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.kernels import linear
@@ -51,21 +50,17 @@ class Ours:
         objective: ObjectiveConfig | None = None,
     ) -> None:
         recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
+        recipe.objective = objective or recipe.objective
+        recipe.trainer.precision = "32-true"  # the teacher is given per step
         torch.manual_seed(0)
         self.student, self.waveforms = student.train(), waveforms
         self.teachers = {None: Teacher(teacher), BF16: Teacher(copy.deepcopy(teacher), BF16)}
-        self.objectives = Objectives(objective or recipe.objective, student, teacher).to(waveforms.device)
-        pruning = recipe.pruning if student.masks() else None
-        before = sum(p.numel() for p in teacher.parameters())
-        self.lagrangian = None
-        if pruning is not None:
-            self.lagrangian = Lagrangian(before, pruning.target_sparsity, pruning.warmup_steps).to(waveforms.device)
-        whole = nn.ModuleList([student, self.objectives, *([self.lagrangian] if self.lagrangian else [])])
-        groups = param_groups(whole, self.lagrangian, recipe.optim, pruning)
+        self.training = build_step(recipe, recipe.optim, student, teacher, recipe.pruning if student.masks() else None)
+        self.training.to(str(waveforms.device))
+        self.optimizer = self.training.make_optimizer()
         # rates of 0: a step must not change the sparsity that is being measured
-        for group in groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = 0.0 if group["name"] in ("log_alpha", "lambda") else 1e-6
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.watch = Stopwatch()
 
     def forward(self, dtype: torch.dtype | None = None, teacher_dtype: torch.dtype | None = None) -> Tensor:
@@ -75,11 +70,9 @@ class Ours:
             with self.watch("teacher"):
                 return self.teachers[teacher_dtype or dtype](*args)
 
+        self.training.teacher = teacher  # type: ignore[assignment]
         with self.watch("student, forward"), autocast(dtype, self.waveforms.device.type):
-            total = self.objectives(teacher, self.student, self.waveforms, None).total
-            if self.lagrangian is not None:
-                total = total + self.lagrangian(self.student.get_num_params(), 0)
-        return total
+            return self.training.loss(self.waveforms, None, 0).total
 
     def step(self, dtype: torch.dtype | None = None, teacher_dtype: torch.dtype | None = None) -> None:
         """One update."""
@@ -87,9 +80,7 @@ class Ours:
         with self.watch("student, backward"):
             loss.backward()
         with self.watch("update"):
-            params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-            torch.nn.utils.clip_grads_with_norm_(params, 10.0, norm)
+            self.training.clip(self.optimizer)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 
 from distillation.config import Recipe
-from distillation.data.batching import BatchStream, select_utterances
 from distillation.errors import UserError
 from distillation.objectives import Objectives, Teacher
 from distillation.optimisation import OptimConfig
 from distillation.sparsity import Lagrangian, PruningConfig
 from distillation.students import backbone_params, build_student, check_frame_rate
+from distillation.training.step import TrainingStep
 from wav2vec2 import Wav2Vec2Model, load_model
-
-if TYPE_CHECKING:
-    from lightning import AudioDataModule, DistillModule
 
 logger = logging.getLogger(__name__)
 
@@ -57,61 +52,31 @@ def starting_student(recipe: Recipe, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
     return student
 
 
-def update_count(optim: OptimConfig, data: AudioDataModule) -> int:
-    """Updates of one step: as many as the recipe says, or as its epochs hold."""
-    if optim.max_epochs is None:
-        return optim.max_steps
-    stream = BatchStream(select_utterances(data.train_manifest, data.config), data.config, seed=data.seed)
-    num_batches = stream.first_of(optim.max_epochs)
-    steps = max(1, num_batches // data.batches_per_update)
-    logger.info("%d epochs are %d updates of %d micro-batches", optim.max_epochs, steps, data.batches_per_update)
-    return steps
-
-
-def build_run(
-    recipe: Recipe,
-    optim: OptimConfig,
-    max_steps: int,
-    student: Wav2Vec2Model,
-    teacher: Wav2Vec2Model,
-    *,
-    pruning: PruningConfig | None,
-    resolved: str,
-) -> DistillModule:
-    """The training module of one step.
+def build_step(
+    recipe: Recipe, optim: OptimConfig, student: Wav2Vec2Model, teacher: Wav2Vec2Model, pruning: PruningConfig | None
+) -> TrainingStep:
+    """What one step of a recipe trains.
 
     Args:
         recipe: what to run.
-        optim: of this step.
-        max_steps: its updates.
+        optim: of this step, its length in updates.
         student: masked (step 1) or dense.
         teacher: dense.
         pruning: None for a step without a sparsity term.
-        resolved: YAML of the recipe, kept in checkpoints.
     """
-    from lightning import DistillModule  # Lightning takes seconds to import, and --help does not need it
-
     lagrangian = None
     if pruning is not None and pruning.units:
         before = sum(p.numel() for p in teacher.parameters())
-        lagrangian = Lagrangian(before, pruning.target_sparsity, pruning.warmup_steps)
-        if pruning.warmup_steps >= max_steps:
+        lagrangian = Lagrangian(before, pruning)
+        if pruning.warmup_steps >= optim.max_steps:
             logger.warning("pruning.warmup_steps is %d of %d updates: the target sparsity is never asked for",
-                           pruning.warmup_steps, max_steps)  # fmt: skip
-    if optim.resolved_warmup(max_steps) >= max_steps:
-        logger.warning("the learning rate warms up over %d of %d updates", optim.resolved_warmup(max_steps), max_steps)
+                           pruning.warmup_steps, optim.max_steps)  # fmt: skip
+    if optim.warmup_steps >= optim.max_steps:
+        logger.warning("the learning rate warms up over %d of %d updates", optim.warmup_steps, optim.max_steps)
     objectives = Objectives(recipe.objective, student, teacher, recipe.trainer.recompute)
     logger.info(
         "student: %s parameters, and %s in heads that only training uses",
         f"{backbone_params(student) - sum(map(len, student.masks().values())):,}", f"{objectives.num_params():,}",
     )  # fmt: skip
-    return DistillModule(
-        student,
-        Teacher(teacher, recipe.trainer.teacher_dtype),
-        objectives,
-        dataclasses.replace(optim, max_steps=max_steps, max_epochs=None),
-        lagrangian,
-        pruning,
-        recipe.seed,
-        resolved,
-    )
+    frozen = Teacher(teacher, recipe.trainer.teacher_dtype)
+    return TrainingStep(student, frozen, objectives, lagrangian, optim)

@@ -93,6 +93,23 @@ class TrainerConfig:
         """What the teacher computes in."""
         return DTYPES[self.precision if self.teacher_precision == "same" else self.teacher_precision]
 
+    def find_devices(self) -> tuple[str, int]:
+        """What to train on, "gpu" or "cpu", and how many processes of it per node.
+
+        Raises:
+            UserError: the machine is not what the recipe asks for.
+        """
+        gpus = torch.cuda.device_count()
+        accelerator = self.accelerator if self.accelerator != "auto" else ("gpu" if gpus else "cpu")
+        if accelerator == "gpu" and not gpus:
+            raise UserError(
+                "the recipe asks for a GPU and none is visible: set --trainer.accelerator cpu to train without"
+            )
+        devices = self.devices if self.devices != "auto" else (gpus if accelerator == "gpu" else 1)
+        if accelerator == "gpu" and devices > gpus:
+            raise UserError(f"the recipe asks for {devices} GPUs and {gpus} are visible: set --trainer.devices {gpus}")
+        return accelerator, devices
+
 
 @dataclass
 class Recipe:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from distillation.errors import UserError
-from distillation.sparsity import Lagrangian, PruningConfig
+from distillation.sparsity import Lagrangian
 
 
 @dataclass
@@ -66,9 +68,15 @@ class OptimConfig:
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise UserError(f"clip is {self.clip}: it must be positive, or null for no clipping")
 
-    def resolved_warmup(self, max_steps: int) -> int:
-        """Updates of warm-up in a run of ``max_steps`` updates."""
-        return self.warmup_steps if self.warmup_ratio is None else round(self.warmup_ratio * max_steps)
+    def resolved(self, updates_of: Callable[[int], int]) -> OptimConfig:
+        """The same with its length and its warm-up in updates.
+
+        Args:
+            updates_of: how many updates a number of epochs holds.
+        """
+        steps = self.max_steps if self.max_epochs is None else updates_of(self.max_epochs)
+        warmup = self.warmup_steps if self.warmup_ratio is None else round(self.warmup_ratio * steps)
+        return dataclasses.replace(self, max_steps=steps, max_epochs=None, warmup_steps=warmup, warmup_ratio=None)
 
 
 def lr_factor(step: int, warmup_steps: int, max_steps: int, schedule: str) -> float:
@@ -88,9 +96,7 @@ def lr_factor(step: int, warmup_steps: int, max_steps: int, schedule: str) -> fl
     return remaining
 
 
-def param_groups(
-    module: nn.Module, lagrangian: Lagrangian | None, optim: OptimConfig, pruning: PruningConfig | None
-) -> list[dict[str, Any]]:
+def param_groups(module: nn.Module, lagrangian: Lagrangian | None, optim: OptimConfig) -> list[dict[str, Any]]:
     """Optimizer groups: weights (decayed or not), mask parameters, and the maximised multipliers.
 
     Every trainable parameter is in exactly one group.
@@ -110,12 +116,12 @@ def param_groups(
         {"name": "weights", "params": decayed, "lr": optim.lr, "weight_decay": optim.weight_decay},
         {"name": "biases_norms", "params": plain, "lr": optim.lr, "weight_decay": 0.0},
     ]
-    if lagrangian is not None and pruning is not None:
+    if lagrangian is not None:
+        rates = lagrangian.config
         groups += [
-            {"name": "log_alpha", "params": masks, "lr": pruning.lr_masks, "weight_decay": 0.0},
-            {"name": "lambda", "params": multipliers, "lr": pruning.lr_lagrangian, "weight_decay": 0.0,
-             "maximize": True},
-        ]  # fmt: skip
+            {"name": "log_alpha", "params": masks, "lr": rates.lr_masks, "weight_decay": 0.0},
+            {"name": "lambda", "params": multipliers, "lr": rates.lr_lagrangian, "weight_decay": 0.0, "maximize": True},
+        ]
     grouped = [p for group in groups for p in group["params"]]
     trainable = {p for p in module.parameters() if p.requires_grad}
     assert len(grouped) == len(set(grouped)) and set(grouped) == trainable, "a parameter is in no group, or in two"

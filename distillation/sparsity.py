@@ -100,21 +100,21 @@ class Lagrangian(nn.Module):
 
     Args:
         num_params_before: parameters of the unpruned model.
-        target: final sparsity.
-        warmup_steps: updates until the target is reached.
+        config: the target, the updates until it is reached, and the rates of masks and multipliers.
     """
 
-    def __init__(self, num_params_before: int, target: float, warmup_steps: int) -> None:
+    def __init__(self, num_params_before: int, config: PruningConfig) -> None:
         super().__init__()
-        self.num_params_before, self.final_target, self.warmup_steps = num_params_before, target, warmup_steps
+        self.num_params_before, self.config = num_params_before, config
         self.lambda1 = nn.Parameter(torch.zeros(()))
         self.lambda2 = nn.Parameter(torch.zeros(()))
 
     def target(self, step: int) -> float:
         """Target sparsity at update ``step`` (0, 1, ...)."""
-        if step >= self.warmup_steps:
-            return self.final_target
-        return self.final_target * step / self.warmup_steps
+        config = self.config
+        if step >= config.warmup_steps:
+            return config.target_sparsity
+        return config.target_sparsity * step / config.warmup_steps
 
     def sparsity(self, num_params: Tensor) -> Tensor:
         """Expected sparsity (float32 scalar) from the expected number of parameters (float64 scalar)."""

@@ -6,7 +6,6 @@ Shapes: B batch, T frames, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,47 +19,14 @@ from tqdm import tqdm
 
 from distillation.errors import UserError
 from distillation.optimisation import lr_factor
+from distillation.training.step import seed_micro_batch
+from finetuning.config import FinetuneConfig
 from finetuning.decoding import Decoder, greedy_decoder
 from finetuning.transcripts import Batch
-from lightning import seed_micro_batch
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.checkpoint import fingerprint
 
 RATES = ("valid/wer", "valid/cer")
-
-
-@dataclass
-class FinetuneConfig:
-    """How to fine-tune."""
-
-    max_steps: int = 20_000
-    """Updates."""
-
-    freeze_steps: int = 2_000
-    """Updates in which the output layer alone learns."""
-
-    lr: float = 1e-4
-    """Peak rate of the Transformer."""
-
-    head_lr: float = 1e-3
-    """Peak rate of the output layer."""
-
-    warmup_ratio: float = 0.1
-    """Share of the updates after the freeze in which the Transformer's rate rises; then it falls to 0."""
-
-    seconds_per_batch: float = 100.0
-    """Audio of an update, padding included."""
-
-    train_extractor: bool = False
-    """Train the convolutions too."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.freeze_steps < self.max_steps:
-            raise UserError(
-                f"--freeze_steps {self.freeze_steps}: it must be at least 0 and less than --max_steps {self.max_steps}"
-            )
-        if min(self.lr, self.head_lr, self.seconds_per_batch) <= 0 or not 0 <= self.warmup_ratio <= 1:
-            raise UserError("--lr, --head_lr and --seconds_per_batch must be positive, --warmup_ratio within [0, 1]")
 
 
 def with_output_layer(model: Wav2Vec2Model, vocabulary: list[str]) -> Wav2Vec2Model:

@@ -6,7 +6,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 case "${1:-}" in -h | --help) usage scripts/demo.sh; exit 0 ;; esac
 out=$(cd "$CALLER_DIR" && realpath -m -- "${1:-demo_out}")
 setup requirements.txt requirements/demo.txt
-export OMP_WAIT_POLICY=PASSIVE # spinning threads slow each other down on shared machines
 began=$SECONDS
 
 python -m demo.corpus --out "$out/corpus" --train_utterances 40 --no-keywords

@@ -12,16 +12,17 @@ from unittest import mock
 import pytest
 import torch
 
-from distillation.build import build_run
+from distillation.build import build_step
 from distillation.config import Recipe, TrainerConfig
 from distillation.data.batching import DataConfig
 from distillation.errors import UserError
 from distillation.objectives import LayerToLayer, ObjectiveConfig
 from distillation.optimisation import OptimConfig
 from distillation.sparsity import PruningConfig, make_prunable
+from distillation.training.memory import TrialUpdates
 from distillation.training.metrics import MetricsCSV, RunningMeans
-from fit_batch import Trial
-from lightning import fit_batches, seed_micro_batch
+from distillation.training.step import seed_micro_batch
+from lightning import DistillModule, accumulation
 from wav2vec2 import wav2vec2_model
 from wav2vec2.passes import PassOptions
 
@@ -34,7 +35,8 @@ def build(config: dict, layers: list[list[int]], pruning: PruningConfig | None):
     student = make_prunable(teacher, pruning or PruningConfig(units=[]))
     settings = ObjectiveConfig(layer_to_layer=LayerToLayer.Config(layers=layers))
     recipe = Recipe(objective=settings, trainer=TrainerConfig(precision="32-true"))
-    return build_run(recipe, OptimConfig(), 10, student, teacher, pruning=pruning, resolved="")
+    step = build_step(recipe, OptimConfig(max_steps=10, warmup_steps=2), student, teacher, pruning)
+    return DistillModule(step, recipe.seed, "")
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
@@ -48,9 +50,7 @@ def test_every_trainable_parameter_gets_a_gradient(tiny_config, pre_norm, layers
             if "transformer" in name:
                 torch.nn.init.constant_(mask.log_alpha, -20.0)
     module.train()
-    loss = module.objectives(module.teacher, module.student, torch.randn(2, 6000), None).total
-    loss = loss + module.lagrangian(module.student.get_num_params(), 3)
-    loss.backward()
+    module.step.loss(torch.randn(2, 6000), None, 3).total.backward()
     without = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
@@ -71,15 +71,15 @@ def test_every_trainable_parameter_gets_a_gradient(tiny_config, pre_norm, layers
 def test_teacher_is_frozen_in_eval_and_in_no_checkpoint(tiny_config):
     module = build(tiny_config, [[0], [4]], PruningConfig())
     module.train()
-    assert not module.teacher.model.training
-    assert not any(p.requires_grad for p in module.teacher.model.parameters())
-    teacher_params = {id(p) for p in module.teacher.model.parameters()}
+    assert not module.step.teacher.model.training
+    assert not any(p.requires_grad for p in module.step.teacher.model.parameters())
+    teacher_params = {id(p) for p in module.step.teacher.model.parameters()}
     assert not teacher_params & {id(p) for p in module.parameters()}
     waveforms = torch.randn(1, 6000)
-    first = module.teacher(waveforms, None, PassOptions(4)).layers
-    again = module.teacher(waveforms, None, PassOptions(4)).layers
+    first = module.step.teacher(waveforms, None, PassOptions(4)).layers
+    again = module.step.teacher(waveforms, None, PassOptions(4)).layers
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and not first[0].requires_grad
-    assert len(first) == 4 and len(module.teacher(waveforms, None, PassOptions(2)).layers) == 2
+    assert len(first) == 4 and len(module.step.teacher(waveforms, None, PassOptions(2)).layers) == 2
 
 
 def test_each_micro_batch_has_its_own_masks(tiny_config):
@@ -99,16 +99,15 @@ def test_starts_as_the_teacher(tiny_config):
     module = build(tiny_config, [[0], [2, 4]], None)
     module.eval()
     with torch.no_grad():
-        terms = module.objectives(module.teacher, module.student, torch.randn(2, 6000), None).terms
+        terms = module.objectives(module.step.teacher, module.student, torch.randn(2, 6000), None).terms
     assert terms["l1"].item() == pytest.approx(0, abs=1e-5) and terms["cos"].item() == pytest.approx(-1, abs=1e-5)
 
 
-@pytest.mark.parametrize(("per_update", "processes", "accumulation"), [(4, 1, 4), (4, 2, 2), (4, 4, 1), (8, 2, 4)])
-def test_accumulation_keeps_the_update(per_update, processes, accumulation):
-    config = TrainerConfig(batches_per_update=per_update)
-    assert fit_batches(DataConfig(), config, processes) == accumulation
+@pytest.mark.parametrize(("per_update", "processes", "expected"), [(4, 1, 4), (4, 2, 2), (4, 4, 1), (8, 2, 4)])
+def test_accumulation_keeps_the_update(per_update, processes, expected):
+    assert accumulation(per_update, processes) == expected
     with pytest.raises(UserError, match="use 1, 2, 4"):
-        fit_batches(DataConfig(), config, 3)
+        accumulation(per_update, 3)
 
 
 class OneProcess:
@@ -161,8 +160,7 @@ def test_metrics_csv_resumes_without_repeating_rows(tmp_path):
 def test_trial_updates_take_the_room_of_real_ones_and_change_nothing(tiny_config, pruning):
     module = build(tiny_config, [[0], [4]], pruning)
     before = {name: p.clone() for name, p in module.named_parameters()}
-    recipe = Recipe(trainer=TrainerConfig(precision="32-true"), pruning=pruning or PruningConfig(units=[]))
-    trial = Trial(module, recipe)
+    trial = TrialUpdates(module.step, torch.float32, DataConfig())
     trial(torch.randn(2, 6000))
     moments = {p: state for p, state in trial.optimizer.state.items() if state["exp_avg"].any()}
     trained = [p for p in module.parameters() if p.requires_grad]

@@ -14,37 +14,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distillation.data.audio import AudioError, level_of, read_crop
 from distillation.data.batching import (
     BatchStream,
-    Crop,
     DataConfig,
     MicroBatch,
-    Selection,
     ValidationBatches,
-    plan_epoch,
     select_utterances,
 )
-from distillation.data.manifest import Manifest, read_tsv
-
-__all__ = [
-    "AudioDataset",
-    "Batch",
-    "BatchStream",
-    "Crop",
-    "DataConfig",
-    "Manifest",
-    "MicroBatch",
-    "Selection",
-    "ValidationBatches",
-    "make_train_loader",
-    "make_valid_loader",
-    "plan_epoch",
-    "read_tsv",
-    "select_utterances",
-]
+from distillation.data.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -127,17 +107,28 @@ class AudioDataset(Dataset[Batch]):
         )
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where batches are read and used; by default a process alone."""
+
+    rank: int = 0
+    """This process, from 0."""
+
+    world_size: int = 1
+    """Number of processes."""
+
+    ranks_per_node: int = 1
+    """Processes that share this machine's cores."""
+
+    pin_memory: bool = False
+    """Deliver batches in page-locked memory, for a GPU."""
+
+    worker_init_fn: Callable[[int], None] | None = None
+    """Called in every reading process with its number."""
+
+
 def make_train_loader(
-    manifest: Manifest,
-    config: DataConfig,
-    *,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    start: int = 0,
-    pin_memory: bool = False,
-    ranks_per_node: int | None = None,
-    worker_init_fn: Callable[[int], None] | None = None,
+    manifest: Manifest, config: DataConfig, seed: int, start: int = 0, place: Place | None = None
 ) -> DataLoader[Batch]:
     """Endless loader of one rank's training batches; its ``sampler`` is the `BatchStream`.
 
@@ -145,50 +136,32 @@ def make_train_loader(
         manifest: training utterances.
         config: how to choose and batch them.
         seed: of the order and the crops, the same on every rank.
-        rank: this process, from 0.
-        world_size: number of processes.
         start: micro-batches that all ranks together have used before.
-        pin_memory: deliver batches in page-locked memory, for a GPU.
-        ranks_per_node: processes that share this machine's cores; None: all of them.
-        worker_init_fn: called in every reading process with its number.
+        place: which rank, on what machine.
 
     Raises:
         UserError: no utterance has a usable length, or one is longer than a batch.
     """
+    place = place or Place()
     selection = select_utterances(manifest, config)
-    if rank == 0:
+    if place.rank == 0:
         logger.info("training data, %s", selection.summary)
-    stream = BatchStream(selection, config, seed=seed, rank=rank, world_size=world_size, start=start)
-    num_workers = _num_workers(config, ranks_per_node or world_size)
-    return _make_loader(manifest, config, stream, num_workers, pin_memory, worker_init_fn)
+    stream = BatchStream(selection, config, seed=seed, rank=place.rank, world_size=place.world_size, start=start)
+    return _make_loader(manifest, config, stream, _num_workers(config, place), place)
 
 
-def make_valid_loader(
-    manifest: Manifest,
-    config: DataConfig,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
-    ranks_per_node: int | None = None,
-    worker_init_fn: Callable[[int], None] | None = None,
-) -> DataLoader[Batch]:
+def make_valid_loader(manifest: Manifest, config: DataConfig, place: Place | None = None) -> DataLoader[Batch]:
     """Loader of one rank's share of the validation data, the same in every pass. Arguments as `make_train_loader`."""
+    place = place or Place()
     selection = select_utterances(manifest, config)
-    if rank == 0:
+    if place.rank == 0:
         logger.info("validation data, %s", selection.summary)
-    batches = ValidationBatches(selection, config, rank=rank, world_size=world_size)
-    num_workers = min(_num_workers(config, ranks_per_node or world_size), len(batches))
-    return _make_loader(manifest, config, batches, num_workers, pin_memory, worker_init_fn)
+    batches = ValidationBatches(selection, config, rank=place.rank, world_size=place.world_size)
+    return _make_loader(manifest, config, batches, min(_num_workers(config, place), len(batches)), place)
 
 
 def _make_loader(
-    manifest: Manifest,
-    config: DataConfig,
-    sampler: BatchStream | ValidationBatches,
-    num_workers: int,
-    pin_memory: bool,
-    worker_init_fn: Callable[[int], None] | None,
+    manifest: Manifest, config: DataConfig, sampler: Sampler[MicroBatch], num_workers: int, place: Place
 ) -> DataLoader[Batch]:
     return DataLoader(
         AudioDataset(manifest, config.sample_rate),
@@ -196,19 +169,19 @@ def _make_loader(
         batch_size=None,  # the sampler's items are whole batches
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
+        pin_memory=place.pin_memory,
         timeout=READ_TIMEOUT_SECONDS if num_workers else 0,
-        worker_init_fn=worker_init_fn,
+        worker_init_fn=place.worker_init_fn,
         # The loader draws a number for its workers, which ignore it: not from the generator that draws the masks.
         generator=torch.Generator(),
     )
 
 
-def _num_workers(config: DataConfig, ranks_per_node: int) -> int:
+def _num_workers(config: DataConfig, place: Place) -> int:
     if config.num_workers != "auto":
         return config.num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MAX_AUTO_WORKERS, cores // ranks_per_node - 1))
+    return max(1, min(MAX_AUTO_WORKERS, cores // place.ranks_per_node - 1))
 
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:

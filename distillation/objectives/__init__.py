@@ -17,7 +17,7 @@ from wav2vec2 import Wav2Vec2Model
 from wav2vec2.hardconcrete import touch
 from wav2vec2.passes import PassOptions
 
-__all__ = ["OBJECTIVES", "ObjectiveConfig", "Objectives", "Passes", "Teacher"]
+__all__ = ["OBJECTIVES", "Loss", "ObjectiveConfig", "Objectives", "Passes", "Teacher"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "layer_to_layer": LayerToLayer,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distillation.config import TrainerConfig
 from distillation.data.batching import DataConfig
 from distillation.errors import UserError, is_out_of_gpu_memory
+from distillation.training.step import TrainingStep
 
 PROBE_SECONDS = 8.0
 USABLE = 0.9  # of the memory; the rest is lost to fragments and to steps that keep more units alive
@@ -32,25 +33,53 @@ def probe_lengths(waveforms: Tensor, data: DataConfig) -> Tensor | None:
     return lengths
 
 
-def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number of utterances for which ``fits`` is true, up to ``most``; 0 if not even one does.
+class TrialUpdates:
+    """Updates that change nothing: all that takes memory.
+
+    Args:
+        step: its modules on the GPU.
+        dtype: of the training step.
+        data: how batches are made.
+    """
+
+    def __init__(self, step: TrainingStep, dtype: torch.dtype, data: DataConfig) -> None:
+        self.step, self.dtype, self.data = step, dtype, data
+        step.trained.train()
+        self.optimizer = step.make_optimizer()
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0  # the masks stay where they start
+
+    def __call__(self, waveforms: Tensor) -> None:
+        """One update from waveforms [B, N]."""
+        try:
+            with torch.autocast(waveforms.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                loss = self.step.loss(waveforms, probe_lengths(waveforms, self.data), 0).total
+            loss.backward()
+            self.step.clip(self.optimizer)
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+
+def largest_batch(has_room: Callable[[int], bool], most: int) -> int:
+    """The largest number of utterances for which ``has_room`` is true, up to ``most``; 0 if not even for one.
 
     Doubles until it fails, then halves the interval: about 2 log2 tries.
     """
     low, high = 0, 1
-    while high <= most and fits(high):
+    while high <= most and has_room(high):
         low, high = high, 2 * high
     high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
-        if fits(middle):
+        if has_room(middle):
             low = middle
         else:
             high = middle
     return low
 
 
-def fits(step: Callable[[], object]) -> bool:
+def runs_in_memory(step: Callable[[], object]) -> bool:
     """Whether ``step`` runs within the GPU's memory, which is emptied of what it leaves in the cache."""
     try:
         step()
@@ -80,11 +109,11 @@ def search(step: Callable[[Tensor], None], data: DataConfig, most_seconds: float
     longest = data.max_seconds
 
     def tried(count: int) -> bool:
-        found = fits(lambda: step(0.1 * torch.randn(count, data.max_frames, device=device)))
+        found = runs_in_memory(lambda: step(0.1 * torch.randn(count, data.max_frames, device=device)))
         logger.info("%d x %g s: %s", count, longest, "fits" if found else "out of memory")
         return found
 
-    count = largest_that_fits(tried, max(1, int(most_seconds / longest)))
+    count = largest_batch(tried, max(1, int(most_seconds / longest)))
     if count == 0:
         raise UserError(
             f"not even one utterance of {longest:g} s fits: lower --data.max_frames (with --data.long split nothing is "

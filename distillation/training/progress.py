@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
 from distillation.config import Recipe
@@ -17,15 +16,21 @@ from distillation.errors import Stopped, UserError, is_out_of_gpu_memory
 from distillation.training import memory
 from distillation.training.metrics import MetricsCSV
 from distillation.training.processes import Agreement, StopRequest, shared
-from wav2vec2.checkpoint import read_torch_file, write_torch_file
-
-if TYPE_CHECKING:
-    from lightning import DistillModule
+from distillation.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
 SHOWN = ("train/distill", "sparsity/expected", "sparsity/target")  # beside the bar
 HEADROOM = 1.2  # readers that give less than so many times what training takes are worth a word
+
+
+class Trained(Protocol):
+    """What is asked of the module that is trained."""
+
+    step: TrainingStep
+
+    def log_training(self) -> None:
+        """Log a row of metrics."""
 
 
 class Progress(pl.Callback):
@@ -34,35 +39,28 @@ class Progress(pl.Callback):
     Args:
         recipe: intervals.
         last: path of the newest checkpoint.
-        max_steps: updates of the run.
 
     Attributes:
-        expected_step: update at which training will start; set before.
         stop: listens for signals from the start of training on; to be opened around it.
     """
 
-    def __init__(self, recipe: Recipe, last: Path, max_steps: int) -> None:
-        self.recipe, self.config, self.last, self.max_steps = recipe, recipe.trainer, last, max_steps
+    def __init__(self, recipe: Recipe, last: Path) -> None:
+        self.recipe, self.config, self.last = recipe, recipe.trainer, last
         self.stop = StopRequest()
-        self.expected_step = 0
         self.bar: tqdm | None = None
         self.compared = False
         self.saved_at = time.monotonic()
-        self.step = self.first_step = -1
 
-    def on_train_start(self, trainer: pl.Trainer, module: DistillModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Open the bar where the run stands."""
-        self.step = self.first_step = trainer.global_step
-        if self.step != self.expected_step:
-            raise UserError(f"{self.last}: does not say where it stands in the data: move it away to start afresh")
+        self.step, self.max_steps = trainer.global_step, trainer.max_steps
         self.agree = Agreement(trainer.world_size)
         self.stop.listen()
-        _check_optimizer_state(trainer.optimizers[0], self.last)
         self.bar = tqdm(total=self.max_steps, initial=trainer.global_step, desc="train", unit="update",
                         dynamic_ncols=True, disable=not trainer.is_global_zero, mininterval=1.0)  # fmt: skip
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: pl.Trainer, module: DistillModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, module: Trained, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an update: log and save when it is time, stop when a signal asked for it."""
         if trainer.global_step == self.step:  # accumulating
@@ -118,7 +116,7 @@ class Progress(pl.Callback):
             self.bar.close()
 
     def on_exception(  # type: ignore[override]
-        self, trainer: pl.Trainer, module: DistillModule, exception: BaseException
+        self, trainer: pl.Trainer, module: Trained, exception: BaseException
     ) -> None:
         """Close the bar; where memory ran out, find out what would fit while the models are still on the GPU."""
         if self.bar is not None:
@@ -128,37 +126,13 @@ class Progress(pl.Callback):
             def loss(waveforms: torch.Tensor) -> torch.Tensor:
                 with trainer.precision_plugin.train_step_context():
                     lengths = memory.probe_lengths(waveforms, self.recipe.data)
-                    return module.objectives(module.teacher, module.student, waveforms, lengths).total
+                    return module.step.loss(waveforms, lengths, trainer.global_step).total
 
             has_state = any(optimizer.state for optimizer in trainer.optimizers)
-            message = memory.advice(exception, module, loss, self.recipe.data, self.config, has_state)
+            message = memory.advice(exception, module.step.trained, loss, self.recipe.data, self.config, has_state)
             raise UserError(message) from None
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint appears under its name when it is complete, never before; reading one executes nothing."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write to a temporary name, flush, rename."""
-        write_torch_file(path, checkpoint)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read tensors and plain types, to the CPU."""
-        return read_torch_file(path)
 
 
 def metrics_table(trainer: pl.Trainer) -> MetricsCSV:
     """The ``metrics.csv`` of a run."""
     return next(sink for sink in trainer.loggers if isinstance(sink, MetricsCSV))
-
-
-def _check_optimizer_state(optimizer: torch.optim.Optimizer, source: Path) -> None:
-    """The fused update trusts the shapes of its state."""
-    for p, state in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            tensor = state.get(name)
-            if not isinstance(tensor, torch.Tensor) or tensor.shape != p.shape or tensor.dtype != p.dtype:
-                raise UserError(f"{source}: the optimizer state in it does not fit: move it away to start afresh")
-        step = state.get("step")
-        if not isinstance(step, torch.Tensor) or step.numel() != 1 or step.dtype != torch.float32:
-            raise UserError(f"{source}: the optimizer state in it does not fit: move it away to start afresh")

@@ -97,7 +97,7 @@ def test_largest_batch(limit):
         tried.append(count)
         return count <= limit
 
-    assert gpu.largest_that_fits(fits, 20) == min(limit, 20)
+    assert gpu.largest_batch(fits, 20) == min(limit, 20)
     assert len(tried) == len(set(tried)) <= 10
 
 

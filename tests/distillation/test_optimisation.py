@@ -36,18 +36,26 @@ def test_other_schedules():
 
 
 def test_warmup_ratio():
-    assert OptimConfig(warmup_ratio=0.05).resolved_warmup(1000) == 50
-    assert OptimConfig(warmup_steps=7).resolved_warmup(1000) == 7
+    assert OptimConfig(max_steps=1000, warmup_ratio=0.05).resolved(never).warmup_steps == 50
+    assert OptimConfig(max_steps=1000, warmup_steps=7).resolved(never).warmup_steps == 7
+
+
+def test_length_in_epochs():
+    config = OptimConfig(max_epochs=3, warmup_ratio=0.1).resolved(lambda epochs: 40 * epochs)
+    assert (config.max_steps, config.warmup_steps) == (120, 12)
+    assert config.resolved(never) == config
+
+
+def never(epochs: int) -> int:
+    raise AssertionError("the length is known in updates")
 
 
 def test_groups(tiny_config):
     student = make_prunable(wav2vec2_model(**tiny_config), PruningConfig())
-    module = nn.ModuleDict({"student": student, "lagrangian": Lagrangian(1, 0.5, 1)})
+    module = nn.ModuleDict({"student": student, "lagrangian": Lagrangian(1, PruningConfig(lr_masks=0.05))})
     groups = {
         group["name"]: group
-        for group in param_groups(
-            module, module["lagrangian"], OptimConfig(lr=1e-3, weight_decay=0.01), PruningConfig(lr_masks=0.05)
-        )
+        for group in param_groups(module, module["lagrangian"], OptimConfig(lr=1e-3, weight_decay=0.01))
     }
     assert {name: (g["lr"], g["weight_decay"], g.get("maximize", False)) for name, g in groups.items()} == {
         "weights": (1e-3, 0.01, False),
@@ -65,7 +73,7 @@ def test_groups(tiny_config):
 def test_masks_without_a_lagrangian_are_refused(tiny_config):
     student = make_prunable(wav2vec2_model(**tiny_config), PruningConfig())
     with pytest.raises(AssertionError, match="in no group"):
-        param_groups(student, None, OptimConfig(), None)
+        param_groups(student, None, OptimConfig())
 
 
 def test_maximize_is_gradient_ascent():

@@ -15,13 +15,13 @@ from wav2vec2.hardconcrete import alive_probability
 
 
 def test_target_ramp():
-    lagrangian = Lagrangian(1000, target=0.75, warmup_steps=5000)
+    lagrangian = Lagrangian(1000, PruningConfig(target_sparsity=0.75, warmup_steps=5000))
     assert [lagrangian.target(step) for step in (0, 1, 2500, 5000, 50000)] == [0, 0.75 / 5000, 0.375, 0.75, 0.75]
-    assert Lagrangian(1000, 0.6, 0).target(0) == 0.6
+    assert Lagrangian(1000, PruningConfig(target_sparsity=0.6, warmup_steps=0)).target(0) == 0.6
 
 
 def test_penalty_and_gradients():
-    lagrangian = Lagrangian(1000, target=0.5, warmup_steps=10)
+    lagrangian = Lagrangian(1000, PruningConfig(target_sparsity=0.5, warmup_steps=10))
     with torch.no_grad():
         lagrangian.lambda1.fill_(2.0)
         lagrangian.lambda2.fill_(3.0)
@@ -37,7 +37,7 @@ def test_penalty_and_gradients():
 
 def test_lambda_moves_against_a_positive_gap():
     """Too little sparsity is a negative gap; maximising makes lambda1 negative, which pushes the sparsity up."""
-    lagrangian = Lagrangian(1000, target=0.5, warmup_steps=0)
+    lagrangian = Lagrangian(1000, PruningConfig(target_sparsity=0.5, warmup_steps=0))
     optimizer = torch.optim.AdamW([{"params": lagrangian.parameters(), "maximize": True}], lr=0.02, weight_decay=0.0)
     lagrangian(torch.tensor(900.0), 0).backward()
     optimizer.step()

@@ -11,7 +11,7 @@ import torch
 
 from distillation.data.audio import AudioError, check_audio, read_header
 from distillation.data.batching import BatchStream, Crop, DataConfig, MicroBatch, select_utterances
-from distillation.data.loaders import AudioDataset, make_train_loader, make_valid_loader
+from distillation.data.loaders import AudioDataset, Place, make_train_loader, make_valid_loader
 from distillation.data.manifest import Manifest
 
 # Files
@@ -177,7 +177,7 @@ def test_train_loader_resumes_exactly_with_and_without_workers(corpus, num_worke
     expected = list(itertools.islice(BatchStream(selection, config, seed=2), 12))
     random_state = torch.get_rng_state()
     for rank, start in ((0, 0), (1, 5)):
-        loader = make_train_loader(corpus, config, seed=2, rank=rank, world_size=2, start=start)
+        loader = make_train_loader(corpus, config, 2, start, Place(rank, 2))
         share = [item for item in expected[start:] if item.number % 2 == rank]
         for item, batch in zip(share, loader):
             assert batch.number == item.number
@@ -189,7 +189,7 @@ def test_train_loader_resumes_exactly_with_and_without_workers(corpus, num_worke
 
 def test_valid_loader_gives_the_same_pass_again(corpus):
     config = DataConfig(valid_seconds_per_batch=5, num_workers=1, crop=False)
-    loaders = [make_valid_loader(corpus, config, rank=rank, world_size=2) for rank in range(2)]
+    loaders = [make_valid_loader(corpus, config, Place(rank, 2)) for rank in range(2)]
     first, second = ([batch.files for loader in loaders for batch in loader] for _ in range(2))
     assert first == second
     assert sorted(itertools.chain(*first)) == [str(corpus.file(k)) for k in range(6)]
@@ -199,19 +199,18 @@ def test_valid_loader_gives_the_same_pass_again(corpus):
 def test_loader_tells_once_what_it_keeps(corpus, caplog):
     caplog.set_level(logging.INFO)
     for rank in range(2):
-        make_train_loader(corpus, DataConfig(), seed=0, rank=rank, world_size=2)
+        make_train_loader(corpus, DataConfig(), 0, place=Place(rank, 2))
     selection = select_utterances(corpus, DataConfig())
     assert [record.message for record in caplog.records] == [f"training data, {selection.summary}"]
 
 
 def test_auto_workers(corpus, monkeypatch):
-    def auto(cores, ranks_per_node=None, world_size=1):
+    def auto(cores, ranks_per_node=1, world_size=1):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
-        return make_train_loader(
-            corpus, DataConfig(), seed=0, world_size=world_size, ranks_per_node=ranks_per_node
-        ).num_workers
+        place = Place(world_size=world_size, ranks_per_node=ranks_per_node)
+        return make_train_loader(corpus, DataConfig(), 0, place=place).num_workers
 
     assert [auto(1), auto(2), auto(6), auto(64)] == [1, 1, 5, 8]
-    assert auto(16, world_size=4) == 3
+    assert auto(16, world_size=4, ranks_per_node=4) == 3
     assert auto(16, world_size=32, ranks_per_node=4) == 3
-    assert auto(4, world_size=32) == 1
+    assert auto(4, world_size=32, ranks_per_node=32) == 1

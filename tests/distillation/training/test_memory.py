@@ -99,9 +99,9 @@ def test_cudnn_out_of_memory_is_out_of_memory_and_a_bug_is_none():
     def step(message: str) -> None:
         raise RuntimeError(message)
 
-    assert not memory.fits(lambda: step("GET was unable to find an engine to execute this computation"))
+    assert not memory.runs_in_memory(lambda: step("GET was unable to find an engine to execute this computation"))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        memory.fits(lambda: step("shapes differ"))
+        memory.runs_in_memory(lambda: step("shapes differ"))
 
 
 def test_probes_are_padded_where_batches_are():

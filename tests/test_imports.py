@@ -1,0 +1,111 @@
+"""The house: imports point down, run in no circle, and the model package needs torch alone."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# a package may import those that stand in a lower row, and itself
+ROWS = [
+    ["wav2vec2"],
+    ["distillation"],
+    ["exporting", "finetuning", "evaluation", "demo"],
+    ["lightning"],
+    ["root"],  # the scripts, which nothing imports
+    ["benchmarks", "docs"],  # stand beside the scripts
+]
+ROW = {name: row for row, names in enumerate(ROWS) for name in names}
+PACKAGES = [name for name in ROW if (ROOT / name).is_dir()]
+
+
+def files() -> dict[str, Path]:
+    """Module name -> file, of all product code."""
+    found = {path.stem: path for path in ROOT.glob("*.py")}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+FILES = files()
+
+
+def imported(module: str) -> set[str]:
+    """Modules of this repository that a file names in an import, wherever it stands: in functions and for types too."""
+    path = FILES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name in FILES} | {n for n in names if n.partition(".")[0] == "tests"}
+
+
+def row(module: str) -> int:
+    first = module.partition(".")[0]
+    return ROW[first] if first in ROW else ROW["root"]
+
+
+def test_every_package_has_a_place():
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")} - {"tests"}
+    assert folders == set(PACKAGES)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_down(module):
+    for other in imported(module):
+        assert not other.startswith("tests"), f"{module} imports {other}: product code needs no test"
+        if other.partition(".")[0] == module.partition(".")[0]:
+            continue
+        assert row(other) < row(module), f"{module} imports {other}, which stands above or beside it"
+        assert row(other) != ROW["root"], f"{module} imports the script {other}"
+
+
+def test_no_circles():
+    below: dict[str, set[str]] = {module: imported(module) - {module} for module in FILES}
+    for module, names in below.items():  # a package's face only hands names on
+        names -= {name for name in names if module.startswith(f"{name}.") and FILES[name].name == "__init__.py"}
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        assert module not in path, f"a circle: {' -> '.join([*path[path.index(module) :], module])}"
+        if module not in done:
+            for other in sorted(below[module]):
+                visit(other, [*path, module])
+            done.add(module)
+
+    for module in FILES:
+        visit(module, [])
+
+
+def test_the_model_package_imports_torch_alone():
+    allowed = {"torch", "wav2vec2", "huggingface_hub", *sys.stdlib_module_names}  # the hub is imported when asked for
+    for module, path in FILES.items():
+        if module.partition(".")[0] != "wav2vec2":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            assert {name.partition(".")[0] for name in names} <= allowed, f"{module} imports {names}"
+
+
+def test_the_walk_sees_what_it_looks_for(tmp_path, monkeypatch):
+    """Relative ones, those inside functions, and those for types alone."""
+    (tmp_path / "x.py").write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from lightning import DistillModule\n"
+        "def f():\n    from .model import Wav2Vec2Model\n"
+        "    import distillation.config\n    from tests import helpers\n"
+    )
+    monkeypatch.setitem(FILES, "wav2vec2.x", tmp_path / "x.py")
+    assert imported("wav2vec2.x") == {"lightning", "wav2vec2.model", "distillation.config", "tests", "tests.helpers"}

@@ -1,147 +1,29 @@
-"""List the audio files of a data set: LibriSpeech, or any folder of 16 kHz mono audio."""
+"""List the audio files of a data set: LibriSpeech, or any folder of 16 kHz mono audio.
+
+    python prepare_data.py --data /path/to/LibriSpeech --out data
+
+LibriSpeech gives train100.tsv, train960.tsv (when its three training parts are there) and valid.tsv (dev-clean and
+dev-other). Any other folder gives train.tsv and valid.tsv.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-from pathlib import Path
-
-import numpy as np
-
 from distillation.commandline import make_parser, parse_arguments
-from distillation.data.corpus import (
-    TRAIN_PARTS,
-    VALID_PARTS,
-    Problem,
-    choose_held_out,
-    decodable,
-    find_librispeech,
-    librispeech_lists,
-    scan,
-    subset,
-    usable_headers,
-)
-from distillation.data.manifest import Manifest, write_lines, write_tsv
-from distillation.errors import UserError, command
-
-logger = logging.getLogger("prepare_data")
-
-CHECK_HELP = "decode every file; those that are broken, silent or clipped are an error and listed in OUT/broken.tsv"
-SKIP_BROKEN_HELP = "leave out the files that cannot be read, and write the lists of the rest"
-
-
-def prepare(
-    data: Path,
-    out: Path,
-    valid: Path | None = None,
-    valid_fraction: float = 0.05,
-    seed: int = 0,
-    sample_rate: int = 16000,
-    num_threads: int | None = None,
-    check: bool = False,
-    skip_broken: bool = False,
-) -> None:
-    """List the audio files of a data set: LibriSpeech, or any folder of 16 kHz mono audio.
-
-    LibriSpeech gives train100.tsv, train960.tsv (when its three training parts are there) and valid.tsv (dev-clean and
-    dev-other). Any other folder gives train.tsv and valid.tsv.
-
-    Args:
-        data: folder that holds train-clean-100 and so on, or holds LibriSpeech/, or any folder of audio.
-        out: folder for the lists.
-        valid: folder of validation audio; by default the dev parts of LibriSpeech, or a held-out part of other data.
-        valid_fraction: share of the audio to hold out; whole top folders (speakers) where they are small enough.
-        seed: of the choice of what is held out.
-        sample_rate: required rate in Hz.
-        num_threads: files read at once; by default twice the number of cores.
-        check: see CHECK_HELP.
-        skip_broken: see SKIP_BROKEN_HELP.
-    """
-    if not 0 < valid_fraction < 1:
-        raise UserError(f"--valid_fraction {valid_fraction} is not between 0 and 1")
-    if seed < 0:
-        raise UserError(f"--seed {seed} is negative")
-    if num_threads is not None and num_threads < 1:
-        raise UserError(f"--num_threads {num_threads} is less than 1")
-    for flag, folder in (("--data", data), ("--valid", valid)):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"{flag} {folder} is not a folder")
-
-    librispeech = find_librispeech(data)
-    sources = [scan(librispeech or data, TRAIN_PARTS + VALID_PARTS if librispeech else (".",), num_threads)]
-    if valid is not None:
-        sources.append(scan(valid, (".",), num_threads))
-    problems: list[Problem] = []
-    manifests = [usable_headers(files, sample_rate, problems) for files in sources]
-    if check:
-        manifests = [decodable(manifest, num_threads, problems) for manifest in manifests]
-    report(problems, out, check, skip_broken)
-    if valid is not None:
-        manifests[0] = _without(manifests[0], manifests[1])
-
-    held_out = manifests[1] if valid is not None else None
-    if librispeech:
-        lists = librispeech_lists(manifests[0], held_out)
-    elif held_out is not None:
-        lists = {"train.tsv": manifests[0], "valid.tsv": held_out}
-    else:
-        mask = choose_held_out(manifests[0], valid_fraction, seed)
-        lists = {"train.tsv": subset(manifests[0], ~mask), "valid.tsv": subset(manifests[0], mask)}
-    for name, manifest in lists.items():
-        if not len(manifest):
-            raise UserError(f"{name} would be empty: no file under {manifest.root} can be used")
-    for name, manifest in lists.items():
-        write_tsv(out / name, manifest)
-        hours = manifest.num_frames.sum() / sample_rate / 3600
-        logger.info("%s: %d utterances, %.2f h", out / name, len(manifest), hours)
-
-
-def _without(manifest: Manifest, held_out: Manifest) -> Manifest:
-    """What is not validated on, whatever link a file is found through."""
-    validated = {os.path.realpath(held_out.file(i)) for i in range(len(held_out))}
-    keep = np.array([os.path.realpath(manifest.file(i)) not in validated for i in range(len(manifest))], dtype=bool)
-    if not keep.all():
-        logger.info("%d files of --data are in --valid as well: they are not trained on", (~keep).sum())
-    return subset(manifest, keep)
-
-
-def report(problems: list[Problem], out: Path, check: bool, skip_broken: bool) -> None:
-    """Print a table of the problems and list them in a file; raise when they were not accepted."""
-    if not problems:
-        with contextlib.suppress(OSError):
-            (out / "broken.tsv").unlink()  # of an earlier check
-        return
-    num_unusable = sum(not problem.finding.usable for problem in problems)
-    first = f"{problems[0].file}: {problems[0].finding.kind}, {problems[0].finding.detail}"
-    if not check and not skip_broken:
-        raise UserError(
-            f"{first} ({num_unusable} such files): repair them, or leave them out with --skip_broken; --check tells all"
-        )
-    lines = [f"{problem.file}\t{problem.finding.kind}\t{problem.finding.detail}" for problem in problems]
-    write_lines(out / "broken.tsv", lines)
-    print(f"{'problem':<16} {'files':>7} {'left out':>9}  first")
-    for kind in dict.fromkeys(problem.finding.kind for problem in problems):
-        same = [problem for problem in problems if problem.finding.kind == kind]
-        left_out = "no" if same[0].finding.usable else "yes"
-        print(f"{kind:<16} {len(same):>7} {left_out:>9}  {same[0].file}: {same[0].finding.detail}")
-    if not skip_broken:
-        raise UserError(
-            f"{len(problems)} files have problems, see {out / 'broken.tsv'}; nothing else was written: repair them, or "
-            f"leave out the {num_unusable} unusable ones (and keep the silent and clipped ones) with --skip_broken"
-        )
-    logger.warning("%d unusable files left out, see %s", num_unusable, out / "broken.tsv")
+from distillation.data.preparation import Preparation, prepare
+from distillation.errors import command
 
 
 @command
 def main() -> None:
     """Parse the command line and run."""
     parser = make_parser(__doc__)
-    parser.add_function_arguments(prepare, skip={"check", "skip_broken"}, as_group=False, as_positional=False)
-    # By hand: from the signature they would not be switches but want the word "true".
-    parser.add_argument("--check", action="store_true", help=CHECK_HELP)
-    parser.add_argument("--skip_broken", action="store_true", help=SKIP_BROKEN_HELP)
-    prepare(**vars(parse_arguments(parser)))
+    parser.add_class_arguments(Preparation, as_group=False, skip={"check", "skip_broken"})
+    # By hand: from the fields they would not be switches but want the word "true".
+    text = "decode every file; those that are broken, silent or clipped are an error and listed in OUT/broken.tsv"
+    parser.add_argument("--check", action="store_true", help=text)
+    text = "leave out the files that cannot be read, and write the lists of the rest"
+    parser.add_argument("--skip_broken", action="store_true", help=text)
+    prepare(Preparation(**vars(parse_arguments(parser))))
 
 
 if __name__ == "__main__":

@@ -226,17 +226,16 @@ SPECIAL: dict[str, Callable[[Superb, Task, Path], Results]] = {
 }  # fmt: skip
 
 
-def run(model: Path, data: Path, tasks: list[str], out: Path, checkout: Path, device: str, features: str) -> Path:
+def run(superb: Superb, tasks: list[str]) -> Path:
     """Run the tasks that results.json lacks; its path."""
     if unknown := [task for task in tasks if task not in TASKS]:
         raise UserError(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
-    measured = {"model": fingerprint(load_model(model)), "features": features}  # no model: say so before training
-    if not data.is_dir():
-        raise UserError(f"{data}: no such folder")
-    if not (checkout / "s3prl" / "run_downstream.py").is_file():
-        raise UserError(f"S3PRL={checkout}: no checkout of s3prl; git clone -b v0.4.18 its repository there")
-    out = out.resolve()
-    superb = Superb(model.resolve(), data.resolve(), out, checkout.resolve(), device, features)
+    measured = {"model": fingerprint(load_model(superb.model)), "features": superb.features}  # is there a model?
+    if not superb.data.is_dir():
+        raise UserError(f"{superb.data}: no such folder")
+    if not (superb.checkout / "s3prl" / "run_downstream.py").is_file():
+        raise UserError(f"S3PRL={superb.checkout}: no checkout of s3prl; git clone -b v0.4.18 its repository there")
+    out = superb.out
     results_path = out / "results.json"
     with run_lock(out, owner=True):
         owner = out / "model.json"
@@ -271,8 +270,12 @@ def main() -> None:
     parser.add_argument("--device", type=str, default="cuda", help="Of torch.")
     text = "heads for students whose published features are their heads (MaskHuBERT, ARMHuBERT)."
     parser.add_argument("-s", "--features", type=str, default="hidden_states", help=text)
-    options = vars(parse_arguments(parser))
-    path = run(**options, checkout=Path(os.environ.get("S3PRL", "s3prl")))
+    flags = parse_arguments(parser)
+    checkout = Path(os.environ.get("S3PRL", "s3prl")).resolve()
+    superb = Superb(
+        flags.model.resolve(), flags.data.resolve(), flags.out.resolve(), checkout, flags.device, flags.features
+    )
+    path = run(superb, flags.tasks)
     print(f"-> {path}; python -m evaluation.superb_score {path}")
 
 

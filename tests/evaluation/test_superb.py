@@ -63,7 +63,9 @@ def calls(world: Path) -> list[dict[str, str]]:
 
 
 def run(world: Path, model: Path, *tasks: str, features: str = "hidden_states") -> dict[str, float]:
-    path = superb.run(model, world / "data", list(tasks), world / "out", world / "s3prl", "cpu", features)
+    path = superb.run(
+        superb.Superb(model, world / "data", world / "out", world / "s3prl", "cpu", features), list(tasks)
+    )
     return json.loads(path.read_text())
 
 

@@ -1,0 +1,123 @@
+"""Kill rank 1 of a run at random moments, and see that rank 0 ends with its line, every time.
+
+    python -m tests.endurance.rank_kills [--kills 50] [--seed 0]
+
+Two gloo processes on a tiny teacher and noise; some kills hit while rank 1 still imports, some while the two wait for
+each other, some in training, validation and checkpoints. Rank 0 must end within a minute with one line and code 1, and
+leave no process. Prints a table; exits with 1 when it did not. Needs requirements/dev.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import date
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from tests.endurance.soak import ROOT, prepare
+
+END_SECONDS = 60
+
+
+def children(parent: int) -> list[int]:
+    """Ranks that rank 0 has started, not its readers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            if int(fields[1]) == parent and fields[0] != "Z" and b"LOCAL_RANK=1" in environment:
+                found.append(int(folder.name))
+    return found
+
+
+def in_session(leader: int) -> list[int]:
+    """Living processes of the run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == leader and fields[0] != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+def kill_once(exp: Path, flags: dict[str, object], log: Path, delay: float) -> tuple[str, float, list[str]]:
+    """Where it struck, how long rank 0 lived on, and what was wrong with its end."""
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        run = subprocess.Popen(
+            [sys.executable, "distill.py", "--config", "conf/demo.yaml", *words, "--exp_dir", str(exp)],
+            cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
+    while not (ranks := children(run.pid)):
+        if run.poll() is not None:
+            raise RuntimeError(log.read_text()[-2000:])
+        time.sleep(0.02)
+    time.sleep(delay)
+    where = "training" if "update/s" in log.read_text() or (exp / "ckpts").exists() else "start"
+    begin = time.monotonic()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(ranks[0], signal.SIGKILL)
+    wrong = []
+    try:
+        code = run.wait(END_SECONDS)
+        taken = time.monotonic() - begin
+        lines = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.startswith("error: ")]
+        if code != 1 or len(lines) != 1 or "Traceback" in log.read_text():
+            wrong.append(f"code {code}, {len(lines)} lines: {log.read_text()[-1500:]}")
+    except subprocess.TimeoutExpired:
+        taken = time.monotonic() - begin
+        wrong.append("rank 0 lives on")
+    time.sleep(1.0)
+    if left := in_session(run.pid):
+        wrong.append(f"{len(left)} processes live on")
+        os.killpg(run.pid, signal.SIGKILL)
+    return where, taken, wrong
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=float, default=16.0, help="seconds from the start of rank 1 to the kill")
+    options = parser.parse_args()
+    base = Path(tempfile.mkdtemp(prefix="kills"))
+    flags = {**prepare(base), "trainer.devices": 2, "data.num_workers": 1, "optim.max_steps": 1_000_000}
+    rng, wheres, taken, wrong = random.Random(options.seed), Counter[str](), list[float](), list[str]()
+    for i in tqdm(range(options.kills), unit="kill"):
+        exp = base / f"run{i // 5}"  # a few kills of one run: it also resumes
+        where, seconds, found = kill_once(exp, flags, base / "log", rng.uniform(0.05, options.longest))
+        wheres[where] += 1
+        taken.append(seconds)
+        wrong += found
+    print(f"{date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
+          f"seed {options.seed}\n")  # fmt: skip
+    print("| kills | at the start | in training | seconds until rank 0 ended: median | longest | wrong |")
+    print("|---" * 6 + "|")
+    print(f"| {options.kills} | {wheres['start']} | {wheres['training']} | {statistics.median(taken):.1f} | "
+          f"{max(taken):.1f} | {len(wrong)} |")  # fmt: skip
+    for text in wrong:
+        print(text)
+    shutil.rmtree(base)
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

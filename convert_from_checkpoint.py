@@ -55,7 +55,8 @@ def convert(
         imported = layout.read(content, settings, None if normalize == "auto" else normalize == "yes")
     if imported.dropped:
         parts = Counter(name.split(".")[0] for name in imported.dropped)
-        named = ", ".join(f"{part}.* ({number} tensors)" if number > 1 else part for part, number in parts.items())
+        last = {name.split(".")[0]: name for name in imported.dropped}
+        named = ", ".join(f"{part}.* ({n} tensors)" if n > 1 else last[part] for part, n in parts.items())
         logger.info("dropped from %s: %s", checkpoint, named)
     model = model_from_state(imported.config, imported.state_dict, source=source)
     save_imported(out or Path("pretrained") / f"{checkpoint.stem}.{layout.suffix}.pth", imported, model, checkpoint)

@@ -1,1 +1,1 @@
-"""Other formats of a model: what ``export.py`` writes, and how each is checked against PyTorch."""
+"""Other formats of a model, each checked against PyTorch; and the proof that a converted teacher is its original."""

@@ -342,7 +342,7 @@ def test_fairseq_command(
     with caplog.at_level("INFO"):
         run("--checkpoint", "tiny.pt", script=convert_from_checkpoint)
     assert "tiny.pt is a model of fairseq, cfg layout" in caplog.text
-    assert "dropped from tiny.pt: label_embs_concat" in caplog.text and "tensors used once, 1 dropped" in caplog.text
+    assert "dropped from tiny.pt: label_embs_concat\n" in caplog.text and "tensors used once, 1 dropped" in caplog.text
     checkpoint = load_checkpoint("pretrained/tiny.fairseq.pth")
     assert checkpoint.model.normalize_waveform
     assert torch.equal(checkpoint.extra["mask_embedding"], content["model"]["mask_emb"])

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
-import yaml
 
 from distillation.commandline import make_parser, one_line, parse_arguments
 from distillation.data.batching import DataConfig
@@ -21,6 +20,7 @@ from distillation.objectives import ObjectiveConfig
 from distillation.optimisation import OptimConfig
 from distillation.sparsity import PruningConfig
 from distillation.students import StudentConfig
+from distillation.yamlfile import read_yaml
 from wav2vec2.checkpoint import replacing
 
 RECIPES = Path(__file__).parent.parent / "conf"
@@ -246,12 +246,7 @@ def recipe_chain(path: Path) -> list[Path]:
         if any(current.samefile(other) for other in chain):
             raise UserError(f"{current}: is its own base")
         chain.append(current)
-        if current.stat().st_size > MAX_RECIPE_BYTES:
-            raise UserError(f"{current}: over {MAX_RECIPE_BYTES} bytes, not a recipe")
-        try:
-            content = yaml.safe_load(current.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-            raise UserError(f"{current}: not valid YAML: {one_line(error)}") from None
+        content = read_yaml(current, MAX_RECIPE_BYTES, "a recipe")
         if content is None:
             content = {}
         if not isinstance(content, dict):

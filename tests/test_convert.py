@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +21,13 @@ from transformers import (
     WavLMModel,
 )
 
-import convert_from_fairseq
+import convert_from_checkpoint
 import convert_hubert_from_hf
+from exporting import originals
 from wav2vec2 import load_model
 from wav2vec2.checkpoint import load_checkpoint
 from wav2vec2.importers import ImportedModel
 
-ROOT = Path(__file__).parents[1]
 SIZE = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -169,7 +168,7 @@ def test_code_in_the_weights_is_refused_and_not_run(run: Run, hubert: Path, tmp_
     error = run("--model", hubert, "--out", tmp_path / "out.pth", fails=True)
     assert "pytorch_model.bin" in error and "refused" in error
     torch.save({"cfg": {}, "model": Evil(tmp_path / "witness")}, tmp_path / "evil.pt")
-    error = run("--checkpoint", tmp_path / "evil.pt", script=convert_from_fairseq, fails=True)
+    error = run("--checkpoint", tmp_path / "evil.pt", script=convert_from_checkpoint, fails=True)
     assert "evil.pt: refused, nothing was run: its pickle calls" in error and "system" in error
     assert not (tmp_path / "witness").exists() and not (tmp_path / "out.pth").exists()
 
@@ -190,6 +189,8 @@ def test_missing_shard_and_shard_outside_the_folder(run: Run, hubert: Path) -> N
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     assert "model-1.safetensors: no such file" in run("--model", hubert, fails=True)
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    assert "does not name files of this folder" in run("--model", hubert, fails=True)
+    index.write_text(json.dumps({"weight_map": [["a"]]}))
     assert "does not name files of this folder" in run("--model", hubert, fails=True)
     index.unlink()
     assert "no weights; expected one of model.safetensors" in run("--model", hubert, fails=True)
@@ -238,23 +239,25 @@ def test_no_such_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert f"{tmp_path / 'none'}: no such folder" in run("--model", tmp_path / "none", fails=True)
     assert "org/name is no local folder and could not be fetched" in run("--model", "org/name", fails=True)
     (tmp_path / "file.pt").touch()
-    assert "convert_from_fairseq.py" in run("--model", tmp_path / "file.pt", fails=True)
+    assert "convert_from_checkpoint.py" in run("--model", tmp_path / "file.pt", fails=True)
     assert "config.json: no such file" in run("--model", tmp_path, fails=True)
-    assert "none.pt: no such file" in run("--checkpoint", tmp_path / "none.pt", script=convert_from_fairseq, fails=True)
+    assert "none.pt: no such file" in run(
+        "--checkpoint", tmp_path / "none.pt", script=convert_from_checkpoint, fails=True
+    )
 
 
 @pytest.mark.parametrize("value", [0.01, float("nan")])
 def test_a_conversion_that_differs_is_not_saved(
     run: Run, hubert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    right = convert_hubert_from_hf.import_huggingface
+    right = originals.import_huggingface
 
     def wrong(*args: object) -> ImportedModel:
         imported = right(*args)
         imported.state_dict["encoder.transformer.layers.1.attention.v_proj.bias"] += value
         return imported
 
-    monkeypatch.setattr(convert_hubert_from_hf, "import_huggingface", wrong)
+    monkeypatch.setattr(originals, "import_huggingface", wrong)
     error = run("--model", hubert, "--out", tmp_path / "out.pth", fails=True)
     assert "original and converted differ by" in error and not (tmp_path / "out.pth").exists()
 
@@ -294,7 +297,9 @@ def test_torchaudio_bundle(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "HUBERT_BASE" in run("--model", "torchaudio:NONE", fails=True)
 
 
-def test_fairseq_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fairseq_command(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The layouts themselves are tested with the importer; here, one file through the command."""
     channels, width, interm = 8, 16, 20
     shapes = {"mask_emb": (width,), "label_embs_concat": (4, 8)}
@@ -334,21 +339,18 @@ def test_fairseq_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
     monkeypatch.chdir(tmp_path)
     torch.save(content, "tiny.pt")
-    run("--checkpoint", "tiny.pt", script=convert_from_fairseq)
+    with caplog.at_level("INFO"):
+        run("--checkpoint", "tiny.pt", script=convert_from_checkpoint)
+    assert "tiny.pt is a model of fairseq, cfg layout" in caplog.text
+    assert "dropped from tiny.pt: label_embs_concat\n" in caplog.text and "tensors used once, 1 dropped" in caplog.text
     checkpoint = load_checkpoint("pretrained/tiny.fairseq.pth")
     assert checkpoint.model.normalize_waveform
     assert torch.equal(checkpoint.extra["mask_embedding"], content["model"]["mask_emb"])
     content["model"]["encoder.layer_norm.weight"][0] = float("nan")
     torch.save(content, "nan.pt")
-    assert "not finite" in run("--checkpoint", "nan.pt", script=convert_from_fairseq, fails=True)
+    assert "not finite" in run("--checkpoint", "nan.pt", script=convert_from_checkpoint, fails=True)
     assert not Path("pretrained/nan.fairseq.pth").exists()
-
-
-@pytest.mark.parametrize("script", ["convert_wavlm_from_hf.py", "convert_wav2vec2_from_hf.py"])
-def test_aliases(script: str, tmp_path: Path) -> None:
-    """Other names of the same command: what they print as help has their own default model."""
-    result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0
-    assert {"convert_wavlm_from_hf.py": "wavlm-base-plus", "convert_wav2vec2_from_hf.py": "wav2vec2-base"}[
-        script
-    ] in result.stdout
+    error = run("--checkpoint", "tiny.pt", "--config", "tiny.yaml", script=convert_from_checkpoint, fails=True)
+    assert "tiny.pt is a model of fairseq, cfg layout, which holds its own settings: leave --config out" in error
+    error = run("--checkpoint", "pretrained/tiny.fairseq.pth", script=convert_from_checkpoint, fails=True)
+    assert "pretrained/tiny.fairseq.pth: a model of this toolkit, it needs no conversion" in error

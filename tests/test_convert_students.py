@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-import convert_from_students
+import convert_from_checkpoint
 from distillation.objectives import ObjectiveConfig, Objectives
 from distillation.objectives.hint import Hint
 from distillation.objectives.masking import Masking
@@ -45,12 +45,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*arguments: object, fails: bool = False) -> str:
         arguments = arguments or ("--checkpoint", "s.ckpt", "--config", "s.yaml")
-        monkeypatch.setattr(sys, "argv", ["convert_from_students.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["convert_from_checkpoint.py", *map(str, arguments)])
         if not fails:
-            convert_from_students.main()
+            convert_from_checkpoint.main()
             return ""
         with pytest.raises(SystemExit) as exit_:
-            convert_from_students.main()
+            convert_from_checkpoint.main()
         error = capsys.readouterr().err
         assert exit_.value.code == 2 and not list(Path().rglob("*.pth")) and not list(Path().rglob("*.tmp"))
         assert error.startswith("error: ") and error.count("\n") == 1, error
@@ -63,7 +63,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     """Without fairseq, s3prl or Lightning imported; and the warning where the released function is not the paper's."""
     write("armhubert")
     flags = ["--checkpoint", "s.ckpt", "--config", "s.yaml", "--out", "made/arm.pth"]
-    script = ROOT / "convert_from_students.py"
+    script = ROOT / "convert_from_checkpoint.py"
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "dropped from s.ckpt: teacher_model.* (2 tensors)" in done.stderr and "second softmax" in done.stderr
@@ -163,7 +163,15 @@ def test_files_that_do_not_belong_together(run: Run) -> None:
     assert "s.ckpt with s.yaml: its tensors do not fit its config" in run(fails=True)
     assert "none.ckpt: no such file" in run("--checkpoint", "none.ckpt", "--config", "s.yaml", fails=True)
     assert "none.yaml: no such file" in run("--checkpoint", "s.ckpt", "--config", "none.yaml", fails=True)
-    assert "required: config" in run("--checkpoint", "s.ckpt", fails=True)
+    error = run("--checkpoint", "s.ckpt", fails=True)
+    assert "s.ckpt is a released student" in error and "by --config" in error
+
+
+@pytest.mark.parametrize("normalize", ["auto", "yes"])
+def test_normalization(normalize: str, run: Run) -> None:
+    write("starhubert")
+    run("--checkpoint", "s.ckpt", "--config", "s.yaml", "--normalize", normalize)
+    assert load_model("pretrained/s.student.pth").normalize_waveform is (normalize == "yes")
 
 
 @pytest.mark.parametrize("tensor", ["encoder.layer_norm.weight", "proj_head.1.lin_proj.bias"])

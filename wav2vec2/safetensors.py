@@ -18,18 +18,24 @@ from torch import Tensor
 MAX_HEADER_BYTES = 100_000_000  # as the format's own library refuses longer ones
 MAX_DIMS = 16
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+            "BOOL": torch.bool}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path, integers: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Floating-point tensors by name, on the CPU, and the metadata.
 
     Memory is bounded by the size of the file.
 
+    Args:
+        path: the file.
+        integers: read tensors of whole numbers too, which other models keep beside their weights.
+
     Raises:
         ValueError: not such a file, truncated, or with tensors of another type; one line without the file's name.
     """
-    size = path.stat().st_size
+    size, dtypes = path.stat().st_size, DTYPES | (INTEGERS if integers else {})
     with path.open("rb") as file:
         header, start = _read_header(file, size)
         metadata = header.pop("__metadata__", {})
@@ -37,7 +43,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError("its metadata is not a table of strings")
         tensors, end = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: _offsets(*item)):
-            dtype, shape, (begin, stop) = _check_entry(name, entry)
+            dtype, shape, (begin, stop) = _check_entry(name, entry, dtypes)
             if begin != end or start + stop > size:
                 raise ValueError(f"truncated, or {name} overlaps or leaves a hole")
             values = bytearray(stop - begin)
@@ -95,12 +101,14 @@ def _offsets(name: str, entry: Any) -> tuple[int, int]:
     return offsets[0], offsets[1]
 
 
-def _check_entry(name: str, entry: dict[str, Any]) -> tuple[torch.dtype, list[int], tuple[int, int]]:
+def _check_entry(
+    name: str, entry: dict[str, Any], dtypes: Mapping[str, torch.dtype]
+) -> tuple[torch.dtype, list[int], tuple[int, int]]:
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), _offsets(name, entry)
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{name} is of type {dtype}; only {', '.join(DTYPES)} are read")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise ValueError(f"{name} is of type {dtype}; only {', '.join(dtypes)} are read")
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"{name} has no valid shape")
-    if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
+    if math.prod(shape) * dtypes[dtype].itemsize != offsets[1] - offsets[0]:
         raise ValueError(f"{name} has other bytes than its shape {shape} needs")
-    return DTYPES[dtype], shape, offsets
+    return dtypes[dtype], shape, offsets

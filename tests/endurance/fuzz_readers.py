@@ -32,8 +32,7 @@ import transformers
 import yaml
 from tqdm import tqdm
 
-import convert_from_fairseq
-import convert_from_students
+import convert_from_checkpoint
 import convert_hubert_from_hf
 import distill
 import prepare_data
@@ -175,7 +174,7 @@ def make_readers(folder: Path) -> dict[str, Reader]:
 
     from_hub = convert(convert_hubert_from_hf.main, lambda path: ["--model", path])
     from_student = convert(
-        convert_from_students.main, lambda path: ["--checkpoint", path / "s.ckpt", "--config", path / "s.yaml"]
+        convert_from_checkpoint.main, lambda path: ["--checkpoint", path / "s.ckpt", "--config", path / "s.yaml"]
     )
     torch_files = [damage, rezip, rezip, retorch, retorch]
     return {
@@ -196,7 +195,7 @@ def make_readers(folder: Path) -> dict[str, Reader]:
         "transformers settings, .json": Reader([hub], "*.json", [damage, rejson, rejson], from_hub, load_model),
         "fairseq, .pt": Reader(
             [fairseq], "*.pt", torch_files,
-            convert(convert_from_fairseq.main, lambda path: ["--checkpoint", path / "model.pt"]), load_model,
+            convert(convert_from_checkpoint.main, lambda path: ["--checkpoint", path / "model.pt"]), load_model,
         ),
         "released student, .ckpt": Reader([student], "*.ckpt", torch_files, from_student, load_model),
         "released student, .yaml": Reader([student], "*.yaml", [damage, reword], from_student, load_model),

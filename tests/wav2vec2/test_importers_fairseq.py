@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from wav2vec2.checkpoint import CheckpointError, model_from_state
-from wav2vec2.importers import import_fairseq, load_pickled
+from wav2vec2.importers import import_fairseq, load_pickled, recognise
 
 SIZE = {
     "hidden_size": 24,
@@ -271,7 +271,10 @@ def test_layouts_import_with_equal_outputs(
     torch.save(layout(original, foreign), path, _use_new_zipfile_serialization=zipped)
     monkeypatch.undo()  # from here on fairseq and omegaconf cannot be imported
 
-    found = import_fairseq(load_pickled(path))
+    content = load_pickled(path)
+    found = import_fairseq(content)
+    assert recognise(content).name.startswith("WavLM of unilm" if layout is layout_unilm else "a model of fairseq")
+    assert ("args" in recognise(content).name) == (layout in (layout_args, layout_fine_tuned_args))
     assert set(found.dropped) == heads
     assert torch.equal(found.mask_embedding, original.masked_spec_embed)
     large = original.config.feat_extract_norm == "layer"

@@ -1,19 +1,21 @@
 """Read models of other toolkits into this one: pure functions on plain config and state dicts; torch alone needed."""
 
+from .converting import recognise, save_imported
 from .fairseq import import_fairseq
 from .huggingface import import_huggingface
 from .mapping import ImportedModel, naming
 from .pickles import load_pickled
-from .students import ImportedStudent, import_student
+from .students import import_student
 from .torchaudio import import_torchaudio
 
 __all__ = [
     "ImportedModel",
-    "ImportedStudent",
     "import_fairseq",
     "import_huggingface",
     "import_student",
     "import_torchaudio",
     "load_pickled",
     "naming",
+    "recognise",
+    "save_imported",
 ]

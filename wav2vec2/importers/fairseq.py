@@ -16,6 +16,14 @@ PRETRAINED = ("wav2vec2", "hubert")
 FINE_TUNED = ("wav2vec_ctc", "wav2vec_seq2seq", "hubert_ctc", "hubert_seq2seq")
 EXTRACTOR_MODES = {"default": "group_norm", "layer_norm": "layer_norm"}
 MAX_CONV_LAYERS = 64
+_SETTINGS = {
+    "embed_dim": "encoder_embed_dim", "num_layers": "encoder_layers", "num_heads": "encoder_attention_heads",
+    "ff_interm_features": "encoder_ffn_embed_dim", "extractor_conv_bias": "conv_bias",
+    "encoder_projection_dropout": "dropout_input", "encoder_pos_conv_kernel": "conv_pos",
+    "encoder_pos_conv_groups": "conv_pos_groups", "encoder_attention_dropout": "attention_dropout",
+    "encoder_ff_interm_dropout": "activation_dropout", "encoder_dropout": "dropout",
+    "encoder_layer_norm_first": "layer_norm_first", "encoder_layer_drop": "encoder_layerdrop",
+}  # fmt: skip
 
 _TRANSFORMER = "encoder.transformer"
 _LAYER = rf"{_TRANSFORMER}.layers.\1"
@@ -132,22 +140,10 @@ def _flat_config(model: Mapping[str, Any], task: Mapping[str, Any], normalize_wa
     buckets = (get("num_buckets"), get("max_distance")) if model.get("relative_position_embedding") else None
     return flat_config(
         conv_layers=_conv_layers(get("conv_feature_layers")),
-        embed_dim=get("encoder_embed_dim"),
-        num_layers=get("encoder_layers"),
-        num_heads=get("encoder_attention_heads"),
-        ff_interm_features=get("encoder_ffn_embed_dim"),
         buckets=buckets,
         extractor_mode=EXTRACTOR_MODES[mode],
-        extractor_conv_bias=get("conv_bias"),
-        encoder_projection_dropout=get("dropout_input"),
-        encoder_pos_conv_kernel=get("conv_pos"),
-        encoder_pos_conv_groups=get("conv_pos_groups"),
-        encoder_attention_dropout=get("attention_dropout"),
-        encoder_ff_interm_dropout=get("activation_dropout"),
-        encoder_dropout=get("dropout"),
-        encoder_layer_norm_first=get("layer_norm_first"),
-        encoder_layer_drop=get("encoder_layerdrop"),
         normalize_waveform=normalize_waveform,
+        **{ours: get(theirs) for ours, theirs in _SETTINGS.items()},
     )
 
 

@@ -43,6 +43,14 @@ _RULES: list[Rule] = [
     (r"layer_weights", None),
 ]
 
+_SETTINGS = {
+    "embed_dim": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+    "ff_interm_features": "intermediate_size", "extractor_conv_bias": "conv_bias",
+    "encoder_projection_dropout": "feat_proj_dropout", "encoder_pos_conv_kernel": "num_conv_pos_embeddings",
+    "encoder_pos_conv_groups": "num_conv_pos_embedding_groups", "encoder_attention_dropout": "attention_dropout",
+    "encoder_ff_interm_dropout": "activation_dropout", "encoder_dropout": "hidden_dropout",
+    "encoder_layer_norm_first": "do_stable_layer_norm", "encoder_layer_drop": "layerdrop",
+}  # fmt: skip
 # The published config of hubert-base-ls960 and the dropouts of its released conversion, which training builds on.
 _HUBERT_BASE = {
     "model_type": "hubert",
@@ -88,25 +96,11 @@ def import_huggingface(
     if extractor not in EXTRACTOR_MODES:
         raise CheckpointError(f"feat_extract_norm {extractor!r} is not supported; valid: {', '.join(EXTRACTOR_MODES)}")
     flat = flat_config(
-        conv_layers=zip(
-            _get(config, "conv_dim"), _get(config, "conv_kernel"), _get(config, "conv_stride"), strict=True
-        ),
-        embed_dim=_get(config, "hidden_size"),
-        num_layers=_get(config, "num_hidden_layers"),
-        num_heads=_get(config, "num_attention_heads"),
-        ff_interm_features=_get(config, "intermediate_size"),
+        conv_layers=zip(*(_get(config, f"conv_{size}") for size in ("dim", "kernel", "stride")), strict=True),
         buckets=(_get(config, "num_buckets"), _get(config, "max_bucket_distance")) if model_type == "wavlm" else None,
         extractor_mode=EXTRACTOR_MODES[extractor],
-        extractor_conv_bias=_get(config, "conv_bias"),
-        encoder_projection_dropout=_get(config, "feat_proj_dropout"),
-        encoder_pos_conv_kernel=_get(config, "num_conv_pos_embeddings"),
-        encoder_pos_conv_groups=_get(config, "num_conv_pos_embedding_groups"),
-        encoder_attention_dropout=_get(config, "attention_dropout"),
-        encoder_ff_interm_dropout=_get(config, "activation_dropout"),
-        encoder_dropout=_get(config, "hidden_dropout"),
-        encoder_layer_norm_first=_get(config, "do_stable_layer_norm"),
-        encoder_layer_drop=_get(config, "layerdrop"),
         normalize_waveform=extractor == "layer" if normalize_waveform is None else normalize_waveform,
+        **{ours: _get(config, theirs) for ours, theirs in _SETTINGS.items()},
     )
     if all(config.get(key) == value for key, value in _HUBERT_BASE.items()):
         flat |= _HUBERT_BASE_RELEASED

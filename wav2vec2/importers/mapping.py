@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -25,12 +25,14 @@ class ImportedModel:
         state_dict: float32 tensors under the names of that model.
         mask_embedding: [D], which replaces masked frames in pre-training; None where the source has none.
         dropped: names in the source of training heads that were left out.
+        heads: state of the distillation heads, under the names of the objectives that made them.
     """
 
     config: dict[str, Any]
     state_dict: dict[str, Tensor]
     mask_embedding: Tensor | None
     dropped: list[str]
+    heads: dict[str, Tensor] = field(default_factory=dict)
 
 
 def import_tensors(

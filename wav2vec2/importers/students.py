@@ -7,9 +7,9 @@ reduction, the pattern of reused attention maps, and the heads of training.
 from __future__ import annotations
 
 import ast
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from wav2vec2.checkpoint import CheckpointError
 
 from .fairseq import import_fairseq
 from .mapping import MASK_EMBEDDING, ImportedModel, Rule, import_tensors
+
+logger = logging.getLogger(__name__)
 
 STUDENT, TEACHER = "student_model.", "teacher_model."
 REQUIRED: dict[str, type] = {
@@ -66,20 +68,11 @@ _HEADS: list[Rule] = [
 ]
 
 
-@dataclass
-class ImportedStudent(ImportedModel):
-    """A student read from a released checkpoint.
-
-    Attributes:
-        heads: state of the heads of training under the names of the objectives ``hint`` and ``masking``:
-            ``{i}.upsampler.*`` and ``{i}.linear.*`` of the i-th layer, and ``mask_embedding`` [D]. STaRHuBERT has none.
-    """
-
-    heads: dict[str, Tensor]
-
-
-def import_student(checkpoint: Any, settings: Any) -> ImportedStudent:
+def import_student(checkpoint: Any, settings: Any, normalize_waveform: bool | None = None) -> ImportedModel:
     """Import a released student. Every tensor is used exactly once or named in ``dropped``, as the teacher's are.
+
+    Its ``heads`` have the names of the objectives ``hint`` and ``masking``: ``{i}.upsampler.*`` and ``{i}.linear.*`` of
+    the i-th layer, and ``mask_embedding`` [D]. STaRHuBERT has none.
 
     The released code applies a second softmax to a reused attention map. This toolkit reuses the map as it is, as the
     paper has it (https://arxiv.org/abs/2305.11685, section 2.1), so ARMHuBERT's reusing layers give other values here.
@@ -88,6 +81,7 @@ def import_student(checkpoint: Any, settings: Any) -> ImportedStudent:
     Args:
         checkpoint: what :func:`wav2vec2.importers.load_pickled` read from the ``.ckpt`` file.
         settings: what the ``.yaml`` file holds, in plain types.
+        normalize_waveform: None for what the released students were trained with: no.
 
     Raises:
         CheckpointError: files of another kind, settings that change the function (mel front end, other kinds of time
@@ -111,13 +105,13 @@ def import_student(checkpoint: Any, settings: Any) -> ImportedStudent:
     reduction: dict[str, Tensor] = {}
     if chosen["enable_tr_layer"]:
         backbone, reduction = _split_time_reduction(backbone)
-    imported = import_fairseq({"cfg": chosen, "model": backbone}, normalize_waveform=False)
+    imported = import_fairseq({"cfg": chosen, "model": backbone}, bool(normalize_waveform))
     if imported.mask_embedding is not None:
         if imported.mask_embedding.numel() != chosen["encoder_embed_dim"]:
             raise CheckpointError(f"its mask embedding is no vector of the width {chosen['encoder_embed_dim']}")
         heads[MASK_EMBEDDING] = imported.mask_embedding
     channels = imported.config["extractor_conv_layer_config"][-1][0]
-    return ImportedStudent(
+    return ImportedModel(
         {**imported.config, **_student_config(chosen, channels)},
         {**imported.state_dict, **reduction},
         None,
@@ -209,4 +203,8 @@ def _student_config(chosen: dict[str, Any], channels: int) -> dict[str, Any]:
         )
     if not all(computes):
         config["encoder_reuse_attention"] = [not layer for layer in computes]
+        logger.warning(
+            "the released code puts reused attention maps through a second softmax, this toolkit reuses them as they "
+            "are: the layers from 2 on differ from the released model's until it is trained further"
+        )
     return config

@@ -11,6 +11,12 @@ from wav2vec2.checkpoint import CheckpointError
 
 from .mapping import ImportedModel, Rule, flat_config, import_tensors
 
+_SIZES = ("embed_dim", "num_layers", "num_heads", "ff_interm_features")
+_SETTINGS = (
+    "extractor_mode", "extractor_conv_bias", "encoder_projection_dropout", "encoder_pos_conv_kernel",
+    "encoder_pos_conv_groups", "encoder_attention_dropout", "encoder_ff_interm_dropout", "encoder_dropout",
+    "encoder_layer_norm_first", "encoder_layer_drop",
+)  # fmt: skip
 DEFAULT_CONV_LAYERS = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
 
 _POS_CONV = "encoder.transformer.pos_conv_embed.conv"
@@ -50,34 +56,15 @@ def import_torchaudio(
     Raises:
         CheckpointError: an argument that is missing, or a tensor of unknown name.
     """
-    given = dict(config)
     try:
-        buckets = (
-            (given["encoder_num_buckets"], given["encoder_max_distance"]) if "encoder_num_buckets" in given else None
-        )
         flat = flat_config(
-            conv_layers=given["extractor_conv_layer_config"] or DEFAULT_CONV_LAYERS,
-            embed_dim=given["encoder_embed_dim"],
-            num_layers=given["encoder_num_layers"],
-            num_heads=given["encoder_num_heads"],
-            ff_interm_features=given["encoder_ff_interm_features"],
-            buckets=buckets,
-            **{
-                key: given[key]
-                for key in (
-                    "extractor_mode",
-                    "extractor_conv_bias",
-                    "encoder_projection_dropout",
-                    "encoder_pos_conv_kernel",
-                    "encoder_pos_conv_groups",
-                    "encoder_attention_dropout",
-                    "encoder_ff_interm_dropout",
-                    "encoder_dropout",
-                    "encoder_layer_norm_first",
-                    "encoder_layer_drop",
-                )
-            },
+            conv_layers=config["extractor_conv_layer_config"] or DEFAULT_CONV_LAYERS,
+            buckets=(config["encoder_num_buckets"], config["encoder_max_distance"])
+            if "encoder_num_buckets" in config
+            else None,
             normalize_waveform=normalize_waveform,
+            **{size: config[f"encoder_{size}"] for size in _SIZES},
+            **{name: config[name] for name in _SETTINGS},
         )
     except KeyError as error:
         raise CheckpointError(f"torchaudio's config lacks {error.args[0]!r}") from error

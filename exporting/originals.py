@@ -1,0 +1,205 @@
+"""Reads a teacher, runs its original by transformers or torchaudio, and proves that the converted one does the same.
+
+Shapes: B batch, N samples, T frames, D width, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillation.errors import UserError
+from exporting.verify import TOLERANCE, relative_difference
+from wav2vec2.checkpoint import CheckpointError, model_from_state
+from wav2vec2.embed import SAMPLE_RATE
+from wav2vec2.importers import ImportedModel, import_huggingface, import_torchaudio, naming
+from wav2vec2.importers.folder import check_folder, locate_folder, read_weights
+from wav2vec2.model import Wav2Vec2Model
+
+logger = logging.getLogger(__name__)
+
+PROBE_SAMPLES = (64_000, 41_000)  # over 160 frames, so that WavLM's logarithmic position buckets are reached
+TORCHAUDIO = "torchaudio:"
+
+# Hidden states: feature projection, layers 1..L and the model's output, each [B, T, D], or [T, D] of one utterance.
+States = list[Tensor]
+Forward = Callable[[list[Tensor]], States]  # of waveforms [N], as one padded batch
+
+
+def read_huggingface(model: str, normalize: bool | None) -> tuple[ImportedModel, Wav2Vec2Model]:
+    """Convert a transformers model; what is returned computes the same as transformers.
+
+    Args:
+        model: hub id or local folder.
+        normalize: the waveform; None for what the model was trained with.
+
+    Raises:
+        CheckpointError: it cannot be had, is not of this family or does not load.
+        UserError: the converted model differs.
+    """
+    from huggingface_hub import logging as hub_logging
+
+    hub_logging.set_verbosity_error()  # it reports every retry
+    folder = locate_folder(model)
+    normalize_waveform = check_folder(folder, normalize)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logger.info("reading %s", folder)
+    weights = read_weights(folder)
+    with naming(folder):
+        with refusing("its config.json is not valid"):
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        imported = import_huggingface(config, weights, normalize_waveform)
+    converted = model_from_state(imported.config, imported.state_dict, source=folder)
+    with naming(folder):
+        with refusing("transformers cannot load it"):
+            original, report = transformers.AutoModel.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            )
+        if missing := sorted(set(report["missing_keys"]) - {"masked_spec_embed"}):
+            raise CheckpointError(f"transformers finds no weights for {', '.join(missing[:3])}")
+    original.eval()
+    original.adapter = None  # wav2vec 2.0 models for speech translation end in one; dropped with the heads
+    # The peer's own preprocessing; its constant differs from that of torch's layer norm.
+    prepare = transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize_waveform, return_attention_mask=True)
+    modules = [original.feature_projection, *original.encoder.layers]
+
+    def run(waveforms: list[Tensor]) -> States:
+        inputs = prepare([w.numpy() for w in waveforms], sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt")
+        mask = inputs.attention_mask if len(waveforms) > 1 else None
+        return capture(modules, lambda: original(inputs.input_values, attention_mask=mask).last_hidden_state)
+
+    logger.info("running the original on %d random waveforms", len(PROBE_SAMPLES))
+    with naming(folder), refusing("transformers cannot run it"):
+        # With a group norm, transformers lets padding into the statistics of every frame; ours does not.
+        expected = run_probe(run, converted, padded=config["feat_extract_norm"] == "layer")
+    require_same(expected, converted, model)
+    return imported, converted
+
+
+def read_torchaudio(name: str, normalize: bool | None) -> tuple[ImportedModel, Wav2Vec2Model]:
+    """Convert a pre-trained bundle of torchaudio; what is returned computes the same as torchaudio.
+
+    Raises:
+        UserError: no such bundle, one for another sample rate, it could not be fetched, or the converted model differs.
+    """
+    import torchaudio
+
+    source = f"{TORCHAUDIO}{name}"
+    bundles = {key: value for key, value in vars(torchaudio.pipelines).items() if hasattr(value, "_normalize_waveform")}
+    if name not in bundles:
+        raise UserError(f"{source}: no such bundle in torchaudio.pipelines; valid: {', '.join(bundles)}")
+    bundle = bundles[name]
+    if bundle.sample_rate != SAMPLE_RATE:
+        raise UserError(f"{source} wants audio at {bundle.sample_rate} Hz; only {SAMPLE_RATE} is supported")
+    try:
+        original = bundle.get_model(dl_kwargs={"weights_only": True})
+    except OSError as error:
+        raise UserError(f"{source} could not be fetched: {error}") from error
+    original = getattr(original, "model", original)  # without the wrapper that normalises the waveform
+    normalize_waveform = bundle._normalize_waveform if normalize is None else normalize
+    with naming(source):
+        imported = import_torchaudio(bundle._params, original.state_dict(), normalize_waveform)
+    converted = model_from_state(imported.config, imported.state_dict, source=source)
+    original.aux = None
+    modules = [original.encoder.feature_projection, *original.encoder.transformer.layers]
+
+    def run(waveforms: list[Tensor]) -> States:
+        (waveform,) = waveforms
+        if normalize_waveform:
+            waveform = nn.functional.layer_norm(waveform, waveform.shape)
+        return capture(modules, lambda: original(waveform[None])[0])
+
+    require_same(run_probe(run, converted, padded=False), converted, source)
+    return imported, converted
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Whatever transformers raises over a file with strange values becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        raise CheckpointError(f"{what}: {reason}") from error
+
+
+def capture(modules: list[nn.Module], call: Callable[[], Tensor]) -> States:
+    """What the modules return during ``call``, and then what ``call`` itself returns."""
+    states: States = []
+
+    def keep(module: nn.Module, args: object, output: Any) -> None:
+        # Copied: transformers writes zeros over the padding of the feature projection.
+        states.append((output[0] if isinstance(output, tuple) else output).clone())
+
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    try:
+        result = call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*states, result]
+
+
+@torch.no_grad()
+def run_probe(run: Forward, converted: Wav2Vec2Model, padded: bool = True) -> tuple[list[States], list[States]]:
+    """Hidden states of random waveforms of different lengths run alone, and as one batch if ``padded``, else alone."""
+    generator = torch.Generator().manual_seed(0)
+    waveforms = [torch.randn(num_samples, generator=generator) for num_samples in PROBE_SAMPLES]
+
+    def valid(batch: list[Tensor]) -> list[States]:
+        states, frames = run(batch), converted.output_length(torch.tensor([len(waveform) for waveform in batch]))
+        return [[state[row, :length] for state in states] for row, length in enumerate(frames.tolist())]
+
+    alone = [valid([waveform])[0] for waveform in waveforms]
+    return alone, valid(waveforms) if padded else alone
+
+
+def require_same(expected: tuple[list[States], list[States]], converted: Wav2Vec2Model, source: str) -> None:
+    """Print the largest difference of every layer, alone and in a padded batch.
+
+    Args:
+        expected: what :func:`run_probe` gives for the original.
+        converted: the model to compare.
+        source: of the original, for the message.
+
+    Raises:
+        UserError: a difference above the limit, or one that is not a number.
+    """
+
+    def run(waveforms: list[Tensor]) -> States:
+        lengths = torch.tensor([len(waveform) for waveform in waveforms])
+        inputs = nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+        return [*converted.extract_features(inputs, lengths)[0], converted(inputs, lengths)[0]]
+
+    logger.info("running the converted model")
+    alone, batched = (
+        largest([[a - b for a, b in zip(*states, strict=True)] for states in zip(*utterances, strict=True)])
+        for utterances in zip(expected, run_probe(run, converted), strict=True)
+    )
+    size = largest(expected[0])
+    names = ["feature projection", *(f"layer {i}" for i in range(1, len(alone) - 1)), "output"]
+    print(f"{'largest difference':<20}{'alone':>9}{'padded batch':>15}{'largest value':>16}")
+    for name, *values in zip(names, alone.tolist(), batched.tolist(), size.tolist(), strict=True):
+        print("{:<20}{:>9.1e}{:>15.1e}{:>16.1e}".format(name, *values))
+    differences = torch.maximum(alone, batched)
+    print(f"{'over all layers':<20}{differences.max():>9.1e}")
+    wrong = ~(relative_difference(differences, size) <= TOLERANCE)  # also when it is not a number
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise UserError(
+            f"{source}: original and converted differ by {differences[first]:.1e} at {names[first]}"
+            f" (limit {TOLERANCE:.0e}); not saved"
+        )
+
+
+def largest(utterances: list[States]) -> Tensor:
+    """Largest magnitude in each hidden state [L + 2] over all utterances; NaN stays NaN."""
+    return torch.stack([torch.stack([state.abs().max() for state in states]) for states in utterances]).amax(0)

@@ -79,9 +79,7 @@ def line_chart(
     return _figure(title, unit, "".join(parts), _legend([(s.name, s.color, s.dashed) for s, _ in lines]))
 
 
-def bar_chart(
-    title: str, values: Sequence[int], outline: Sequence[int] | None, *, x_label: str, unit: str = "", color: int = 0
-) -> str:
+def bar_chart(title: str, values: Sequence[int], outline: Sequence[int] | None, *, x_label: str) -> str:
     """A figure with one bar per layer, and behind each the outline of what it had before."""
     highest = max([1, *values, *(outline or [])])
     ticks, _, top = nice_axis(0, highest, 4, integers=True)
@@ -107,7 +105,7 @@ def bar_chart(
         parts.append(f"<g><title>{escape(x_label)} {i + 1}: {value}{before}</title>")
         if outline:
             parts.append(rect('class="outline"', outline[i]))
-        parts.append(rect(f'style="fill:var(--s{color})"', value))
+        parts.append(rect('style="fill:var(--s0)"', value))
         if every == 1:
             y = base - height(value) - 3.5
             parts.append(f'<text class="value" x="{center:.1f}" y="{y:.1f}" text-anchor="middle">{value}</text>')
@@ -115,7 +113,7 @@ def bar_chart(
         if i % every == 0:
             parts.append(f'<text x="{center:.1f}" y="{base + 15}" text-anchor="middle">{i + 1}</text>')
     parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
-    return _figure(title, unit, "".join(parts), "")
+    return _figure(title, "", "".join(parts), "")
 
 
 def nice_axis(

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from distillation.config import Recipe, parse_recipe
 from distillation.errors import UserError
-from evaluation.cost import Cost, Speed, format_table, measure
+from evaluation.cost import Cost, Speed, measure
 from evaluation.held_out import Distance, evaluate, floor_of
+from evaluation.tables import format_table
 from wav2vec2 import prune, save_model
 from wav2vec2.architecture import Architecture, architecture
 from wav2vec2.checkpoint import load_checkpoint, model_from_state, read_torch_file

@@ -7,25 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evaluation.cost import MIB
 from evaluation.report_data import FINAL, PRUNED, TEACHER, ModelReport, Report, Step
-from evaluation.svg import Series, bar_chart, line_chart
+from evaluation.svg import TEMPLATES, Series, bar_chart, line_chart
 
 Value = Callable[[ModelReport], float | None]
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 def render(report: Report) -> str:

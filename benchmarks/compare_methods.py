@@ -18,7 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +28,13 @@ from tqdm import tqdm
 
 from benchmarks.compare_plot import draw
 from benchmarks.linear_distance import linear_distances
+from benchmarks.plots import write
 from distillation.commandline import make_parser, parse_arguments
 from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError, command
 from distillation.objectives import Objectives
 from distillation.students import CopiedLayers, StudentConfig, ThinStudent, build_student
+from evaluation.tables import markdown_table
 from wav2vec2 import Wav2Vec2Model, load_model
 from wav2vec2.checkpoint import load_checkpoint, replacing
 
@@ -76,6 +78,27 @@ METHODS = {
     "dphubert_both": Method("DPHuBERT, layers and STaR", {**LAYERS, **STAR}),
 }
 DEFAULT = ["dphubert", "slice", "distilhubert", "fithubert", "starhubert", "dphubert_star"]
+
+
+@dataclass
+class Comparison:
+    """What is compared."""
+
+    demo: Path = Path("demo_out")
+    """Folder that scripts/demo.sh has left: teacher.pth and data/."""
+    out: Path | None = None
+    """Folder of the runs; DEMO/compare by default."""
+    methods: list[str] = field(default_factory=lambda: DEFAULT)
+    """Any of dphubert, slice, distilhubert, fithubert, maskhubert, armhubert, starhubert, dphubert_star,
+    dphubert_mask, dphubert_both."""
+    seeds: int = 3
+    """Runs per method."""
+    steps: int = 1000
+    """Updates per run, both steps together."""
+    num_params: int | None = None
+    """Size of the students; that of DistilHuBERT's two layers by default, the only one it can have."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Of training; measured in float32 in any case."""
 
 
 @dataclass
@@ -127,9 +150,9 @@ def fit_thin(method: Method, teacher: Wav2Vec2Model, budget: int) -> ThinStudent
     return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
-def recipe_of(method: Method, teacher: Wav2Vec2Model, budget: int, steps: int, seed: int, demo: Path) -> dict[str, Any]:
+def recipe_of(method: Method, teacher: Wav2Vec2Model, budget: int, seed: int, comparison: Comparison) -> dict[str, Any]:
     """The demo recipe with what the method changes."""
-    pruned = method.student == "copy"
+    pruned, steps, demo = method.student == "copy", comparison.steps, comparison.demo
     first = round((1 - STEP_2_SHARE) * steps) if pruned else steps
     recipe: dict[str, Any] = {
         "base": os.path.relpath(RECIPES / "demo.yaml", demo),
@@ -140,7 +163,7 @@ def recipe_of(method: Method, teacher: Wav2Vec2Model, budget: int, steps: int, s
         "data": {"tsv_dir": str(demo / "data")},
         "objective": {"layer_to_layer": None, **method.objective},
         "optim": {"max_steps": first, "warmup_steps": max(1, first // 10)},
-        "trainer": {"validate_every": first, "checkpoint_every": first},
+        "trainer": {"validate_every": first, "checkpoint_every": first, "precision": comparison.precision},
     }
     if pruned:
         before = sum(p.numel() for p in teacher.parameters())
@@ -214,14 +237,14 @@ def table(results: list[Result]) -> str:
     """Per method: mean sizes; mean and spread over seeds of each teacher layer's unexplained variance in percent."""
     num_layers = len(results[0].unexplained)
     head = ["method", "parameters", "heads", *(f"layer {i}" for i in range(num_layers)), "mean"]
-    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
     for name in dict.fromkeys(result.method for result in results):
         runs = [result for result in results if result.method == name]
         columns = [*zip(*(run.unexplained for run in runs)), [statistics.mean(run.unexplained) for run in runs]]
         cells = [f"{100 * statistics.mean(c):.1f} ± {100 * spread(c):.1f}" for c in columns]
         sizes = (f"{statistics.mean(values):,.0f}" for values in zip(*((r.num_params, r.num_heads) for r in runs)))
-        rows.append(f"| {METHODS[name].title} | {' | '.join(sizes)} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append([METHODS[name].title, *sizes, *cells])
+    return markdown_table(head, rows)
 
 
 def spread(values: Any) -> float:
@@ -229,28 +252,10 @@ def spread(values: Any) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def compare(
-    demo: Path = Path("demo_out"),
-    out: Path | None = None,
-    methods: list[str] = DEFAULT,
-    seeds: int = 3,
-    steps: int = 1000,
-    num_params: int | None = None,
-    precision: Literal["32-true", "bf16-mixed"] = "32-true",
-) -> None:
-    """Train, measure, print and plot.
-
-    Args:
-        demo: folder that scripts/demo.sh has left: teacher.pth and data/.
-        out: folder of the runs; DEMO/compare by default.
-        methods: any of dphubert, slice, distilhubert, fithubert, maskhubert, armhubert, starhubert, dphubert_star,
-            dphubert_mask, dphubert_both.
-        seeds: runs per method.
-        steps: updates per run, both steps together.
-        num_params: size of the students; that of DistilHuBERT's two layers by default, the only one it can have.
-        precision: of training; measured in float32 in any case.
-    """
-    out = out or demo / "compare"
+def compare(comparison: Comparison) -> None:
+    """Train, measure, print and plot."""
+    demo, methods, seeds, steps = comparison.demo, comparison.methods, comparison.seeds, comparison.steps
+    num_params, out = comparison.num_params, comparison.out or demo / "compare"
     if unknown := [name for name in methods if name not in METHODS]:
         raise UserError(f"--methods: no method {unknown[0]!r}; there are {', '.join(METHODS)}")
     if not methods or seeds < 1 or steps < 10:
@@ -259,6 +264,7 @@ def compare(
         raise UserError(f"{demo}: no teacher.pth and data/valid.tsv in it; run scripts/demo.sh {demo} first")
     logging.getLogger("distillation.data.loaders").setLevel(logging.WARNING)
     demo, out = demo.resolve(), out.resolve()
+    comparison = replace(comparison, demo=demo)
     torch.manual_seed(0)
     teacher = load_model(demo / "teacher.pth")
     budget = num_params or used_params(build_student(StudentConfig(layers=CopiedLayers()), teacher))
@@ -269,31 +275,24 @@ def compare(
     runs = [(name, seed) for seed in range(1, seeds + 1) for name in methods]
     for name, seed in tqdm(runs, desc="compare", unit="run", dynamic_ncols=True):
         exp = out / name / f"seed{seed}"
-        recipe = recipe_of(METHODS[name], teacher, budget, steps, seed, demo)
-        recipe["trainer"]["precision"] = precision
-        final = train(exp, recipe)
+        final = train(exp, recipe_of(METHODS[name], teacher, budget, seed, comparison))
         results.append(measure(name, seed, final, teacher, exp / "recipe.yaml", budget))
     results.sort(key=lambda result: (methods.index(result.method), result.seed))
     series = {
         METHODS[name].title: [result.unexplained for result in results if result.method == name] for name in methods
     }
-    for path, text in (
-        (out / "compare.json", json.dumps([asdict(result) for result in results], indent=1)),
-        (out / "compare.svg", draw(series, steps)),
-    ):
-        with replacing(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+    written = write(out, "compare", [asdict(result) for result in results], draw(series, steps))
     print(f"Variance of each teacher layer that the student leaves unexplained, %, {seeds} seeds, {steps} updates:\n")
     print(table(results))
-    print(f"\n-> {out / 'compare.json'}, {out / 'compare.svg'}")
+    print(f"\n-> {written}")
 
 
 @command
 def main() -> None:
     """Run the comparison."""
     parser = make_parser(__doc__)
-    parser.add_function_arguments(compare)
-    compare(**vars(parse_arguments(parser)))
+    parser.add_class_arguments(Comparison)
+    compare(Comparison(**vars(parse_arguments(parser))))
 
 
 if __name__ == "__main__":

@@ -10,31 +10,26 @@ writes formats.json and formats.svg. Needs requirements/export.txt.
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.minisuperb.evaluate import CORPUS, Features, frame_counts, load_data, rates
-from demo.corpus import CorpusSettings, make_corpus, read_marker
+from benchmarks.minisuperb.evaluate import Features, frame_counts, rates, start
+from benchmarks.plots import write
 from distillation.commandline import make_parser, parse_arguments
-from distillation.errors import UserError, command
+from distillation.errors import command
+from evaluation.tables import markdown_table
 from evaluation.timing import in_turns
 from exporting.graphs import export_graph
 from exporting.verify import ExportedOutputs
 from wav2vec2 import load_model
-from wav2vec2.checkpoint import replacing
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
 
 SECONDS = 10.0
 SAMPLE_RATE = 16_000
@@ -81,24 +76,25 @@ def max_difference(extract: Extract, reference: Extract, waveforms: list[Tensor]
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [
-        "| model | size on disk MB | real-time factor | faster | max difference | phones per frame % |",
-        "|---" * 6 + "|",
-    ]
+    head = ["model", "size on disk MB", "real-time factor", "faster", "max difference", "phones per frame %"]
+    lines = []
     for row in rows:
-        low, high = row["interval"]
-        difference = "" if row["max_difference"] is None else f"{row['max_difference']:.1e}"
-        lines.append(
-            f"| {row['name']} | {row['bytes'] / 1e6:.2f} | {row['real_time_factor']:.5f} | "
-            f"{rows[0]['real_time_factor'] / row['real_time_factor']:.1f} x | {difference} | "
-            f"{row['phones']:.1f} [{low:.1f}, {high:.1f}] |"
-        )
-    return "\n".join(lines)
+        factor, difference, (low, high) = row["real_time_factor"], row["max_difference"], row["interval"]
+        lines.append([
+            row["name"],
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{factor:.5f}",
+            f"{rows[0]['real_time_factor'] / factor:.1f} x",
+            "" if difference is None else f"{difference:.1e}",
+            f"{row['phones']:.1f} [{low:.1f}, {high:.1f}]",
+        ])  # fmt: skip
+    return markdown_table(head, lines)
 
 
-def draw(rows: list[dict[str, Any]]) -> str:
-    """SVG: three bars per model."""
-    figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.6), sharey=True, layout="constrained")
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """Three bars per model."""
+    figure = Figure(figsize=(9.6, 2.6), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
     names = [row["name"] for row in rows]
     panels = (
         ("size on disk, MB", [row["bytes"] / 1e6 for row in rows], None),
@@ -113,10 +109,7 @@ def draw(rows: list[dict[str, Any]]) -> str:
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.2)
     axes[0].invert_yaxis()
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return text.getvalue()
+    return figure
 
 
 def run(
@@ -132,13 +125,7 @@ def run(
         threads: of torch and ONNX Runtime.
     """
     torch.set_num_threads(threads)
-    for name in ("teacher.pth", "final.pth"):
-        if not (demo / name).is_file():
-            raise UserError(f"{demo}: no {name} in it; run scripts/demo.sh {demo} first")
-    out = out or demo / "minisuperb"
-    out.mkdir(parents=True, exist_ok=True)
-    make_corpus(out / "corpus", CORPUS)
-    data = load_data(out / "corpus", CorpusSettings(**read_marker(demo / "corpus")["settings"]))
+    out, data = start(demo, out, "teacher.pth", "final.pth")
     teacher, student = load_model(demo / "teacher.pth"), load_model(demo / "final.pth")
     files = {
         "teacher": demo / "teacher.pth",
@@ -172,11 +159,9 @@ def run(
                 "interval": np.percentile(drawn, [2.5, 97.5]).tolist(),
             }
         )  # fmt: skip
-    for path, text in ((out / "formats.json", json.dumps(rows, indent=1) + "\n"), (out / "formats.svg", draw(rows))):
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    written = write(out, "formats", rows, draw(rows))
     print(table(rows))
-    print(f"\n-> {out / 'formats.json'}, {out / 'formats.svg'}")
+    print(f"\n-> {written}")
 
 
 @command

@@ -14,7 +14,6 @@ Prints a table, writes speed.json and speed.svg.
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import json
 import os
@@ -29,24 +28,23 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import matplotlib
 import torch
 import torchaudio
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from benchmarks.plots import as_svg
 from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, kept_bytes, matmul_peak, set_sparsity
 from distillation.commandline import make_parser, parse_arguments
 from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError, command
 from distillation.sparsity import make_prunable
+from evaluation.tables import markdown_table
 from evaluation.timing import in_turns
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE, WAVLM_BASE
 from wav2vec2.checkpoint import replacing
 from wav2vec2.macs import num_macs
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
 
 SPARSITIES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.85)
 NAMES = {"step1": "HuBERT Base", "wavlm": "WavLM Base+"}
@@ -294,13 +292,14 @@ def table(rows: list[Row]) -> str:
         kept = f"{row.extra['kept']:.2f}" if "kept" in row.extra else ""
         cells.append([row.name, f"{row.seconds:.3f}", f"{row.peer:.3f}", f"{row.ratio:.2f}", goal, share, kept])
     columns = [column for column in zip(*cells) if any(column[1:])]
-    head, *lines = ["| " + " | ".join(line) + " |" for line in zip(*columns)]
-    return "\n".join([head, "|---" * len(columns) + "|", *lines])
+    head, *lines = zip(*columns)
+    return markdown_table(head, lines)
 
 
 def draw(rows: list[Row]) -> str:
     """SVG: times faster than dense against sparsity, one line per section and precision."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axis = figure.subplots()
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if "sparsity" in row.extra and START not in row.name:
@@ -313,10 +312,7 @@ def draw(rows: list[Row]) -> str:
     axis.grid(alpha=0.2)
     if curves:
         axis.legend(fontsize=8)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return text.getvalue()
+    return as_svg(figure)
 
 
 def run(

@@ -17,6 +17,7 @@ from distillation.config import RECIPES, Recipe, parse_recipe
 from distillation.objectives import Objectives
 from distillation.students import backbone_params
 from evaluation.cost import SUPERB_SAMPLES
+from evaluation.tables import markdown_table
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.macs import num_macs
@@ -75,7 +76,6 @@ def recipe_costs() -> list[RecipeCost]:
 def table() -> str:
     """Markdown; recipes that cost the same share a line."""
     head = ["recipe", "parameters M", "heads M", "GMACs", "GMACs with heads", "published GMACs"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in recipe_costs():
         published = 1669.0 if row.recipe.startswith("teacher") else PUBLISHED_MACS.get(row.recipe)
@@ -87,8 +87,7 @@ def table() -> str:
             f"{published:g}" if published else "",
         )
         groups.setdefault(cells, []).append(f"`{row.recipe}`" if ":" not in row.recipe else row.recipe)
-    lines += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in groups.items()]
-    return "\n".join(lines)
+    return markdown_table(head, [(", ".join(names), *cells) for cells, names in groups.items()])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from distillation.commandline import make_parser, parse_arguments
 from distillation.data.batching import MIN_INPUT_FRAMES
 from distillation.errors import UserError, command
 from evaluation.peak_memory import SAMPLE_RATE, peak_memory
+from evaluation.tables import format_table
 from evaluation.timing import in_turns
 from wav2vec2 import load_model
 from wav2vec2.checkpoint import load_checkpoint, replacing
@@ -150,14 +151,6 @@ def resolve_devices(device: str) -> list[str]:
     if device == "cuda" and not gpu:
         raise UserError("--device cuda: no GPU is visible; use --device cpu")
     return {"auto": ["cpu", "cuda"] if gpu else ["cpu"], "cpu": ["cpu"], "cuda": ["cuda"]}[device]
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain table: the first column flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [[h.ljust(w) if i == 0 else h.rjust(w) for i, (h, w) in enumerate(zip(row, widths))]
-             for row in (header, ["-" * w for w in widths], *rows)]  # fmt: skip
-    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def format_costs(costs: Sequence[Cost]) -> str:

@@ -94,8 +94,9 @@ def evaluate(
         with_heads = objective.load_head_state(student.heads, name) or not objective.head_state()
         objectives[name] = objective if with_heads else None
     comparable = {name for name, student in students.items() if _same_shape(student.model, teacher)}
-    sums = {name: _Sums() for name in students}
-    layers = {name: _Sums() for name in students}
+    losses: dict[str, list[dict[str, Tensor]]] = {name: [] for name in students}
+    layers: dict[str, list[dict[str, Tensor]]] = {name: [] for name in students}
+    seconds: list[float] = []
     loader = make_valid_loader(manifest, config)
     with torch.inference_mode(), tqdm(total=len(loader) * len(students), desc="held-out", unit="batch",
                                       dynamic_ncols=True) as bar:  # fmt: skip
@@ -104,27 +105,21 @@ def evaluate(
                 path, reason = next(iter(batch.errors.items()))
                 raise UserError(f"{path}: {reason}")
             batch = batch.to(device)
+            seconds.append(batch.seconds)
             states = teacher.extract_features(batch.waveforms, batch.lengths)[0] if comparable else []
             for name, student in students.items():
                 if (trained := objectives[name]) is not None:
                     loss = trained(frozen, student.model, batch.waveforms, batch.lengths)
-                    sums[name].add({"loss": loss.total, **loss.terms}, batch.seconds)
+                    losses[name].append({"loss": loss.total, **loss.terms})
                 if name in comparable:
-                    rows = compare_layers(states, student.model, batch.waveforms, batch.lengths)
-                    layers[name].add(rows, batch.seconds)
+                    layers[name].append(compare_layers(states, student.model, batch.waveforms, batch.lengths))
                 bar.update()
     results = {}
     for name in students:
-        terms, rows = sums[name].means(), layers[name].means()
-        loss_value = terms.pop("loss", None)
-        results[name] = Distance(
-            loss_value if loss_value is None else float(loss_value),
-            {term: float(value) for term, value in terms.items()},
-            rows["cosine"].tolist() if rows else [],
-            rows["l1"].tolist() if rows else [],
-        )
-    seconds = float(manifest.num_frames.sum()) / config.sample_rate
-    return HeldOut(f"{len(manifest):,} utterances, {seconds / 60:.1f} min of {config.valid}", results)
+        terms, rows = _means(losses[name], seconds), _means(layers[name], seconds)
+        results[name] = Distance(terms.pop("loss", None), terms, **rows)
+    minutes = float(manifest.num_frames.sum()) / config.sample_rate / 60
+    return HeldOut(f"{len(manifest):,} utterances, {minutes:.1f} min of {config.valid}", results)
 
 
 def compare_layers(
@@ -187,17 +182,9 @@ def _same_shape(student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> bool:
     )
 
 
-class _Sums:
-    """Means weighted by seconds of audio."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-        self.weight = 0.0
-
-    def add(self, values: Mapping[str, Tensor], weight: float) -> None:
-        for name, value in values.items():
-            self.values[name] = self.values.get(name, 0) + value.double().cpu() * weight
-        self.weight += weight
-
-    def means(self) -> dict[str, Tensor]:
-        return {name: value / self.weight for name, value in self.values.items()}
+def _means(batches: list[dict[str, Tensor]], seconds: list[float]) -> dict[str, Any]:
+    """Means of every value over batches, weighted by their seconds of audio."""
+    weights = torch.tensor(seconds, dtype=torch.float64)
+    weights = weights / weights.sum()
+    names = batches[0] if batches else ()
+    return {name: (torch.stack([b[name].double().cpu() for b in batches], -1) @ weights).tolist() for name in names}

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from distillation.config import Recipe, parse_recipe
 from distillation.errors import UserError
-from evaluation.cost import Cost, format_table, measure
+from evaluation.cost import Cost, Speed, measure
 from evaluation.held_out import Distance, evaluate, floor_of
+from evaluation.tables import format_table
 from wav2vec2 import prune, save_model
 from wav2vec2.architecture import Architecture, architecture
 from wav2vec2.checkpoint import load_checkpoint, model_from_state, read_torch_file
@@ -41,6 +42,15 @@ class ModelReport:
     cost: Cost
     architecture: Architecture
     held_out: Distance | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """On held-out audio, where it is known."""
+        return self.held_out.loss if self.held_out is not None else None
+
+    def speed(self, device: str) -> Speed | None:
+        """On that device, where it was measured."""
+        return next((speed for speed in self.cost.speed if speed.device == device), None)
 
 
 @dataclass
@@ -219,13 +229,12 @@ def closing_table(report: Report) -> str:
     """Teacher, pruned and final model side by side: size, compute, held-out loss and speed."""
     rows = []
     for model in report.models:
-        loss = model.held_out.loss if model.held_out is not None else None
-        cpu = next((s for s in model.cost.speed if s.device == "cpu"), None)
+        cpu = model.speed("cpu")
         rows.append([
             model.name,
             f"{model.cost.num_params:,}",
             f"{model.cost.macs_10s / 1e9:.2f}",
-            "-" if loss is None else f"{loss:.4f}",
+            "-" if model.loss is None else f"{model.loss:.4f}",
             "-" if cpu is None else f"{cpu.real_time_factor:.4f}",
         ])  # fmt: skip
     header = ["model", "parameters", "GMACs (10 s)", "held-out loss", "CPU real-time factor"]

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distillation.errors import UserError, command
+from evaluation.tables import markdown_table
 
 PUBLISHED = Path(__file__).with_name("published_superb.csv")
 COLUMNS = ("KS", "IC", "PR", "ASR", "ER", "QbE", "SF_F1", "SF_CER", "SID", "ASV", "SD")
@@ -70,11 +71,11 @@ def published() -> dict[str, dict[str, float]]:
 def table(results: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown, best overall score first."""
     head = ["model", "overall", "leaderboard", *COLUMNS]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for name, row in sorted(results.items(), key=lambda item: -overall_score(item[1])):
         cells = [f"{row[c]:.4f}" if c == "QbE" else f"{row[c]:.2f}" for c in COLUMNS]
-        lines.append(f"| {name} | {overall_score(row):.1f} | {leaderboard_score(row):.0f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([name, f"{overall_score(row):.1f}", f"{leaderboard_score(row):.0f}", *cells])
+    return markdown_table(head, lines)
 
 
 @command

@@ -8,11 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 WIDTH, HEIGHT = 344, 210  # CSS pixels
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 16, 34
 COLORS = 8  # the page defines --s0 .. --s7
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters["px"] = "{:.1f}".format
 
 
 @dataclass
@@ -58,64 +69,39 @@ def line_chart(
             HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM),
         )
 
-    parts = []
-    for tick, label in y_ticks:
-        y = place(x_low, 10**tick if log else tick)[1]
-        parts.append(_grid_line(y, label, tick == 0 and not log))
-    for tick, label in x_ticks:
-        if tick <= x_high:
-            x = place(tick, 10**y_low if log else y_low)[0]
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>')
-    parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
-    for s, points in lines:
-        placed = [place(x, y) for x, y in points]
-        style = f'class="line{" dashed" if s.dashed else ""}" style="stroke:var(--s{s.color % COLORS})"'
-        parts.append(f'<polyline {style} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in placed)}"/>')
-        if s.markers or len(points) == 1:
-            dot = f'style="fill:var(--s{s.color % COLORS})"'
-            for (x, y), (at, value) in zip(placed, points):
-                hint = f"<title>{escape(s.name)}, {at:g}: {value:.4g}</title>"
-                parts.append(f'<circle {dot} cx="{x:.1f}" cy="{y:.1f}" r="2.6">{hint}</circle>')
-    return _figure(title, unit, "".join(parts), _legend([(s.name, s.color, s.dashed) for s, _ in lines]))
+    return _draw(
+        title=title,
+        unit=unit,
+        x_label=x_label,
+        y_ticks=[(place(x_low, 10**tick if log else tick)[1], label, tick == 0 and not log) for tick, label in y_ticks],
+        x_ticks=[(place(tick, 10**y_low if log else y_low)[0], label) for tick, label in x_ticks if tick <= x_high],
+        lines=[(s, [(*place(x, y), x, y) for x, y in points]) for s, points in lines],
+    )
 
 
-def bar_chart(
-    title: str, values: Sequence[int], outline: Sequence[int] | None, *, x_label: str, unit: str = "", color: int = 0
-) -> str:
+def bar_chart(title: str, values: Sequence[int], outline: Sequence[int] | None, *, x_label: str) -> str:
     """A figure with one bar per layer, and behind each the outline of what it had before."""
     highest = max([1, *values, *(outline or [])])
     ticks, _, top = nice_axis(0, highest, 4, integers=True)
     pitch = (WIDTH - LEFT - RIGHT) / len(values)
-    width = min(0.72 * pitch, 34.0)
+    centers = [LEFT + (i + 0.5) * pitch for i in range(len(values))]
+    outlines: Sequence[int | None] = outline or [None] * len(values)
+    every = 1 if len(values) <= 14 else 2  # labels would touch
 
     def height(value: float) -> float:
         return value / top * (HEIGHT - TOP - BOTTOM)
 
-    base = HEIGHT - BOTTOM
-
-    def rect(style: str, value: int) -> str:
-        h = height(value)
-        return f'<rect {style} x="{center - width / 2:.1f}" y="{base - h:.1f}" width="{width:.1f}" height="{h:.1f}"/>'
-
-    parts = []
-    for tick, label in ticks:
-        parts.append(_grid_line(base - height(tick), label, tick == 0))
-    every = 1 if len(values) <= 14 else 2  # labels would touch
-    for i, value in enumerate(values):
-        center = LEFT + (i + 0.5) * pitch
-        before = f" of {outline[i]}" if outline else ""
-        parts.append(f"<g><title>{escape(x_label)} {i + 1}: {value}{before}</title>")
-        if outline:
-            parts.append(rect('class="outline"', outline[i]))
-        parts.append(rect(f'style="fill:var(--s{color})"', value))
-        if every == 1:
-            y = base - height(value) - 3.5
-            parts.append(f'<text class="value" x="{center:.1f}" y="{y:.1f}" text-anchor="middle">{value}</text>')
-        parts.append("</g>")
-        if i % every == 0:
-            parts.append(f'<text x="{center:.1f}" y="{base + 15}" text-anchor="middle">{i + 1}</text>')
-    parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
-    return _figure(title, unit, "".join(parts), "")
+    return _draw(
+        title=title,
+        x_label=x_label,
+        y_ticks=[(HEIGHT - BOTTOM - height(tick), label, tick == 0) for tick, label in ticks],
+        x_ticks=[(center, i + 1) for i, center in enumerate(centers) if i % every == 0],
+        bars=[
+            (center, value, height(value), before, height(before or 0))
+            for center, value, before in zip(centers, values, outlines)
+        ],
+        bar_width=min(0.72 * pitch, 34.0),
+    )
 
 
 def nice_axis(
@@ -136,11 +122,6 @@ def nice_axis(
     return ticks, first * step, last * step
 
 
-def _grid_line(y: float, label: str, zero: bool) -> str:
-    line = f'<line class="grid{" zero" if zero else ""}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return f'{line}<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>'
-
-
 def _label(value: float, decimals: int | None) -> str:
     if abs(value) >= 10000:
         text = f"{value / 1000:g}k"
@@ -151,17 +132,7 @@ def _label(value: float, decimals: int | None) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def _figure(title: str, unit: str, body: str, legend: str) -> str:
-    caption = f"<figcaption><b>{escape(title)}</b>{f' <span>{escape(unit)}</span>' if unit else ''}</figcaption>"
-    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
-    return f"<figure>{caption}{drawing}{legend}</figure>"
-
-
-def _legend(entries: Sequence[tuple[str, int, bool]]) -> str:
-    if len(entries) < 2:
-        return ""
-    items = ""
-    for name, color, dashed in entries:
-        kind = " class=dashed" if dashed else ""
-        items += f'<li><i{kind} style="border-color:var(--s{color % COLORS})"></i>{escape(name)}</li>'
-    return f"<ul class=legend>{items}</ul>"
+def _draw(**content: Any) -> str:
+    places = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "base": HEIGHT - BOTTOM}
+    blank = {"unit": "", "bars": (), "lines": (), "colors": COLORS}
+    return TEMPLATES.get_template("chart.svg.jinja").render({**places, **blank, **content})

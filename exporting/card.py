@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.architecture import architecture
 
 HEADER = """---
 library_name: transformers
@@ -56,19 +57,16 @@ def model_card(model: Wav2Vec2Model, name: str, has_ctc_head: bool, source: Path
         source: file the model came from.
         report: content of report.json; what it has of sizes, cost and distances is shown.
     """
-    config = model.config
-    heads = config.get("encoder_num_heads") or [len(heads) for heads in config["encoder_remaining_heads"]]
-    used = zip(heads, config["encoder_use_attention"])
-    units = zip(config["encoder_ff_interm_features"], config["encoder_use_feed_forward"])
+    found = architecture(model.config)
     text = HEADER.format(
         task="automatic-speech-recognition" if has_ctc_head else "feature-extraction",
         name=name,
         parameters=sum(p.numel() for p in model.parameters()),
         layers=model.num_layers,
         width=model.embed_dim,
-        heads=", ".join(str(n if is_used else 0) for n, is_used in used),
-        units=", ".join(str(n if is_used else 0) for n, is_used in units),
-        channels=", ".join(str(channels) for channels, _, _ in config["extractor_conv_layer_config"]),
+        heads=", ".join(map(str, found.heads)),
+        units=", ".join(map(str, found.interm)),
+        channels=", ".join(map(str, found.conv)),
         source=source.name,
     )
     text += _results(report) if report else ""

@@ -37,19 +37,13 @@ from tqdm import tqdm
 from benchmarks.compare_methods import METHODS, used_params
 from benchmarks.minisuperb.abx import abx_right, draw_triples
 from benchmarks.minisuperb.score_plot import draw
-from demo.corpus import (
-    DEV,
-    SAMPLE_RATE,
-    TRAIN,
-    CorpusSettings,
-    make_corpus,
-    read_marker,
-    training_sentences,
-)
+from benchmarks.plots import write
+from demo.corpus import DEV, SAMPLE_RATE, TRAIN, CorpusSettings, make_corpus, read_marker, training_sentences
 from demo.frame_probe import linear_probe
 from demo.labels import HOP, IGNORE, FrameLabels, Utterance, read_split
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
+from evaluation.tables import markdown_table
 from wav2vec2 import load_model, wav2vec2_model
 from wav2vec2.checkpoint import replacing
 
@@ -147,6 +141,22 @@ def load_data(corpus: Path, students: CorpusSettings) -> Data:
     kept = [u for u in test if u.text not in seen]
     logger.info("%d of %d test sentences are new", len(kept), len(test))
     return Data(train, kept, keywords, {kind: FrameLabels(train, kind, num) for kind, num in MIN_COUNT.items()})
+
+
+def start(demo: Path, out: Path | None, *needed: str) -> tuple[Path, Data]:
+    """The folder for results, DEMO/minisuperb by default, and the corpus of the probes, made there.
+
+    Raises:
+        UserError: the demo's folder lacks one of the ``needed`` files.
+    """
+    for name in needed:
+        if not (demo / name).is_file():
+            raise UserError(f"{demo}: no {name} in it; run scripts/demo.sh {demo} first")
+    students = CorpusSettings(**read_marker(demo / "corpus")["settings"])
+    out = out or demo / "minisuperb"
+    out.mkdir(parents=True, exist_ok=True)
+    make_corpus(out / "corpus", CORPUS)
+    return out, load_data(out / "corpus", students)
 
 
 def count(right: Tensor, speakers: list[int], weight: Tensor | None = None) -> dict[str, list[float]]:
@@ -258,12 +268,11 @@ def scores(row: Row, teacher: Row, num: int = 2000) -> dict[str, list[float]]:
 def table(rows: list[Row], teacher: Row) -> str:
     """Markdown, one line per row."""
     head = ["model", "parameters", "words", "phones", "keywords", "ABX error", "speakers, of the teacher's"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for row in rows:
         cells = [f"{a:.1f} [{b:.1f}, {c:.1f}]" for a, b, c in scores(row, teacher).values()]
-        size = f"{row.num_params:,}" if row.num_params else ""
-        lines.append(f"| {row.name} | {size} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([row.name, f"{row.num_params:,}" if row.num_params else "", *cells])
+    return markdown_table(head, lines)
 
 
 def measured(path: Path, data: Data, steps: int) -> tuple[int, Counts]:
@@ -308,10 +317,6 @@ def run(
         threads: of torch.
     """
     torch.set_num_threads(threads)
-    if not (demo / "teacher.pth").is_file():
-        raise UserError(f"{demo}: no teacher.pth in it; run scripts/demo.sh {demo} first")
-    students = CorpusSettings(**read_marker(demo / "corpus")["settings"])
-    out = out or demo / "minisuperb"
     compare = [demo / "compare"] if compare is None and (demo / "compare").is_dir() else compare or []
     finals: list[tuple[str, list[Path]]] = []
     for folder in compare:
@@ -324,9 +329,7 @@ def run(
             raise UserError(f"{folder}: no finished run of benchmarks.compare_methods in it")
     for path in models or []:
         finals.append((path.stem if path.stem != "final" else path.parent.name, [path]))
-    out.mkdir(parents=True, exist_ok=True)
-    make_corpus(out / "corpus", CORPUS)
-    data = load_data(out / "corpus", students)
+    out, data = start(demo, out, "teacher.pth")
 
     teacher_model = load_model(demo / "teacher.pth")
     torch.manual_seed(0)
@@ -358,16 +361,11 @@ def run(
         {"name": row.name, "num_params": row.num_params, "seeds": len(row.runs), "scores": scores(row, teacher)}
         for row in rows
     ]
-    for path, text in (
-        (out / "minisuperb.json", json.dumps(result, indent=1) + "\n"),
-        (out / "minisuperb.svg", draw(result)),
-    ):
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    written = write(out, "minisuperb", result, draw(result))
     num_seeds = max(len(row.runs) for row in rows)
     print(f"Per cent, 95 % intervals over {len({u.speaker for u in data.test})} speakers and {num_seeds} seeds:\n")
     print(table(rows, teacher))
-    print(f"\n-> {out / 'minisuperb.json'}, {out / 'minisuperb.svg'}")
+    print(f"\n-> {written}")
 
 
 @command

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 CONTROLS = ("teacher", "filter banks, 11 frames", "random weights", "teacher's layer 0")
 
@@ -25,11 +21,11 @@ def label_heights(rows: list[dict[str, Any]], task: str) -> list[tuple[dict[str,
     return result
 
 
-def draw(rows: list[dict[str, Any]]) -> str:
-    """SVG of the words and phones of rows {name, num_params, scores: {task: [score, low, high]}}."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), sharex=True, layout="constrained")
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """Words and phones of rows {name, num_params, scores: {task: [score, low, high]}}."""
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     names = list(dict.fromkeys(row["name"] for row in rows if row["name"] not in CONTROLS))
-    for axis, task in zip(axes, ("words", "phones")):
+    for axis, task in zip(figure.subplots(1, 2, sharex=True), ("words", "phones")):
         for row in rows:
             score, low, high = row["scores"][task]
             if row["name"] in CONTROLS:
@@ -48,7 +44,4 @@ def draw(rows: list[dict[str, Any]]) -> str:
         axis.set_xlabel("parameters, millions")
         axis.margins(x=0.5)
         axis.grid(alpha=0.2)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return text.getvalue()
+    return figure

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.compare_methods import METHODS, Result, fit_thin, recipe_of, table, used_params
+from benchmarks.compare_methods import METHODS, Comparison, Result, fit_thin, recipe_of, table, used_params
 from benchmarks.compare_plot import draw
 from benchmarks.linear_distance import Moments
+from benchmarks.plots import as_svg
 from distillation.config import parse_recipe
 from distillation.objectives import Objectives
 from distillation.students import CopiedLayers, StudentConfig, build_student
@@ -80,7 +81,7 @@ def test_students_have_the_budget(demo, name, tmp_path):
     teacher = load_model(demo / "teacher.pth")
     teacher.mask_embedding = torch.zeros(144)
     budget = used_params(build_student(StudentConfig(layers=CopiedLayers()), teacher))
-    settings = recipe_of(METHODS[name], teacher, budget, 100, 3, tmp_path)
+    settings = recipe_of(METHODS[name], teacher, budget, 3, Comparison(demo=tmp_path, steps=100))
     settings["base"] = str(ROOT / "conf" / "demo.yaml")
     (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
     recipe, _ = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
@@ -111,10 +112,15 @@ def test_table_and_plot():
     ]
     text = table(results)
     assert "| DPHuBERT | 100 | 7 | 15.0 ± 7.1 | 50.0 ± 0.0 | 32.5 ± 3.5 |" in text and text.count("\n") == 3
-    plot = draw({"a": [[0.1, 0.5], [0.2, 0.4]], "b < c": [[0.3, 0.3]]}, 100)
-    root = xml.etree.ElementTree.fromstring(plot)
-    assert len(root.findall("{*}polyline")) == len(root.findall("{*}polygon")) == 2
-    assert "b < c" in {element.text for element in root.findall("{*}text")}
+    figure = draw({"a": [[0.1, 0.5], [0.2, 0.4]], "b < c": [[0.3, 0.3], [0.3, 0.3]]}, 100)
+    (axis,) = figure.axes
+    line, band = axis.lines[0].get_xydata(), axis.collections[0].get_paths()[0].vertices
+    np.testing.assert_allclose(line, [[0, 15], [1, 45]])
+    assert {(0, 10), (0, 20), (1, 40), (1, 50)} <= set(map(tuple, band.round(6)))
+    assert len(axis.lines) == len(axis.collections) == 2
+    assert "b < c" in {text.get_text() for text in axis.get_legend().get_texts()}
+    assert "100 updates, 2 seeds (bands" in axis.get_title("left") and axis.get_xlabel() == "teacher layer"
+    xml.etree.ElementTree.fromstring(as_svg(figure))
 
 
 # As a process

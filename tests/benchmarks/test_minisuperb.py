@@ -89,8 +89,7 @@ def small(corpus, tmp_path, monkeypatch) -> Path:
     save_model(demo / "teacher.pth", wav2vec2_model(**TINY))
     save_model(demo / "final.pth", wav2vec2_model(**{**TINY, "encoder_ff_interm_features": [8] * 4}))
     (demo / "corpus").symlink_to(corpus[0])
-    for module in (evaluate, formats):
-        monkeypatch.setattr(module, "CORPUS", corpus[1])
+    monkeypatch.setattr(evaluate, "CORPUS", corpus[1])
     monkeypatch.setattr(evaluate, "MIN_COUNT", {"words": 2, "phones": 3})
     monkeypatch.setattr(evaluate, "NUM_CHOOSING", 2)
     monkeypatch.setattr(evaluate, "NUM_TRIPLES", 20)

@@ -296,6 +296,8 @@ def test_charts():
     assert line_chart("t", [Series("a", [(0, 0.0), (1, -1.0)])], x_label="x", log=True) == ""
     drawing = line_chart("t", [Series("a", [(0, 1.0), (10, 3.0)]), Series("b", [(5, 2.0)])], x_label="x")
     assert drawing.count("<polyline") == 2 and drawing.count("<circle") == 1 and drawing.count("<li>") == 2
+    drawing = line_chart("<t>", [Series("<a>", [(0, 1.0)]), Series("<b>", [(5, 2.0)])], x_label="<x>", unit="<u>")
+    assert not any(f"<{name}>" in drawing.replace("<b>&lt;t&gt;", "") for name in "tabxu"), "escaped"
     drawing = bar_chart("t", [3, 0], [4, 4], x_label="layer")
     assert drawing.count('class="outline"') == 2 and "layer 1: 3 of 4" in drawing
     svg = ElementTree.fromstring(drawing[drawing.index("<svg") : drawing.index("</figure>")])

@@ -1,1 +1,1 @@
-"""Speed, mini-SUPERB and reports: what they print is what the README quotes."""
+"""Speed, formats, methods and mini-SUPERB: what they print is what docs/benchmarks.md quotes."""

@@ -21,12 +21,12 @@ _CARD = """# A tiny HuBERT for the demo and for mini-SUPERB
 
 {parameters:,} parameters, {layers} layers, {width} wide; float16 on disk, float32 in memory. Load it with
 `transformers.HubertModel.from_pretrained(folder)`. Input: 16 kHz mono, not normalised. It knows only the synthetic
-voices and the {words} words of the corpus made by `python -m demo.corpus`: a model to test compression
+voices and the {words} words of the corpus made by `python -m demo.corpus --out CORPUS`: a model to test compression
 on, of no use for real speech.
 
 Trained on {date} with {cores} CPU cores ({machine}, torch {torch}) by
-`python -m demo.train_teacher`. Accuracy per frame (%) of a linear probe on each layer, held-out
-speakers and sentences, silence left out:
+`python -m demo.train_teacher --corpus CORPUS --work_dir WORK`. Accuracy per frame (%) of a linear probe on each layer,
+held-out speakers and sentences, silence left out:
 
 | layer | words ({words} classes) | phones ({phones} classes) |
 |---|---|---|

@@ -83,7 +83,7 @@ def lr_factor(step: int, warmup_steps: int, max_steps: int, schedule: str) -> fl
     """Share of the peak rate at update ``step`` = 0 .. max_steps - 1.
 
     Reaches 1 at the end of the warm-up and would reach 0 just after the last update, so that no update is wasted on a
-    rate of 0 (the released system's first and last are).
+    rate of 0 (the released system's last is).
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -11,8 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from distillation.commandline import make_parser, parse_arguments
-from distillation.errors import UserError, command
+from distillation.commandline import command_of
+from distillation.errors import UserError
 from distillation.yamlfile import read_yaml
 from wav2vec2.checkpoint import model_from_state
 from wav2vec2.importers import load_pickled, naming, recognise, save_imported
@@ -62,13 +62,7 @@ def convert(
     save_imported(out or Path("pretrained") / f"{checkpoint.stem}.{layout.suffix}.pth", imported, model, checkpoint)
 
 
-@command
-def main() -> None:
-    """Parse the command line and run."""
-    parser = make_parser(__doc__)
-    parser.add_function_arguments(convert, as_group=False, as_positional=False)
-    convert(**vars(parse_arguments(parser)))
-
+main = command_of(convert, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -6,8 +6,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from distillation.commandline import make_parser, parse_arguments
-from distillation.errors import command
+from distillation.commandline import command_of
 from exporting.originals import TORCHAUDIO, read_huggingface, read_torchaudio
 from wav2vec2.importers import save_imported
 
@@ -39,13 +38,7 @@ def convert(
     save_imported(out, imported, converted, model)
 
 
-@command
-def main() -> None:
-    """Parse the command line and run."""
-    parser = make_parser(__doc__)
-    parser.add_function_arguments(convert, as_group=False, as_positional=False)
-    convert(**vars(parse_arguments(parser)))
-
+main = command_of(convert, __doc__)
 
 if __name__ == "__main__":
     main()

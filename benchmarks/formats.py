@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.minisuperb.evaluate import Features, frame_counts, rates, start
 from benchmarks.plots import write
-from distillation.commandline import make_parser, parse_arguments
-from distillation.errors import command
+from distillation.commandline import command_of
 from evaluation.tables import markdown_table
 from evaluation.timing import in_turns
 from exporting.graphs import export_graph
@@ -164,13 +163,7 @@ def run(
     print(f"\n-> {written}")
 
 
-@command
-def main() -> None:
-    """Run the comparison."""
-    parser = make_parser(__doc__)
-    parser.add_function_arguments(run)
-    run(**vars(parse_arguments(parser)))
-
+main = command_of(run, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -29,12 +29,12 @@ import torch
 import torchaudio
 
 from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, autocast, matmul_peak, set_sparsity
-from distillation.commandline import make_parser, parse_arguments
+from distillation.commandline import command_of
 from distillation.config import RECIPES, parse_recipe
 from distillation.data.batching import DataConfig
 from distillation.data.loaders import make_train_loader
 from distillation.data.manifest import read_tsv
-from distillation.errors import UserError, command
+from distillation.errors import UserError
 from distillation.sparsity import make_prunable
 from distillation.training.memory import largest_batch, runs_in_memory
 from evaluation.timing import in_turns
@@ -241,13 +241,7 @@ def run(
     print(f"{name}, {time.perf_counter() - begin:.0f} s -> {out}")
 
 
-@command
-def main() -> None:
-    """Run the benchmark."""
-    parser = make_parser(__doc__)
-    parser.add_function_arguments(run)
-    run(**vars(parse_arguments(parser)))
-
+main = command_of(run, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jsonargparse
 
-from distillation.errors import UserError
+from distillation.errors import UserError, command
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -44,6 +45,23 @@ def parse_arguments(parser: jsonargparse.ArgumentParser, argv: list[str] | None 
         return parser.parse_args(sys.argv[1:] if argv is None else argv)
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise UserError(one_line(error)) from None
+
+
+def command_of(function: Callable[..., object], description: str | None) -> Callable[[], None]:
+    """The ``main`` of a command whose flags are the arguments of a function.
+
+    Args:
+        function: its signature and docstring say all of the flags.
+        description: docstring of the script.
+    """
+
+    @command
+    def main() -> None:
+        parser = make_parser(description)
+        parser.add_function_arguments(function, as_group=False, as_positional=False)
+        function(**vars(parse_arguments(parser)))
+
+    return main
 
 
 def one_line(error: BaseException) -> str:

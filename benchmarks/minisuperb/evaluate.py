@@ -41,8 +41,8 @@ from benchmarks.plots import write
 from demo.corpus import DEV, SAMPLE_RATE, TRAIN, CorpusSettings, make_corpus, read_marker, training_sentences
 from demo.frame_probe import linear_probe
 from demo.labels import HOP, IGNORE, FrameLabels, Utterance, read_split
-from distillation.commandline import make_parser, parse_arguments
-from distillation.errors import UserError, command
+from distillation.commandline import command_of
+from distillation.errors import UserError
 from evaluation.tables import markdown_table
 from wav2vec2 import load_model, wav2vec2_model
 from wav2vec2.checkpoint import replacing
@@ -368,13 +368,7 @@ def run(
     print(f"\n-> {written}")
 
 
-@command
-def main() -> None:
-    """Run the evaluation."""
-    parser = make_parser(__doc__)
-    parser.add_function_arguments(run)
-    run(**vars(parse_arguments(parser)))
-
+main = command_of(run, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -32,12 +32,12 @@ from exporting.graphs import export_graph
 from exporting.verify import ExportedOutputs
 from wav2vec2 import load_model
 from wav2vec2.checkpoint import replacing
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 SECONDS = 10.0
-SAMPLE_RATE = 16_000
 Extract = Callable[..., tuple[Any, Any]]
 
 

@@ -19,7 +19,6 @@ from distillation.students import backbone_params
 from evaluation.cost import SUPERB_SAMPLES
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
-from wav2vec2.macs import num_macs
 
 # GMACs: the papers' own tables (DPHuBERT; ARMHuBERT-S as STaR's paper lists it)
 PUBLISHED_MACS = {
@@ -53,7 +52,7 @@ def cost_of(name: str, recipe: Recipe, teacher: Wav2Vec2Model) -> RecipeCost:
         name,
         backbone_params(student),
         objectives.num_params(),
-        num_macs(student, SUPERB_SAMPLES) / 1e9,
+        student.get_num_macs(SUPERB_SAMPLES).item() / 1e9,
         linear * frames / 1e9 if heads_are_features else 0.0,
     )
 
@@ -63,7 +62,7 @@ def recipe_costs() -> list[RecipeCost]:
     with torch.random.fork_rng(devices=[]):
         teacher = wav2vec2_model(**HUBERT_BASE)
         teacher.mask_embedding = torch.zeros(HUBERT_BASE["encoder_embed_dim"])
-        macs = num_macs(teacher, SUPERB_SAMPLES) / 1e9
+        macs = teacher.get_num_macs(SUPERB_SAMPLES).item() / 1e9
         rows = [RecipeCost("teacher: HuBERT Base", backbone_params(teacher), 0, macs)]
         for path in sorted(RECIPES.glob("*.yaml")):
             recipe, _ = parse_recipe(["--config", str(path)])

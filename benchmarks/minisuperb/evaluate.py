@@ -39,7 +39,6 @@ from benchmarks.minisuperb.abx import abx_right, draw_triples
 from benchmarks.minisuperb.score_plot import draw
 from demo.corpus import (
     DEV,
-    SAMPLE_RATE,
     TRAIN,
     CorpusSettings,
     make_corpus,
@@ -52,6 +51,7 @@ from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from wav2vec2 import load_model, wav2vec2_model
 from wav2vec2.checkpoint import replacing
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 

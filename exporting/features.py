@@ -36,11 +36,7 @@ class FeatureOptions:
     """Seconds by which windows overlap on either side."""
 
     def layer_numbers(self, num_layers: int) -> list[int]:
-        """``layers`` of a model as numbers: 0 is the Transformer's input, L the last layer, as -1 is.
-
-        Raises:
-            UserError: no such layer, or one twice.
-        """
+        """``layers`` as numbers: 0 is the Transformer's input, L the last layer, as -1 is."""
         text = self.layers
         if text == "all":
             return list(range(num_layers + 1))
@@ -59,20 +55,14 @@ class FeatureOptions:
 def write_features(
     model: Wav2Vec2Model, file: AudioFile, target: Path, options: FeatureOptions, progress: Callable[[float], object]
 ) -> int:
-    """Write one file of features, atomically and as they come.
+    """Write one file of features, atomically and as they come; returns the number of frames.
 
     Args:
         model: in eval mode.
         file: the audio.
         target: the file to write; its suffix decides.
         options: which layers, and the windows.
-        progress: is told of the seconds of audio that are done.
-
-    Returns:
-        The number of frames; a file too short for one has features of no frame.
-
-    Raises:
-        UserError: no such layer, impossible windows, or the audio is corrupt.
+        progress: is told of every part's seconds of audio.
     """
     layers = options.layer_numbers(model.num_layers)
     try:

@@ -13,18 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .counting import count_params
-from .hardconcrete import (
-    Alive,
-    Gate,
-    Gates,
-    HardConcrete,
-    Prunable,
-    Pruned,
-    live_units,
-    probability_none,
-    scale,
-    select,
-)
+from .hardconcrete import Alive, Gate, Gates, HardConcrete, Prunable, Pruned, num_live, probability_none, scale, select
 from .kernels import attend, attention_weights, dropout, linear, traced
 
 HEAD_DROP_RATE = 0.01  # initial probability that a head is dropped (released DPHuBERT)
@@ -188,12 +177,7 @@ class SelfAttention(nn.Module):
         return left
 
     def num_params(self, alive: Alive, source: SelfAttention) -> Tensor | int:
-        """Expected parameters: biases shared by the heads exist while any head does.
-
-        Args:
-            alive: probability of each unit of a mask.
-            source: as for :meth:`pruned`.
-        """
+        """Expected parameters: shared biases exist while any head does; ``source`` as for :meth:`pruned`."""
         if self.num_heads == 0:
             return 0
         num_inputs = 1 if self.reuse else 3  # values; queries and keys
@@ -212,25 +196,18 @@ class SelfAttention(nn.Module):
     def _times_blocks(self, total: Tensor | int, alive: Alive, source: SelfAttention) -> Tensor | int:
         """Multiplied by the probability that no gate drops the whole block or the one that it depends on."""
         for block in (self,) if source is self else (self, source):
-            total = total * live_units(block.hard_concrete_for_layer, 1, alive)
+            total = total * num_live(block.hard_concrete_for_layer, 1, alive)
         return total
 
     def num_macs(self, frames: Tensor, alive: Alive, source: SelfAttention, position_bias: bool) -> Tensor | int:
-        """Expected multiply-accumulates.
-
-        Args:
-            frames: [B], of each utterance.
-            alive: probability of each unit of a mask.
-            source: as for :meth:`pruned`.
-            position_bias: the model has WavLM's.
-        """
+        """Expected multiply-accumulates of ``frames`` [B]; ``position_bias`` where the model has WavLM's."""
         # of one head: q, k, v and output projections and two products; v, output and one product where a map is reused
         per_frame = (2 if self.reuse else 4) * self.embed_dim * self.head_dim
         per_pair = (1 if self.reuse else 2) * self.head_dim
         if position_bias:
             per_frame += self._num_position_macs()
         per_head = int(frames.sum()) * per_frame + int(frames.square().sum()) * per_pair
-        total = per_head * live_units(source.hard_concrete_for_heads, self.num_heads, alive)
+        total = per_head * num_live(source.hard_concrete_for_heads, self.num_heads, alive)
         return self._times_blocks(total, alive, source)
 
     def _num_position_macs(self) -> int:
@@ -242,9 +219,7 @@ class SelfAttention(nn.Module):
         result: Tensor | int = int(self.num_heads > 0)
         if self.hard_concrete_for_heads is not None:
             result = 1 - probability_none(alive(self.hard_concrete_for_heads))
-        if self.hard_concrete_for_layer is not None:
-            result = result * alive(self.hard_concrete_for_layer).sum()
-        return result
+        return result * num_live(self.hard_concrete_for_layer, 1, alive)
 
 
 @dataclass(frozen=True)

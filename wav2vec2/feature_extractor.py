@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .hardconcrete import Alive, Gate, Gates, HardConcrete, Pruned, live_units, scale, select
+from .hardconcrete import Alive, Gate, Gates, HardConcrete, Pruned, num_live, scale, select
 from .kernels import Dropout, conv1d, keeps_channels_first, linear, traced
 
 SAMPLE_RATE = 16_000  # of every model of this family, in Hz
@@ -229,7 +229,7 @@ class FeatureExtractor(nn.Module):
 
     def num_live(self, alive: Alive) -> list[Tensor | int]:
         """Live output channels of each layer."""
-        return [live_units(layer.hard_concrete, layer.conv.out_channels, alive) for layer in self.conv_layers]
+        return [num_live(layer.hard_concrete, layer.conv.out_channels, alive) for layer in self.conv_layers]
 
     def num_params(self, alive: Alive) -> Tensor | int:
         """Parameters of the extractor with only the live channels."""

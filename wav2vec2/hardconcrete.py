@@ -116,14 +116,12 @@ def probability_none(alive: Tensor) -> Tensor:
     return (1 - alive).clamp(min=torch.finfo(alive.dtype).tiny).log().sum().exp()
 
 
-def expected_live(mask: HardConcrete, alive: Tensor) -> Tensor:
-    """Expected number of live units, a unit that always survives included."""
-    return alive.sum() + probability_none(alive) if mask.min_live else alive.sum()
-
-
-def live_units(mask: HardConcrete | None, num_units: int, alive: Alive) -> Tensor | int:
-    """Expected number of live units of a group of ``num_units``, which has no mask where all of them live."""
-    return num_units if mask is None else expected_live(mask, alive(mask))
+def num_live(mask: HardConcrete | None, num_units: int, alive: Alive) -> Tensor | int:
+    """Expected number of live units: one that always survives included, all ``num_units`` without a mask."""
+    if mask is None:
+        return num_units
+    units = alive(mask)
+    return units.sum() + probability_none(units) if mask.min_live else units.sum()
 
 
 def sample(log_alpha: Tensor) -> Tensor:

@@ -16,19 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import LAYER_DROP_RATE, AttentionMap, SelfAttention, WavLMSelfAttention
 from .counting import count_params
 from .feature_extractor import FeatureProjection, valid_frames
-from .hardconcrete import (
-    Alive,
-    Gate,
-    Gates,
-    HardConcrete,
-    Prunable,
-    Pruned,
-    live_units,
-    probability_none,
-    scale,
-    select,
-    touch,
-)
+from .hardconcrete import Alive, Gates, HardConcrete, Prunable, Pruned, num_live, probability_none, scale, select, touch
 from .kernels import Dropout, linear, wide_conv1d
 from .passes import HiddenStates, PassOptions, ScaleGradient
 
@@ -97,12 +85,7 @@ class FeedForward(nn.Module):
     """Two linear layers with GELU; masks over the intermediate units and the block."""
 
     def __init__(
-        self,
-        embed_dim: int,
-        interm_features: int,
-        interm_dropout: float,
-        dropout: float,
-        prunable: Prunable,
+        self, embed_dim: int, interm_features: int, interm_dropout: float, dropout: float, prunable: Prunable
     ) -> None:
         super().__init__()
         self.intermediate_dense = nn.Linear(embed_dim, interm_features)
@@ -114,18 +97,14 @@ class FeedForward(nn.Module):
         )
         self.hard_concrete_for_layer = HardConcrete(1, LAYER_DROP_RATE) if prunable.block else None
 
-    def _drawn(self, gates: Gates) -> tuple[Gate | None, Gate | None]:
-        """The gates of the units and of the block."""
-        return gates.get(self.hard_concrete_for_intermediate), gates.get(self.hard_concrete_for_layer)
-
     def is_alive(self, gates: Gates) -> bool:
         """Whether anything of the block exists under these gates."""
-        units, layer = self._drawn(gates)
+        units, layer = gates.get(self.hard_concrete_for_intermediate), gates.get(self.hard_concrete_for_layer)
         return (units is None or units.num_live > 0) and (layer is None or layer.num_live > 0)
 
     def live_weights(self, gates: Gates) -> dict[str, Tensor]:
         """What exists of the weights, by name, under these gates."""
-        units, layer = self._drawn(gates)
+        units, layer = gates.get(self.hard_concrete_for_intermediate), gates.get(self.hard_concrete_for_layer)
         first, second = self.intermediate_dense, self.output_dense
         return {
             "intermediate_dense.weight": select(first.weight, units, 0),
@@ -156,14 +135,14 @@ class FeedForward(nn.Module):
         else:
             units = alive(self.hard_concrete_for_intermediate)
             total = units.sum() * (2 * width + 1) + (1 - probability_none(units)) * width
-        return total * live_units(self.hard_concrete_for_layer, 1, alive)
+        return total * num_live(self.hard_concrete_for_layer, 1, alive)
 
     def num_macs(self, frames: Tensor, alive: Alive) -> Tensor | int:
         """Expected multiply-accumulates of ``frames`` [B]."""
         first = self.intermediate_dense
-        num_units = live_units(self.hard_concrete_for_intermediate, first.out_features, alive)
+        num_units = num_live(self.hard_concrete_for_intermediate, first.out_features, alive)
         per_unit = int(frames.sum()) * 2 * first.in_features
-        return per_unit * num_units * live_units(self.hard_concrete_for_layer, 1, alive)
+        return per_unit * num_units * num_live(self.hard_concrete_for_layer, 1, alive)
 
 
 class EncoderLayer(nn.Module):
@@ -227,31 +206,13 @@ class EncoderLayer(nn.Module):
             x = x + self.feed_forward(self.final_layer_norm(x) if norm_first else x, gates)
         return x if norm_first else self.final_layer_norm(x), source
 
-    def pruned(self, gates: Gates, source: SelfAttention | None, any_attention: bool) -> Pruned:
-        """What is left of the blocks; arguments as for SelfAttention, no ``source`` without an attention block."""
-        left = Pruned()
-        if self.attention is not None and source is not None:
-            left.add("attention", self.attention.pruned(gates, source, any_attention))
-        if self.feed_forward is not None:
-            left.add("feed_forward", self.feed_forward.pruned(gates))
-        return left
-
     def num_params(self, alive: Alive, source: SelfAttention | None) -> Tensor | int:
-        """Expected parameters, the layer's own norms included; ``source`` as for :meth:`pruned`."""
+        """Expected parameters, the layer's own norms included; ``source`` as for SelfAttention."""
         total: Tensor | int = count_params(self.layer_norm, self.final_layer_norm)
         if self.attention is not None and source is not None:
             total = total + self.attention.num_params(alive, source)
         if self.feed_forward is not None:
             total = total + self.feed_forward.num_params(alive)
-        return total
-
-    def num_macs(self, frames: Tensor, alive: Alive, source: SelfAttention | None, position_bias: bool) -> Tensor | int:
-        """Expected multiply-accumulates; arguments as for SelfAttention, ``source`` as for :meth:`pruned`."""
-        total: Tensor | int = 0
-        if self.attention is not None and source is not None:
-            total = total + self.attention.num_macs(frames, alive, source, position_bias)
-        if self.feed_forward is not None:
-            total = total + self.feed_forward.num_macs(frames, alive)
         return total
 
 
@@ -377,7 +338,10 @@ class Transformer(nn.Module):
         any_attention = any(source is not None and source.is_alive(gates) for source in sources)
         layers = [Pruned() for _ in sources]
         for i, (left, layer, source) in enumerate(zip(layers, self.layers, sources)):
-            left.add(f"layers.{i}", layer.pruned(gates, source, any_attention))
+            if layer.attention is not None and source is not None:
+                left.add(f"layers.{i}.attention", layer.attention.pruned(gates, source, any_attention))
+            if layer.feed_forward is not None:
+                left.add(f"layers.{i}.feed_forward", layer.feed_forward.pruned(gates))
         return layers
 
     def num_params(self, alive: Alive) -> Tensor | int:
@@ -404,7 +368,10 @@ class Transformer(nn.Module):
             total = total + int(frames.sum()) * self.time_reduction.weight.numel()
         position_bias = self.position_block() is not None
         for layer, source in zip(self.layers, self.attention_sources()):
-            total = total + layer.num_macs(frames, alive, source, position_bias)
+            if layer.attention is not None and source is not None:
+                total = total + layer.attention.num_macs(frames, alive, source, position_bias)
+            if layer.feed_forward is not None:
+                total = total + layer.feed_forward.num_macs(frames, alive)
         return total
 
 

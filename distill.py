@@ -16,6 +16,7 @@ from distillation.sparsity import check_target, make_prunable
 from distillation.training.lock import run_lock
 from wav2vec2 import prune, save_model
 from wav2vec2.architecture import format_architecture
+from wav2vec2.counting import count_params
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def main() -> None:
 
     teacher = load_teacher(recipe)
     student = make_prunable(starting_student(recipe, teacher), recipe.pruning)
-    check_target(student, sum(p.numel() for p in teacher.parameters()), recipe.pruning)
+    check_target(student, count_params(teacher), recipe.pruning)
     data = AudioDataModule(recipe)
     optim = recipe.optim.resolved(data.updates_of)
     trainer = build_trainer(recipe, optim)
@@ -42,7 +43,7 @@ def main() -> None:
         return
     _, found = prune(student)
     num_params = student.get_num_params().item()
-    sparsity = 1 - num_params / sum(p.numel() for p in teacher.parameters())
+    sparsity = 1 - num_params / count_params(teacher)
     print(format_architecture(teacher.config, found))
     print(f"expected: {num_params:,.0f} parameters, sparsity {sparsity:.4f}; target {recipe.pruning.target_sparsity}")
 

@@ -197,7 +197,7 @@ class DistillModule(pl.LightningModule):
         if checkpoint.get("student_config") != self.student.config or not fits:
             raise UserError(f"{source}: holds another network or objective than this recipe: use another --exp_dir")
         for name, tensor in state.items():  # type: ignore[union-attr]
-            if not isinstance(tensor, Tensor) or tensor.shape != expected[name].shape or tensor.layout != torch.strided:
+            if not isinstance(tensor, Tensor) or tensor.shape != expected[name].shape:
                 raise UserError(f"{source}: {name} does not fit this recipe: use another --exp_dir")
 
 

@@ -37,6 +37,7 @@ from distillation.students import CopiedLayers, StudentConfig, ThinStudent, buil
 from evaluation.tables import markdown_table
 from wav2vec2 import Wav2Vec2Model, load_model
 from wav2vec2.checkpoint import load_checkpoint, replacing
+from wav2vec2.counting import count_params
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +116,7 @@ class Result:
 
 def used_params(model: Wav2Vec2Model) -> int:
     """Parameters that ``extract_features`` uses."""
-    upsampler = model.encoder.transformer.upsampler
-    unused = 0 if upsampler is None else sum(p.numel() for p in upsampler.parameters())
-    return sum(p.numel() for p in model.parameters()) - unused
+    return count_params(model) - count_params(model.encoder.transformer.upsampler)
 
 
 def fit_thin(method: Method, teacher: Wav2Vec2Model, budget: int) -> ThinStudent:
@@ -166,7 +165,7 @@ def recipe_of(method: Method, teacher: Wav2Vec2Model, budget: int, seed: int, co
         "trainer": {"validate_every": first, "checkpoint_every": first, "precision": comparison.precision},
     }
     if pruned:
-        before = sum(p.numel() for p in teacher.parameters())
+        before = count_params(teacher)
         recipe["pruning"] = {
             "target_sparsity": 1 - budget / before,
             "warmup_steps": round(0.6 * first),

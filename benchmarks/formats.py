@@ -29,9 +29,9 @@ from evaluation.timing import in_turns
 from exporting.graphs import export_graph
 from exporting.verify import ExportedOutputs
 from wav2vec2 import load_model
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 SECONDS = 10.0
-SAMPLE_RATE = 16_000
 Extract = Callable[..., tuple[Any, Any]]
 
 

@@ -28,7 +28,7 @@ import soundfile
 import torch
 import torchaudio
 
-from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, autocast, matmul_peak, set_sparsity
+from benchmarks.steps import BF16, Ours, Peer, Step, autocast, matmul_peak, num_macs, set_sparsity
 from distillation.commandline import command_of
 from distillation.config import RECIPES, parse_recipe
 from distillation.data.batching import DataConfig
@@ -41,7 +41,7 @@ from evaluation.timing import in_turns
 from wav2vec2 import prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.checkpoint import replacing
-from wav2vec2.macs import num_macs
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 SPARSITIES = [0.0, 0.25, 0.5, 0.75]
 UPDATE_SECONDS = 640.0  # 4 GPUs x 160 s, as published
@@ -142,9 +142,6 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
             points.append(Point(f"{what}, {name}", seconds, elapsed, peaks[name], macs[name] / elapsed / peak))
         return found
 
-    def macs_of(model: Any, some: torch.Tensor) -> float:
-        return num_macs(model, [some.shape[1]] * len(some))
-
     masked = make_prunable(teacher, recipe.pruning).to(device)
     ours = Ours(masked, teacher, waveforms, recipe.objective)
     dense = None
@@ -159,11 +156,11 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
 
     rates: dict[float, float] = {}
     ratios: dict[str, float] = {}
-    full = macs_of(teacher, waveforms)
+    full = num_macs(teacher, waveforms)
     for sparsity in SPARSITIES:
         set_sparsity(masked, sparsity)
         steps: dict[str, Step] = {"ours": varied(ours, waveforms, lambda: ours.step(BF16))}
-        macs = {"ours": full + 3 * macs_of(prune(masked)[0], waveforms), "dense": 4 * full}
+        macs = {"ours": full + 3 * num_macs(prune(masked)[0], waveforms), "dense": 4 * full}
         if dense is not None:
             steps["dense"] = varied(dense, waveforms, dense_step)
         found = timed(f"step 1, {sparsity:.0%} pruned", steps, macs, batch_seconds)
@@ -173,7 +170,7 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
     dense, steps = None, {}  # frees the dense student
     pruned = prune(masked)[0].to(device)
     second = Ours(pruned, teacher, waveforms, recipe.objective)
-    macs = {"ours": full + 3 * macs_of(pruned, waveforms)}
+    macs = {"ours": full + 3 * num_macs(pruned, waveforms)}
     found = timed("step 2", {"ours": varied(second, waveforms, lambda: second.step(BF16))}, macs, batch_seconds)
     hours1, hours2 = hours(rates), UPDATE_SECONDS * STEP2 / (batch_seconds / found["ours"]) / 3600
 
@@ -194,7 +191,7 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
         largest: dict[float, float] = {}
         for sparsity in (SPARSITIES[0], SPARSITIES[-1]):
             set_sparsity(masked, sparsity)
-            macs = {"ours": macs_of(teacher, waveforms) + 3 * macs_of(prune(masked)[0], waveforms)}
+            macs = {"ours": num_macs(teacher, waveforms) + 3 * num_macs(prune(masked)[0], waveforms)}
             steps = {"ours": varied(ours, waveforms, lambda: ours.step(BF16))}
             found = timed(f"largest batch, {sparsity:.0%} pruned", steps, macs, seconds)
             largest[sparsity] = seconds / found["ours"]

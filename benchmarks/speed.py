@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.plots import as_svg
-from benchmarks.steps import BF16, SAMPLE_RATE, Ours, Peer, Step, kept_bytes, matmul_peak, set_sparsity
+from benchmarks.steps import BF16, Ours, Peer, Step, kept_bytes, matmul_peak, num_macs, set_sparsity
 from distillation.commandline import make_parser, parse_arguments
 from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError, command
@@ -44,7 +44,8 @@ from evaluation.timing import in_turns
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE, WAVLM_BASE
 from wav2vec2.checkpoint import replacing
-from wav2vec2.macs import num_macs
+from wav2vec2.counting import count_params
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 SPARSITIES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.85)
 NAMES = {"step1": "HuBERT Base", "wavlm": "WavLM Base+"}
@@ -118,8 +119,8 @@ def training_rows(
     student, teacher = masked_and_teacher(config)
     ours = Ours(student, teacher, waveforms)
     peer = Peer(peer_model(), peer_model(), waveforms)
-    dense_macs = 4 * num_macs(teacher, [waveforms.shape[1]] * size)  # teacher, and three times the student
-    before = sum(p.numel() for p in teacher.parameters())
+    dense_macs = 4 * num_macs(teacher, waveforms)  # teacher, and three times the student
+    before = count_params(teacher)
     rows = []
     for point in sparsities:
         if isinstance(point, str):
@@ -129,7 +130,7 @@ def training_rows(
             set_sparsity(ours.student, point)
         steps: dict[str, Step] = {"peer": peer.step, "f32": ours.step, "bf16": lambda: ours.step(BF16)}
         found = in_turns(steps, rounds, f"{section} {name}")
-        pruned_macs = num_macs(prune(ours.student)[0], [waveforms.shape[1]] * size)
+        pruned_macs = num_macs(prune(ours.student)[0], waveforms)
         macs = dense_macs / 4 + 3 * pruned_macs
         for precision, dtype in (("f32", None), ("bf16", BF16)):
             share = macs / found[precision] / peaks[dtype]
@@ -161,9 +162,8 @@ def phase_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]
             found.setdefault((name, phase), []).append(seconds)
 
     in_turns({name: lambda name=name: timed(name) for name in runs}, rounds, "phases")
-    lengths = [waveforms.shape[1]] * len(waveforms)
-    student = num_macs(prune(ours.student)[0], lengths)
-    macs = {"teacher": num_macs(teacher, lengths), "student, forward": student, "student, backward": 2 * student}
+    student = num_macs(prune(ours.student)[0], waveforms)
+    macs = {"teacher": num_macs(teacher, waveforms), "student, forward": student, "student, backward": 2 * student}
     median = {key: statistics.median(values[1:]) for key, values in found.items()}  # the first does not count
     return [
         Row("phases", f"HuBERT Base, step 1, 4 x 5 s, 70% pruned: {phase}, {precision}", median[precision, phase],
@@ -199,8 +199,7 @@ def step2_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]
     steps: dict[str, Step] = {"peer": peer.step, "f32": ours.step, "bf16": lambda: ours.step(BF16),
                               "bf16 teacher, f32": lambda: ours.step(None, BF16)}  # fmt: skip
     found = in_turns(steps, rounds, "step 2")
-    lengths = [waveforms.shape[1]] * 4
-    macs = num_macs(teacher, lengths) + 3 * num_macs(student, lengths)
+    macs = num_macs(teacher, waveforms) + 3 * num_macs(student, waveforms)
     return [
         Row(
             "step2",
@@ -238,7 +237,7 @@ def inference_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[
         }  # fmt: skip
         with torch.inference_mode():
             found = in_turns(steps, 3 * rounds, f"inference {seconds:g} s")
-        macs = {model: num_macs(model, [waveform.shape[1]]) for model in (student, teacher)}
+        macs = {model: num_macs(model, waveform) for model in (student, teacher)}
         for how, dtype in (("f32", None), ("bf16", BF16), ("autocast to bf16", BF16)):
             share = macs[student] / found[how] / peaks[dtype]
             title = f"student against teacher, {seconds:g} s, {how}"

@@ -19,7 +19,6 @@ from evaluation.timing import Stopwatch
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.kernels import linear
 
-SAMPLE_RATE = 16_000
 LAYERS = (0, 4, 8, 12)
 HEAD_WIDTH = 768
 SPREAD = 2.0  # of log_alpha around its mean: some units nearly certain, some undecided
@@ -30,6 +29,11 @@ Step = Callable[[], object]
 def autocast(dtype: torch.dtype | None, device: str = "cpu") -> Any:
     """Of a step: bfloat16, or float32 as it is."""
     return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+def num_macs(model: Wav2Vec2Model, waveforms: Tensor) -> float:
+    """Multiply-accumulates of ``extract_features`` of a batch without padding."""
+    return model.get_num_macs([waveforms.shape[1]] * len(waveforms)).item()
 
 
 class Ours:

@@ -35,10 +35,10 @@ from demo.espeak import Espeak, load_espeak
 from demo.sentences import KEYWORDS, draw_sentences
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_RATE = 16_000
 TRAIN, DEV = "train-clean-100", "dev-clean"
 MARKER = "corpus.json"
 Span = tuple[float, float, str]

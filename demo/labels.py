@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from demo.corpus import SAMPLE_RATE, is_silence
+from demo.corpus import is_silence
 from distillation.errors import UserError
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 HOP, WINDOW = 320, 400
 IGNORE = -100

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from demo.corpus import SAMPLE_RATE
 from demo.labels import HOP, IGNORE, Utterance
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 NUM_CLUSTERS = 100  # as HuBERT's first iteration
 _NUM_FITTED = 150_000  # frames that k-means sees; all are assigned

@@ -14,6 +14,7 @@ from distillation.sparsity import Lagrangian, PruningConfig
 from distillation.students import backbone_params, build_student, check_frame_rate
 from distillation.training.step import TrainingStep
 from wav2vec2 import Wav2Vec2Model, load_model
+from wav2vec2.counting import count_params
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def build_step(
     """
     lagrangian = None
     if pruning is not None and pruning.units:
-        before = sum(p.numel() for p in teacher.parameters())
+        before = count_params(teacher)
         lagrangian = Lagrangian(before, pruning)
         if pruning.warmup_steps >= optim.max_steps:
             logger.warning("pruning.warmup_steps is %d of %d updates: the target sparsity is never asked for",

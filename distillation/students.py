@@ -17,6 +17,7 @@ from distillation.errors import UserError
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
 from wav2vec2.attention import WavLMSelfAttention
 from wav2vec2.checkpoint import add_masks
+from wav2vec2.counting import count_params
 from wav2vec2.hardconcrete import HardConcrete
 from wav2vec2.pruning import Survivors
 
@@ -150,7 +151,7 @@ def check_frame_rate(student: Wav2Vec2Model, teacher: Wav2Vec2Model, source: obj
 def backbone_params(model: Wav2Vec2Model) -> int:
     """Parameters of a model as published: those of ``dummy_weight`` count once pruning has left something in it."""
     dummy = model.feature_extractor.dummy_weight
-    return sum(p.numel() for p in model.parameters()) - (dummy.numel() if bool((dummy == 1).all()) else 0)
+    return count_params(model) - (dummy.numel() if bool((dummy == 1).all()) else 0)
 
 
 def _thin(config: ThinStudent, teacher: Wav2Vec2Model) -> Wav2Vec2Model:

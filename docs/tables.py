@@ -28,7 +28,6 @@ from evaluation.tables import markdown_table
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.checkpoint import replacing
-from wav2vec2.macs import num_macs
 
 DOCS = Path(__file__).parent
 # GMACs: the papers' own tables (DPHuBERT; ARMHuBERT-S as STaR's paper lists it)
@@ -63,7 +62,7 @@ def cost(recipe: Recipe, teacher: Wav2Vec2Model) -> tuple[str, ...]:
         return f"{recipe.pruning.target_sparsity:.0%} pruned", "", "as found", ""
     student = starting_student(recipe, teacher)
     objectives = Objectives(recipe.objective, student, teacher)
-    macs = num_macs(student, SUPERB_SAMPLES)
+    macs = student.get_num_macs(SUPERB_SAMPLES).item()
     linear = sum(p.numel() for p in objectives.parameters() if p.dim() == 2)
     macs_heads = linear * int(teacher.output_length(torch.tensor(SUPERB_SAMPLES)).sum())
     return (
@@ -79,7 +78,7 @@ def costs() -> str:
     with torch.random.fork_rng(devices=[]):
         teacher = wav2vec2_model(**HUBERT_BASE)
         teacher.mask_embedding = torch.zeros(HUBERT_BASE["encoder_embed_dim"])
-        macs = num_macs(teacher, SUPERB_SAMPLES) / 1e9
+        macs = teacher.get_num_macs(SUPERB_SAMPLES).item() / 1e9
         groups: dict[tuple[str, ...], list[str]] = {
             (f"{backbone_params(teacher) / 1e6:.2f}", "", f"{macs:.1f}", "", "1669"): ["teacher: HuBERT Base"]
         }

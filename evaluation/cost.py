@@ -18,12 +18,12 @@ from tqdm import tqdm
 from distillation.commandline import make_parser, parse_arguments
 from distillation.data.batching import MIN_INPUT_FRAMES
 from distillation.errors import UserError, command
-from evaluation.peak_memory import SAMPLE_RATE, peak_memory
+from evaluation.peak_memory import peak_memory
 from evaluation.tables import format_table
 from evaluation.timing import in_turns
 from wav2vec2 import load_model
 from wav2vec2.checkpoint import load_checkpoint, replacing
-from wav2vec2.macs import num_macs
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 # The utterances of the SUPERB challenge's profiling protocol, in samples: LibriSpeech test-clean sorted by length,
 # every 82nd from the first on. 224.86 s in all; each runs alone, and the published figures are the sums.
@@ -76,8 +76,8 @@ def cost_of_file(name: str, path: Path) -> Cost:
         num_params=sum(p.numel() for p in params),
         num_head_params=sum(heads.values()),
         loaded_bytes=sum(p.numel() * p.element_size() for p in params),
-        macs_10s=num_macs(model, MACS_SECONDS * SAMPLE_RATE),
-        macs_superb=num_macs(model, SUPERB_SAMPLES),
+        macs_10s=round(model.get_num_macs(MACS_SECONDS * SAMPLE_RATE).item()),
+        macs_superb=round(model.get_num_macs(SUPERB_SAMPLES).item()),
     )
 
 

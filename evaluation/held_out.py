@@ -26,7 +26,7 @@ from distillation.objectives import Objectives, Teacher
 from distillation.objectives.base import masked_mean
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import Checkpoint
-from wav2vec2.feature_extractor import valid_frames
+from wav2vec2.feature_extractor import SAMPLE_RATE, valid_frames
 from wav2vec2.passes import HiddenStates, PassOptions
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def _choose(recipe: Recipe, max_seconds: float) -> tuple[Manifest, Any]:
 
 
 def _same_shape(student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> bool:
-    one_second = torch.tensor([16000])
+    one_second = torch.tensor([SAMPLE_RATE])
     return (student.embed_dim, student.num_layers) == (teacher.embed_dim, teacher.num_layers) and bool(
         student.output_length(one_second) == teacher.output_length(one_second)
     )

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from wav2vec2 import load_model
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
-SAMPLE_RATE = 16000
 ROOT = Path(__file__).parent.parent
 STATUS = Path("/proc/self/status")
 

@@ -19,13 +19,14 @@ import torch
 from tqdm import tqdm
 
 from distillation.config import Recipe, parse_recipe
+from distillation.distilled import read_distilled
 from distillation.errors import UserError
 from evaluation.cost import Cost, Speed, measure
 from evaluation.held_out import Distance, evaluate, floor_of
 from evaluation.tables import format_table
 from wav2vec2 import prune, save_model
 from wav2vec2.architecture import Architecture, architecture
-from wav2vec2.checkpoint import load_checkpoint, model_from_state, read_torch_file
+from wav2vec2.checkpoint import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -170,12 +171,9 @@ def _models_of(run: Path, recipe: Recipe, prunes: bool) -> Iterator[dict[str, Pa
 
 
 def _save_student(last: Path, out: Path) -> None:
-    checkpoint = read_torch_file(last)
-    if "student_config" not in checkpoint:
-        raise UserError(f"{last}: not a checkpoint of this toolkit")
-    state = {k.removeprefix("student."): v for k, v in checkpoint["state_dict"].items() if k.startswith("student.")}
-    student = model_from_state(checkpoint["student_config"], state, source=last)
-    save_model(out, prune(student)[0] if student.masks() else student, checkpoint["heads"])
+    student = read_distilled(last, pruned=False)
+    model = prune(student.model)[0] if student.model.masks() else student.model
+    save_model(out, model, student.heads)
 
 
 def _measure(report: Report, paths: dict[str, Path], devices: list[str], rounds: int) -> None:

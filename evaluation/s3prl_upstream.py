@@ -22,7 +22,6 @@ from torch.nn.utils.rnn import pad_sequence
 from distillation.errors import UserError, command
 from wav2vec2 import CheckpointError, prune
 from wav2vec2.checkpoint import load_checkpoint
-from wav2vec2.embed import frame_shift, receptive_field
 
 NAMES = ("dphubert", "dpwavlm", "compressed")  # one expert serves all; the name shows in s3prl's logs
 
@@ -47,7 +46,7 @@ class UpstreamExpert(nn.Module):
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples per frame."""
-        return frame_shift(self.model)
+        return self.model.feature_extractor.frame_shift
 
     def forward(self, wavs: list[Tensor]) -> dict[str, Any]:
         """Waveforms [N] of unequal lengths -> ``hidden_states``: L + 1 tensors [B, T, D], and ``heads`` if there are.
@@ -56,7 +55,8 @@ class UpstreamExpert(nn.Module):
         ``heads`` are the projections to the teacher's width that training has left in the file, for students whose
         published features they are (MaskHuBERT, ARMHuBERT): select them with ``-s heads``.
         """
-        lengths = torch.tensor([max(len(wav), receptive_field(self.model)) for wav in wavs], device=wavs[0].device)
+        shortest = self.model.feature_extractor.receptive_field
+        lengths = torch.tensor([max(len(wav), shortest) for wav in wavs], device=wavs[0].device)
         waveforms = pad_sequence([wav.float() for wav in wavs], batch_first=True)
         missing = int(lengths.max()) - waveforms.shape[1]
         waveforms = nn.functional.pad(waveforms, (0, max(0, missing)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.architecture import architecture
+from wav2vec2.counting import count_params
 
 HEADER = """---
 library_name: transformers
@@ -61,7 +62,7 @@ def model_card(model: Wav2Vec2Model, name: str, has_ctc_head: bool, source: Path
     text = HEADER.format(
         task="automatic-speech-recognition" if has_ctc_head else "feature-extraction",
         name=name,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=count_params(model),
         layers=model.num_layers,
         width=model.embed_dim,
         heads=", ".join(map(str, found.heads)),

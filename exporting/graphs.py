@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distillation.errors import UserError
 from exporting.verify import ExportedOutputs, max_difference, require_agreement
-from wav2vec2.embed import SAMPLE_RATE
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 OPSET = 22  # 23 and later have an Attention operator whose mask ONNX Runtime does not broadcast

@@ -15,6 +15,7 @@ from exporting.configuration_compressed_speech import CompressedSpeechConfig
 from exporting.modeling_compressed_speech import CompressedSpeechForCTC, CompressedSpeechModel
 from exporting.verify import ExportedOutputs, require_agreement
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.transformer import torch_spelling
 
 ROOT = Path(__file__).parent.parent
 CODE = ("configuration_compressed_speech", "modeling_compressed_speech")
@@ -75,13 +76,7 @@ def _write(model: Wav2Vec2Model, folder: Path, vocabulary: list[str] | None) -> 
             "feature-extraction": {"impl": f"{module}.AudioFeatureExtractionPipeline", "pt": ["AutoModel"]}
         },
     )
-    backbone = {
-        name.replace(".weight_g", ".parametrizations.weight.original0").replace(
-            ".weight_v", ".parametrizations.weight.original1"
-        ): tensor
-        for name, tensor in model.state_dict().items()
-        if not name.startswith("aux.")
-    }
+    backbone = {torch_spelling(name): t for name, t in model.state_dict().items() if not name.startswith("aux.")}
     base = CompressedSpeechModel(config)
     whole: CompressedSpeechModel | CompressedSpeechForCTC = base
     if vocabulary is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distillation.errors import UserError
 from exporting.verify import TOLERANCE, relative_difference
 from wav2vec2.checkpoint import CheckpointError, model_from_state
-from wav2vec2.embed import SAMPLE_RATE
+from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.importers import ImportedModel, import_huggingface, import_torchaudio, naming
 from wav2vec2.importers.folder import check_folder, locate_folder, read_weights
 from wav2vec2.model import Wav2Vec2Model

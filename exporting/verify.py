@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distillation.errors import UserError
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.embed import SAMPLE_RATE
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # of relative_difference

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from distillation.data.audio import AudioError, read_crop, read_header
 from distillation.data.batching import MIN_INPUT_FRAMES
 from distillation.errors import UserError
-from wav2vec2.embed import SAMPLE_RATE
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 

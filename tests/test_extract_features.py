@@ -13,8 +13,9 @@ import torchaudio
 
 import extract_features
 from distillation.errors import UserError
-from exporting import long_audio
+from exporting.features import FeatureOptions
 from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
+from wav2vec2.windows import make_windows
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def local_path(tmp_path_factory, tiny_config) -> Path:
 
 
 def run(model: Path, audio: list[Path], out: Path, layers: str = "last", format: str = "npy", window: float = 40.0):
-    extract_features.run(str(model), audio, out, layers, format, window, 1.0, "cpu")
+    extract_features.run(str(model), audio, out, FeatureOptions(layers, format, window, 1.0), "cpu")
 
 
 def whole(model: Wav2Vec2Model, path: Path, layer: int) -> torch.Tensor:
@@ -74,7 +75,7 @@ def test_merged_frames_are_merged_as_in_the_whole_file(local_path, noise, tmp_pa
 def test_windows_cover_every_frame_once_with_context(tiny_config, seconds, reduction):
     model = wav2vec2_model(**{**tiny_config, "encoder_time_reduction": reduction})
     num_samples = int(seconds * 16_000)
-    windows = long_audio.make_windows(model, num_samples, 12.0, 1.0)
+    windows = make_windows(model, num_samples, 12.0, 1.0)
     num_frames = int(model.output_length(torch.tensor([num_samples])))
     kept = [frame for window in windows for frame in range(window.first, window.last)]
     assert kept == list(range(num_frames))
@@ -140,7 +141,7 @@ def test_refusals(local_path, noise, tmp_path):
     assert "give all, last, or numbers" in refusal(local_path, [path], out, "first")
     assert "cannot be resampled from 15991 Hz" in refusal(local_path, [noise(tmp_path / "o.wav", 1, 1, 15_991)], out)
     long = noise(tmp_path / "long.wav", 4.0, 8)
-    assert "needs a --context above 0 and a --window of at least 3 s" in refusal(local_path, [long], out, window=2.0)
+    assert "needs a context above 0 and a window of at least 3 s" in refusal(local_path, [long], out, window=2.0)
     nan = tmp_path / "nan.wav"
     soundfile.write(nan, np.full(16_000, np.nan, np.float32), 16_000, "FLOAT")
     assert refusal(local_path, [nan], out).endswith("nan.wav: NaN or infinite samples after 0.0 s")

@@ -6,12 +6,14 @@ Shapes: B batch, T frames, D width, H heads (h of them live), E head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .hardconcrete import Alive, Gate, Gates, HardConcrete, probability_none, scale, select
+from .counting import count_params
+from .hardconcrete import Alive, Gate, Gates, HardConcrete, Prunable, Pruned, num_live, probability_none, scale, select
 from .kernels import attend, attention_weights, dropout, linear, traced
 
 HEAD_DROP_RATE = 0.01  # initial probability that a head is dropped (released DPHuBERT)
@@ -36,25 +38,25 @@ class SelfAttention(nn.Module):
 
     Args:
         embed_dim: D.
-        num_heads: H, may differ per layer.
+        heads: H, may differ per layer; in WavLM which of the unpruned layer's heads these are.
         head_dim: E.
         dropout: on the attention weights.
-        prune_heads: give each head a gate.
-        prune_layer: give the block a gate.
+        prunable: what gets gates.
         reuse: take the attention map of an earlier block.
     """
 
     def __init__(
         self,
         embed_dim: int,
-        num_heads: int,
+        heads: int | Sequence[int],
         head_dim: int,
         dropout: float,
-        prune_heads: bool,
-        prune_layer: bool,
+        prunable: Prunable,
         reuse: bool = False,
     ) -> None:
         super().__init__()
+        self.remaining_heads = list(heads) if isinstance(heads, Sequence) else None
+        num_heads = len(heads) if isinstance(heads, Sequence) else heads
         self.embed_dim, self.num_heads, self.head_dim, self.dropout = embed_dim, num_heads, head_dim, dropout
         self.reuse = reuse
         self.keep_map = False  # later blocks reuse the map of this one
@@ -65,15 +67,34 @@ class SelfAttention(nn.Module):
             if not reuse:
                 self.q_proj = nn.Linear(embed_dim, num_heads * head_dim)
             self.out_proj = nn.Linear(num_heads * head_dim, embed_dim)
-        prune_heads, prune_layer = prune_heads and num_heads > 0 and not reuse, prune_layer and num_heads > 0
+        prune_heads, prune_block = prunable.units and num_heads > 0 and not reuse, prunable.block and num_heads > 0
         self.hard_concrete_for_heads = HardConcrete(num_heads, HEAD_DROP_RATE) if prune_heads else None
-        self.hard_concrete_for_layer = HardConcrete(1, LAYER_DROP_RATE) if prune_layer else None
+        self.hard_concrete_for_layer = HardConcrete(1, LAYER_DROP_RATE) if prune_block else None
 
     def is_alive(self, gates: Gates) -> bool:
         """Whether anything of the block exists under these gates; a reused map must exist besides."""
         heads, layer = gates.get(self.hard_concrete_for_heads), gates.get(self.hard_concrete_for_layer)
         num_heads = self.num_heads if heads is None else heads.num_live
         return num_heads > 0 and (layer is None or layer.num_live > 0)
+
+    def live_weights(self, heads: Gate | None, layer: Gate | None) -> dict[str, Tensor]:
+        """What exists of the weights of every head, by name, under the gates of the heads and of the block."""
+        live: dict[str, Tensor] = {}
+        for name in ("v_proj",) if self.reuse else ("q_proj", "k_proj", "v_proj"):
+            projection = getattr(self, name)
+            live[f"{name}.weight"] = self._of_live_heads(projection.weight, heads, 0)
+            live[f"{name}.bias"] = self._of_live_heads(projection.bias, heads, 0)
+        weight = self._of_live_heads(self.out_proj.weight, heads, 1, fold=True)
+        live["out_proj.weight"] = scale(weight, layer, 0)
+        live["out_proj.bias"] = scale(self.out_proj.bias, layer, 0)
+        return live
+
+    def _of_live_heads(self, weight: Tensor, heads: Gate | None, dim: int, fold: bool = False) -> Tensor:
+        """Slices of a weight whose ``dim`` is H E; ``fold`` multiplies them by the values of their heads."""
+        if heads is None:
+            return weight
+        weight = select(weight.unflatten(dim, (self.num_heads, self.head_dim)), heads, dim)
+        return (scale(weight, heads, dim) if fold else weight).flatten(dim, dim + 1)
 
     def forward(
         self,
@@ -102,13 +123,13 @@ class SelfAttention(nn.Module):
             heads = source.heads
         else:
             source, heads = None, gates.get(self.hard_concrete_for_heads)
-        layer = gates.get(self.hard_concrete_for_layer)
+        live = self.live_weights(heads, gates.get(self.hard_concrete_for_layer))
         batch, num_frames, _ = x.shape
         p = self.dropout if self.training else 0.0
-        v = self._project(x, self.v_proj, heads)
+        v = self._project(x, live, "v_proj")
         mixed: Tensor | None = None
         if not self.reuse:
-            q, k = self._project(x, self.q_proj, heads), self._project(x, self.k_proj, heads)
+            q, k = self._project(x, live, "q_proj"), self._project(x, live, "k_proj")
             mask = self._attention_mask(x, valid, position_bias, heads)
             if keep_map or self.keep_map:
                 source = AttentionMap(attention_weights(q, k, mask), heads)
@@ -121,35 +142,44 @@ class SelfAttention(nn.Module):
             x = torch.cat(mixed.unbind(1), dim=-1)
         else:
             x = mixed.transpose(1, 2).reshape(batch, num_frames, -1)
-        weight: Tensor = self.out_proj.weight
-        if heads is not None:
-            weight = weight.view(self.embed_dim, self.num_heads, self.head_dim)
-            weight = scale(select(weight, heads, 1), heads, 1).flatten(1)
-        return linear(x, scale(weight, layer, 0), scale(self.out_proj.bias, layer, 0)), source
+        return linear(x, live["out_proj.weight"], live["out_proj.bias"]), source
 
-    def _project(self, x: Tensor, projection: nn.Linear, heads: Gate | None) -> Tensor:
-        weight: Tensor = projection.weight
-        bias: Tensor = projection.bias
-        if heads is not None and heads.index is not None:
-            weight = select(weight.view(self.num_heads, self.head_dim, -1), heads, 0).flatten(0, 1)
-            bias = select(bias.view(self.num_heads, self.head_dim), heads, 0).flatten()
-        return linear(x, weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _project(self, x: Tensor, live: dict[str, Tensor], name: str) -> Tensor:
+        x = linear(x, live[f"{name}.weight"], live[f"{name}.bias"])
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _attention_mask(
         self, x: Tensor, valid: Tensor | None, position_bias: Tensor | None, heads: Gate | None
     ) -> Tensor | None:
         return valid
 
-    def num_params(self, alive: Alive, source: SelfAttention | None = None) -> Tensor | int:
-        """Expected parameters: biases shared by the heads exist while any head does.
+    def pruned(self, gates: Gates, source: SelfAttention, any_attention: bool) -> Pruned:
+        """What is left of the block.
 
         Args:
-            alive: probability of each unit of a mask.
-            source: the block whose map this one reuses, if it does.
+            gates: as drawn for the whole model.
+            source: the block whose map this one applies: itself, or with ``reuse`` an earlier one.
+            any_attention: whether any block of the model is left.
         """
+        heads = gates.get(source.hard_concrete_for_heads)
+        exists = self.is_alive(gates) and source.is_alive(gates)
+        left = Pruned(config={"encoder_use_attention": exists})
+        live: list[int] = []
+        if exists:
+            left.weights = self.live_weights(heads, gates.get(self.hard_concrete_for_layer))
+            live = list(range(self.num_heads)) if heads is None or heads.index is None else heads.index.tolist()
+        elif self.reuse:
+            left.config["encoder_reuse_attention"] = False
+        if self.remaining_heads is None:
+            left.config["encoder_num_heads"] = len(live)
+        else:
+            left.config["encoder_remaining_heads"] = [self.remaining_heads[head] for head in live]
+        return left
+
+    def num_params(self, alive: Alive, source: SelfAttention) -> Tensor | int:
+        """Expected parameters: shared biases exist while any head does; ``source`` as for :meth:`pruned`."""
         if self.num_heads == 0:
             return 0
-        source = source if self.reuse and source is not None else self
         num_inputs = 1 if self.reuse else 3  # values; queries and keys
         per_head = (num_inputs + 1) * self.embed_dim * self.head_dim + num_inputs * self.head_dim
         shared = self._num_shared_params()
@@ -158,22 +188,57 @@ class SelfAttention(nn.Module):
         else:
             heads = alive(source.hard_concrete_for_heads)
             total = heads.sum() * per_head + (1 - probability_none(heads)) * shared
-        for block in {self, source}:
-            if block.hard_concrete_for_layer is not None:
-                total = total * alive(block.hard_concrete_for_layer).sum()
-        return total
+        return self._times_blocks(total, alive, source)
 
     def _num_shared_params(self) -> int:
         return self.embed_dim
+
+    def _times_blocks(self, total: Tensor | int, alive: Alive, source: SelfAttention) -> Tensor | int:
+        """Multiplied by the probability that no gate drops the whole block or the one that it depends on."""
+        for block in (self,) if source is self else (self, source):
+            total = total * num_live(block.hard_concrete_for_layer, 1, alive)
+        return total
+
+    def num_macs(self, frames: Tensor, alive: Alive, source: SelfAttention, position_bias: bool) -> Tensor | int:
+        """Expected multiply-accumulates of ``frames`` [B]; ``position_bias`` where the model has WavLM's."""
+        # of one head: q, k, v and output projections and two products; v, output and one product where a map is reused
+        per_frame = (2 if self.reuse else 4) * self.embed_dim * self.head_dim
+        per_pair = (1 if self.reuse else 2) * self.head_dim
+        if position_bias:
+            per_frame += self._num_position_macs()
+        per_head = int(frames.sum()) * per_frame + int(frames.square().sum()) * per_pair
+        total = per_head * num_live(source.hard_concrete_for_heads, self.num_heads, alive)
+        return self._times_blocks(total, alive, source)
+
+    def _num_position_macs(self) -> int:
+        """Of one head and one frame, for gating the position bias."""
+        return 0
 
     def probability_alive(self, alive: Alive) -> Tensor | int:
         """P(the block exists)."""
         result: Tensor | int = int(self.num_heads > 0)
         if self.hard_concrete_for_heads is not None:
             result = 1 - probability_none(alive(self.hard_concrete_for_heads))
-        if self.hard_concrete_for_layer is not None:
-            result = result * alive(self.hard_concrete_for_layer).sum()
-        return result
+        return result * num_live(self.hard_concrete_for_layer, 1, alive)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """How WavLM's position embedding divides the distances of two frames (T5's way)."""
+
+    num_buckets: int
+    max_distance: int  # frames beyond which all distances share a bucket
+
+    def of(self, distance: Tensor) -> Tensor:
+        """Half of the buckets per sign, exact up to a quarter of all, logarithmic up to ``max_distance``."""
+        half = self.num_buckets // 2
+        exact = half // 2
+        magnitude = distance.abs()
+        # divide, then multiply: the other order rounds some distances into the neighbouring bucket
+        log_ratio = torch.log(magnitude.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = exact + (log_ratio * (half - exact)).long()
+        bucket = torch.where(magnitude < exact, magnitude, far.clamp(max=half - 1))
+        return bucket + (distance > 0) * half
 
 
 class WavLMSelfAttention(SelfAttention):
@@ -184,32 +249,25 @@ class WavLMSelfAttention(SelfAttention):
         total_num_heads: heads of the unpruned layer; the position bias and the gate constant keep that many.
         remaining_heads: which of them this layer has.
         dropout: on the attention weights.
-        num_buckets: buckets of the position embedding; only layer 0 has one, shared by all layers.
-        max_distance: frames beyond which all distances share a bucket.
-        has_position_embedding: True for layer 0.
-        prune_heads: give each head a gate.
-        prune_layer: give the block a gate.
+        buckets: of the position embedding, which layer 0 has for all layers; None for the others.
+        prunable: what gets gates.
     """
+
+    remaining_heads: list[int]
 
     def __init__(
         self,
         embed_dim: int,
         total_num_heads: int,
-        remaining_heads: list[int],
+        remaining_heads: Sequence[int],
         dropout: float,
-        num_buckets: int,
-        max_distance: int,
-        has_position_embedding: bool,
-        prune_heads: bool,
-        prune_layer: bool,
+        buckets: Buckets | None,
+        prunable: Prunable,
     ) -> None:
-        super().__init__(
-            embed_dim, len(remaining_heads), embed_dim // total_num_heads, dropout, prune_heads, prune_layer
-        )
-        self.total_num_heads, self.remaining_heads = total_num_heads, list(remaining_heads)
+        super().__init__(embed_dim, remaining_heads, embed_dim // total_num_heads, dropout, prunable)
+        self.total_num_heads, self.buckets = total_num_heads, buckets
         self._heads_on: Tensor | None = None
-        self.num_buckets, self.max_distance = num_buckets, max_distance
-        self.rel_attn_embed = nn.Embedding(num_buckets, total_num_heads) if has_position_embedding else None
+        self.rel_attn_embed = None if buckets is None else nn.Embedding(buckets.num_buckets, total_num_heads)
         if self.num_heads > 0:
             self.gru_rel_pos_linear = nn.Linear(self.head_dim, 8)
             self.gru_rel_pos_const = nn.Parameter(torch.ones(1, total_num_heads, 1, 1))
@@ -228,22 +286,11 @@ class WavLMSelfAttention(SelfAttention):
 
         It depends on the distance alone, so 2 T - 1 embeddings are looked up and laid out as a Toeplitz matrix.
         """
-        assert self.rel_attn_embed is not None
+        assert self.rel_attn_embed is not None and self.buckets is not None
         distance = torch.arange(1 - num_frames, num_frames, device=self.rel_attn_embed.weight.device)
-        by_distance = self.rel_attn_embed(self._bucket(distance)).t()  # [H, 2T - 1], key minus query
+        by_distance = self.rel_attn_embed(self.buckets.of(distance)).t()  # [H, 2T - 1], key minus query
         frames = torch.arange(num_frames, device=distance.device)
         return by_distance[:, frames[None, :] - frames[:, None] + num_frames - 1]
-
-    def _bucket(self, distance: Tensor) -> Tensor:
-        """T5's buckets: half of them per sign, exact up to a quarter of all, logarithmic up to ``max_distance``."""
-        half = self.num_buckets // 2
-        exact = half // 2
-        magnitude = distance.abs()
-        # divide, then multiply: the other order rounds some distances into the neighbouring bucket
-        log_ratio = torch.log(magnitude.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
-        far = exact + (log_ratio * (half - exact)).long()
-        bucket = torch.where(magnitude < exact, magnitude, far.clamp(max=half - 1))
-        return bucket + (distance > 0) * half
 
     def _attention_mask(
         self, x: Tensor, valid: Tensor | None, position_bias: Tensor | None, heads: Gate | None
@@ -267,9 +314,15 @@ class WavLMSelfAttention(SelfAttention):
         bias = (update * (reset * const - 1) + 2) * position_bias  # [B, h, T, T]
         return bias if valid is None else bias.masked_fill(~valid, -math.inf)
 
+    def pruned(self, gates: Gates, source: SelfAttention, any_attention: bool) -> Pruned:
+        """What is left of the block: its position embedding serves the layers above, and outlives the heads beside."""
+        left = super().pruned(gates, source, any_attention)
+        if self.rel_attn_embed is not None:
+            left.config["encoder_use_attention"] = any_attention
+        return left
+
     def _num_shared_params(self) -> int:
-        return (
-            self.embed_dim
-            + sum(p.numel() for p in self.gru_rel_pos_linear.parameters())
-            + self.gru_rel_pos_const.numel()
-        )
+        return self.embed_dim + count_params(self.gru_rel_pos_linear) + self.gru_rel_pos_const.numel()
+
+    def _num_position_macs(self) -> int:
+        return self.gru_rel_pos_linear.weight.numel() if self.num_heads > 0 else 0

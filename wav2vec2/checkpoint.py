@@ -27,6 +27,7 @@ from torch import Tensor
 from .hub import FOLDER_FILES, locate
 from .model import Wav2Vec2Model, wav2vec2_model
 from .safetensors import read_safetensors, write_safetensors
+from .transformer import own_spelling
 
 DUMMY_WEIGHT = "feature_extractor.dummy_weight"
 HEADS, EXTRA = "distill_linear_projs", "extra"
@@ -120,15 +121,19 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def has_all_values(tensor: Tensor) -> bool:
+    """Whether a tensor from a file is dense and holds all of its values: it does not grow when it is copied."""
+    dense = tensor.layout == torch.strided and not tensor.is_meta
+    return dense and tensor.untyped_storage().nbytes() >= tensor.nbytes
+
+
 def _check_tensors(content: Any, path: Path) -> None:
-    """Every tensor is dense and has all of its values: nothing grows when it is copied."""
+    """Refuse a file with a tensor that lacks values."""
     waiting, seen = [content], {id(content)}
     while waiting:
         value = waiting.pop()
-        if isinstance(value, Tensor):
-            dense = value.layout == torch.strided and not value.is_meta
-            if not dense or value.untyped_storage().nbytes() < value.nbytes:
-                raise CheckpointError(f"{path}: holds a tensor without all of its values; refused")
+        if isinstance(value, Tensor) and not has_all_values(value):
+            raise CheckpointError(f"{path}: holds a tensor without all of its values; refused")
         inner = [*value, *value.values()] if isinstance(value, dict) else value
         for item in inner if isinstance(inner, list | tuple | set) else ():
             if id(item) not in seen:  # a pickle may hold circles
@@ -236,10 +241,7 @@ def model_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], sou
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{source}: its config builds no model: {reason}") from None
     expected = model.state_dict()
-    state = {str(name): tensor for name, tensor in state.items()}
-    for name in [name for name in state if ".parametrizations.weight.original" in name]:
-        renamed = name.replace("parametrizations.weight.original0", "weight_g")
-        state[renamed.replace("parametrizations.weight.original1", "weight_v")] = state.pop(name)
+    state = {own_spelling(str(name)): tensor for name, tensor in state.items()}
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing == [DUMMY_WEIGHT]:  # never pruned, as torchaudio and the released converters save models
         missing = []
@@ -251,7 +253,7 @@ def model_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], sou
         if not isinstance(tensor, Tensor) or tensor.shape != expected[name].shape or not tensor.is_floating_point():
             found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise CheckpointError(f"{source}: {name} is {found}, its config wants float {list(expected[name].shape)}")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
+        if not has_all_values(tensor):
             raise CheckpointError(f"{source}: {name} is no dense tensor with all of its {tensor.numel()} values")
         if name.endswith("log_alpha") and not tensor.isfinite().all():
             raise CheckpointError(f"{source}: {name} is not finite: nobody can tell what it keeps")

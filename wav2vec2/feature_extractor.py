@@ -5,16 +5,18 @@ Shapes: B batch, N samples, T frames, C channels (c of them live), D Transformer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .hardconcrete import Alive, Gate, Gates, HardConcrete, expected_live, scale, select
+from .hardconcrete import Alive, Gate, Gates, HardConcrete, Pruned, num_live, scale, select
 from .kernels import Dropout, conv1d, keeps_channels_first, linear, traced
 
+SAMPLE_RATE = 16_000  # of every model of this family, in Hz
 CONV_DROP_RATE = 0.01  # initial probability that a channel is dropped (released DPHuBERT)
 
 
@@ -23,21 +25,35 @@ def valid_frames(lengths: Tensor, num_frames: int) -> Tensor:
     return torch.arange(num_frames, device=lengths.device)[None] < lengths[:, None]
 
 
+class LiveNorm(NamedTuple):
+    """What a norm applies to the live channels after it has normalised."""
+
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+    eps: float  # added to the variance
+
+    def over_channels(self, x: Tensor) -> Tensor:
+        """Layer norm of [B, T, C]."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
 class ConvLayerBlock(nn.Module):
-    """1-D convolution, optional normalisation, GELU, and a mask over the output channels."""
+    """1-D convolution, optional normalisation, GELU, and a mask over the output channels.
+
+    Args:
+        in_channels: of the layer below.
+        shape: output channels, kernel size and stride.
+        bias: of the convolution.
+        norm: "group_norm", "layer_norm" or "none".
+        prune: give each output channel a gate.
+        is_last: the feature projection follows.
+    """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int,
-        bias: bool,
-        norm: str,
-        prune: bool,
-        is_last: bool,
+        self, in_channels: int, shape: Sequence[int], bias: bool, norm: str, prune: bool, is_last: bool
     ) -> None:
         super().__init__()
+        out_channels, kernel_size, stride = shape
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, bias=bias)
         self.layer_norm: nn.GroupNorm | nn.LayerNorm | None = None
         if norm == "group_norm":
@@ -53,60 +69,74 @@ class ConvLayerBlock(nn.Module):
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
         return (torch.div(length - kernel, stride, rounding_mode="floor") + 1).clamp(min=0)
 
-    def forward(
-        self, x: Tensor, length: Tensor | None, gate_in: Gate | None, gate: Gate | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, c_in] and lengths [B] -> x [B, T', c] and lengths [B]; both gates as drawn for this pass.
+    def live_weights(self, gate_in: Gate | None, gate: Gate | None) -> dict[str, Tensor]:
+        """What exists of the weights, by name, under the gates of the layer below and of this one.
 
         ``gate_in`` is folded into the weights; the own gate's values are left to the next layer.
         """
-        weight = scale(select(select(self.conv.weight, gate, 0), gate_in, 1), gate_in, 1)
-        bias = None if self.conv.bias is None else select(self.conv.bias, gate, 0)
+        live = {"conv.weight": scale(select(select(self.conv.weight, gate, 0), gate_in, 1), gate_in, 1)}
+        if self.conv.bias is not None:
+            live["conv.bias"] = select(self.conv.bias, gate, 0)
+        if self.layer_norm is not None:
+            live["layer_norm.weight"] = select(self.layer_norm.weight, gate, 0)
+            live["layer_norm.bias"] = select(self.layer_norm.bias, gate, 0)
+        return live
+
+    def forward(
+        self, x: Tensor, length: Tensor | None, gate_in: Gate | None, gate: Gate | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, c_in] and lengths [B] -> x [B, T', c] and lengths [B]; both gates as drawn for this pass."""
+        live = self.live_weights(gate_in, gate)
+        weight, bias, stride = live["conv.weight"], live.get("conv.bias"), self.conv.stride[0]
         if length is not None:
             length = self.output_length(length)
         if self.layer_norm is None:
-            return F.gelu(conv1d(x, weight, bias, self.conv.stride[0])), length
-        norm_weight, norm_bias = select(self.layer_norm.weight, gate, 0), select(self.layer_norm.bias, gate, 0)
+            return F.gelu(conv1d(x, weight, bias, stride)), length
+        norm = LiveNorm(live["layer_norm.weight"], live["layer_norm.bias"], self.layer_norm.eps)
         if isinstance(self.layer_norm, nn.LayerNorm):
-            x = conv1d(x, weight, bias, self.conv.stride[0])
-            x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, self.layer_norm.eps)
+            x = norm.over_channels(conv1d(x, weight, bias, stride))
         elif traced() or x.device.type == "mps":  # which has no float64
-            x = conv1d(x, weight, bias, self.conv.stride[0])
-            x = instance_norm(x, length, norm_weight, norm_bias, self.layer_norm.eps)
+            x = instance_norm(conv1d(x, weight, bias, stride), length, norm)
         else:
-            x = normalized_conv1d(x, length, weight, norm_weight, norm_bias, self.layer_norm.eps, self.conv.stride[0])
+            x = normalized_conv1d(x, length, weight, norm, stride)
         return F.gelu(x), length
+
+    def pruned(self, gate_in: Gate | None, gate: Gate | None) -> Pruned:
+        """What is left of the layer."""
+        weights = self.live_weights(gate_in, gate)
+        shape = (len(weights["conv.weight"]), self.conv.kernel_size[0], self.conv.stride[0])
+        return Pruned(weights, {"extractor_conv_layer_config": shape})
 
     def num_params(self, num_in: Tensor | int, num_out: Tensor | int) -> Tensor | int:
         """Parameters with ``num_in`` live input and ``num_out`` live output channels."""
         vectors = (self.conv.bias is not None) + 2 * (self.layer_norm is not None)
         return num_in * num_out * self.conv.kernel_size[0] + num_out * vectors
 
+    def num_macs(self, frames: Tensor, num_in: Tensor | int, num_out: Tensor | int) -> Tensor | int:
+        """Multiply-accumulates of output ``frames`` [B], with live channels as for :meth:`num_params`."""
+        return int(frames.sum()) * self.conv.kernel_size[0] * num_in * num_out
 
-def instance_norm(x: Tensor, length: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+
+def instance_norm(x: Tensor, length: Tensor | None, norm: LiveNorm) -> Tensor:
     """Group norm with one channel per group over valid frames only, so that a padded row equals the row alone.
 
     Args:
         x: [B, T, C].
         length: [B] valid frames; None for all.
-        weight: [C].
-        bias: [C].
-        eps: added to the variance.
+        norm: of the channels.
     """
     if length is None:
-        return F.group_norm(x.transpose(1, 2), len(weight), weight, bias, eps).transpose(1, 2)
+        return F.group_norm(x.transpose(1, 2), len(norm.weight), *norm).transpose(1, 2)
     dtype = x.dtype
     valid = valid_frames(length, x.shape[1])[..., None].to(torch.promote_types(dtype, torch.float32))
     x = x.to(valid.dtype)
     count = length.clamp(min=1)[:, None, None]
     mean = (x * valid).sum(1, keepdim=True) / count
     variance = ((x - mean).square() * valid).sum(1, keepdim=True) / count
-    return ((x - mean) * torch.rsqrt(variance + eps) * weight + bias).to(dtype)
+    return ((x - mean) * torch.rsqrt(variance + norm.eps) * norm.weight + norm.bias).to(dtype)
 
 
-def normalized_conv1d(
-    x: Tensor, length: Tensor | None, kernel: Tensor, weight: Tensor, bias: Tensor, eps: float, stride: int
-) -> Tensor:
+def normalized_conv1d(x: Tensor, length: Tensor | None, kernel: Tensor, norm: LiveNorm, stride: int) -> Tensor:
     """Convolution of one input channel and :func:`instance_norm` in a single product.
 
     Where windows of K samples have mean m and covariance S, the output of a channel with kernel w has mean w m and
@@ -117,9 +147,7 @@ def normalized_conv1d(
         x: [B, N, 1].
         length: [B] valid frames of the output; None for all.
         kernel: [C, 1, K]. A bias of the convolution would not change the result.
-        weight: [C].
-        bias: [C].
-        eps: added to the variance.
+        norm: of the channels.
         stride: of the convolution.
 
     Returns:
@@ -133,9 +161,9 @@ def normalized_conv1d(
     covariance = centered.transpose(1, 2) @ (centered if valid is None else centered * valid) / count
     doubles = taps.double().expand(len(windows), -1, -1)
     variance = (doubles @ covariance * doubles).sum(-1)  # [B, C]
-    factor = (weight * torch.rsqrt(variance + eps)).to(weight.dtype)
+    factor = (norm.weight * torch.rsqrt(variance + norm.eps)).to(norm.weight.dtype)
     # the bias is one more tap, on a sample of 1: to be added, it would first be written out to the size of the result
-    taps = torch.cat([factor[..., None] * taps, bias.expand_as(factor)[..., None]], dim=-1)
+    taps = torch.cat([factor[..., None] * taps, norm.bias.expand_as(factor)[..., None]], dim=-1)
     centered = F.pad(centered.to(taps.dtype), (0, 1), value=1.0)
     if keeps_channels_first(centered):
         return (taps @ centered.transpose(1, 2)).transpose(1, 2)
@@ -150,6 +178,25 @@ class FeatureExtractor(nn.Module):
         self.conv_layers = cast(Sequence[ConvLayerBlock], nn.ModuleList(conv_layers))
         self.dummy_weight = nn.Parameter(torch.ones(conv_layers[-1].conv.out_channels), requires_grad=False)
 
+    @property
+    def frame_shift(self) -> int:
+        """Samples from one frame to the next: 320 for every published model."""
+        return math.prod(layer.conv.stride[0] for layer in self.conv_layers)
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that the convolutions of one frame see: 400 for every published model."""
+        field, shift = 1, 1
+        for layer in self.conv_layers:
+            field += (layer.conv.kernel_size[0] - 1) * shift
+            shift *= layer.conv.stride[0]
+        return field
+
+    def frame_times(self, num_frames: int) -> Tensor:
+        """Middle of each frame's receptive field in seconds from the start of the audio, float64 [T]."""
+        start = self.receptive_field / 2
+        return (torch.arange(num_frames, dtype=torch.float64) * self.frame_shift + start) / SAMPLE_RATE
+
     def output_length(self, length: Tensor) -> Tensor:
         """Frames [B] from samples [B]."""
         for layer in self.conv_layers:
@@ -159,21 +206,30 @@ class FeatureExtractor(nn.Module):
     def forward(self, x: Tensor, length: Tensor | None, gates: Gates) -> tuple[Tensor, Tensor | None]:
         """Waveforms [B, N], lengths [B] in samples -> features [B, T, c], lengths [B] in frames."""
         x = x.unsqueeze(-1)
-        gate_in: Gate | None = None
-        for layer in self.conv_layers:
-            gate = gates.get(layer.hard_concrete)
+        drawn = self._drawn(gates)
+        for layer, gate_in, gate in zip(self.conv_layers, [None, *drawn], drawn):
             x, length = layer(x, length, gate_in, gate)
-            gate_in = gate
-        weight = scale(select(self.dummy_weight, gate_in, 0), gate_in, 0)
-        return x * weight.to(x.dtype), length
+        return x * self._live_dummy_weight(drawn[-1]).to(x.dtype), length
+
+    def _drawn(self, gates: Gates) -> list[Gate | None]:
+        """The gate of each layer."""
+        return [gates.get(layer.hard_concrete) for layer in self.conv_layers]
+
+    def _live_dummy_weight(self, gate: Gate | None) -> Tensor:
+        return scale(select(self.dummy_weight, gate, 0), gate, 0)
+
+    def pruned(self, gates: Gates) -> list[Pruned]:
+        """What is left of each layer, and with the last one of ``dummy_weight``."""
+        drawn = self._drawn(gates)
+        layers = [Pruned() for _ in drawn]
+        for i, (left, layer, gate_in, gate) in enumerate(zip(layers, self.conv_layers, [None, *drawn], drawn)):
+            left.add(f"conv_layers.{i}", layer.pruned(gate_in, gate))
+        layers[-1].weights["dummy_weight"] = self._live_dummy_weight(drawn[-1])
+        return layers
 
     def num_live(self, alive: Alive) -> list[Tensor | int]:
         """Live output channels of each layer."""
-        return [
-            layer.conv.out_channels if mask is None else expected_live(mask, alive(mask))
-            for layer in self.conv_layers
-            for mask in [layer.hard_concrete]
-        ]
+        return [num_live(layer.hard_concrete, layer.conv.out_channels, alive) for layer in self.conv_layers]
 
     def num_params(self, alive: Alive) -> Tensor | int:
         """Parameters of the extractor with only the live channels."""
@@ -181,6 +237,15 @@ class FeatureExtractor(nn.Module):
         total = channels[-1]  # dummy_weight
         for layer, num_in, num_out in zip(self.conv_layers, [1, *channels], channels):
             total = total + layer.num_params(num_in, num_out)
+        return total
+
+    def num_macs(self, lengths: Tensor, alive: Alive) -> Tensor | int:
+        """Multiply-accumulates for waveforms of ``lengths`` [B] samples with only the live channels."""
+        channels = self.num_live(alive)
+        total: Tensor | int = 0
+        for layer, num_in, num_out in zip(self.conv_layers, [1, *channels], channels):
+            lengths = layer.output_length(lengths)
+            total = total + layer.num_macs(lengths, num_in, num_out)
         return total
 
 
@@ -196,15 +261,27 @@ class FeatureProjection(nn.Module):
         self.projection = nn.Linear(in_features, out_features) if linear else None
         self.dropout = Dropout(dropout)
 
+    def live_weights(self, gate: Gate | None) -> dict[str, Tensor]:
+        """What exists of the weights, by name, under the gate of the last conv layer."""
+        norm = self.layer_norm
+        live = {"layer_norm.weight": select(norm.weight, gate, 0), "layer_norm.bias": select(norm.bias, gate, 0)}
+        if self.projection is not None:
+            live["projection.weight"] = select(self.projection.weight, gate, 1)
+        return live
+
     def forward(self, x: Tensor, gate: Gate | None) -> Tensor:
         """[B, T, c] -> [B, T, D]."""
-        weight, bias = select(self.layer_norm.weight, gate, 0), select(self.layer_norm.bias, gate, 0)
-        x = F.layer_norm(x, weight.shape, weight, bias, self.layer_norm.eps)
+        live = self.live_weights(gate)
+        x = LiveNorm(live["layer_norm.weight"], live["layer_norm.bias"], self.layer_norm.eps).over_channels(x)
         if self.projection is not None:
-            x = linear(x, select(self.projection.weight, gate, 1), self.projection.bias)
+            x = linear(x, live["projection.weight"], self.projection.bias)
         return self.dropout(x)
 
     def num_params(self, num_in: Tensor | int) -> Tensor | int:
         """Parameters with ``num_in`` live channels."""
         width = 0 if self.projection is None else self.projection.out_features
         return num_in * (2 + width) + width
+
+    def num_macs(self, frames: Tensor, num_in: Tensor | int) -> Tensor | int:
+        """Multiply-accumulates of ``frames`` [B] with ``num_in`` live channels."""
+        return 0 if self.projection is None else int(frames.sum()) * num_in * self.projection.out_features

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,27 @@ class Gate:
     index: Tensor | None  # [m] int64, ascending; None when all n units are live
     value: Tensor | None  # [m] what each live unit is multiplied by; None for 1
     num_live: int  # m
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """What masks may drop of an attention or feed-forward block."""
+
+    units: bool = False  # its heads or FFN units, one by one
+    block: bool = False  # the whole of it
+
+
+@dataclass
+class Pruned:
+    """What pruning leaves of a layer or block."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)  # live parts of what gates slice or scale, by local name
+    config: dict[str, Any] = field(default_factory=dict)  # what the lists of the flat config say of this layer
+
+    def add(self, name: str, part: Pruned) -> None:
+        """Take in what is left of the part with this name."""
+        self.weights |= {f"{name}.{key}": weight for key, weight in part.weights.items()}
+        self.config |= part.config
 
 
 class HardConcrete(nn.Module):
@@ -94,9 +116,12 @@ def probability_none(alive: Tensor) -> Tensor:
     return (1 - alive).clamp(min=torch.finfo(alive.dtype).tiny).log().sum().exp()
 
 
-def expected_live(mask: HardConcrete, alive: Tensor) -> Tensor:
-    """Expected number of live units, a unit that always survives included."""
-    return alive.sum() + probability_none(alive) if mask.min_live else alive.sum()
+def num_live(mask: HardConcrete | None, num_units: int, alive: Alive) -> Tensor | int:
+    """Expected number of live units: one that always survives included, all ``num_units`` without a mask."""
+    if mask is None:
+        return num_units
+    units = alive(mask)
+    return units.sum() + probability_none(units) if mask.min_live else units.sum()
 
 
 def sample(log_alpha: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import SelfAttention, WavLMSelfAttention
+from .attention import Buckets, SelfAttention, WavLMSelfAttention
 from .config import check_config
-from .embed import embed, frame_times
+from .counting import count_params
+from .embed import batches_by_length, check_waveforms, pad
 from .feature_extractor import ConvLayerBlock, FeatureExtractor, FeatureProjection, valid_frames
-from .hardconcrete import Alive, Gates, HardConcrete, alive_probabilities, draw_gates
+from .hardconcrete import Alive, Gates, HardConcrete, Prunable, alive_probabilities, draw_gates
 from .kernels import traced
 from .passes import HiddenStates, PassOptions
 from .transformer import (
@@ -122,6 +123,7 @@ class Wav2Vec2Model(nn.Module):
         layers = [self.encoder.transformer.hold(state, num_frames) for state in output.layers]
         return [output.features, *layers], frames
 
+    @torch.no_grad()
     def embed(self, waveforms: Tensor | Sequence[Tensor], layer: int = -1) -> list[Tensor]:
         """Features of whole waveforms of any lengths, without gradients and as in eval mode.
 
@@ -136,11 +138,28 @@ class Wav2Vec2Model(nn.Module):
         Raises:
             ValueError: another shape or type, samples that are not finite, or no such layer.
         """
-        return embed(self, waveforms, layer)
+        num_states = self.num_layers + 1
+        if not -num_states <= layer < num_states:
+            raise ValueError(f"layer {layer}: the model has states 0 (the Transformer's input) to {self.num_layers}")
+        rows = check_waveforms(waveforms)
+        shortest, weight = self.feature_extractor.receptive_field, self.feature_extractor.dummy_weight
+        features: list[Tensor] = [weight.new_empty(0)] * len(rows)
+        training = self.training
+        self.eval()
+        try:
+            for batch in batches_by_length([len(row) for row in rows], shortest):
+                padded, lengths = pad([rows[i] for i in batch], shortest, weight)
+                states, frames = self.extract_features(padded, lengths, num_layers=layer % num_states)
+                assert frames is not None
+                for i, state, count in zip(batch, states[-1], frames.tolist()):
+                    features[i] = state[:count].clone()
+        finally:
+            self.train(training)
+        return features
 
     def frame_times(self, num_frames: int) -> Tensor:
         """Middle of each frame in seconds from the start of the audio, float64 [num_frames]."""
-        return frame_times(self, num_frames)
+        return self.feature_extractor.frame_times(num_frames)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The last layer's output [B, T, D], normalised in pre-norm models, through ``aux`` where there is one.
@@ -204,13 +223,30 @@ class Wav2Vec2Model(nn.Module):
         Args:
             alive: probability of each unit of a mask; by default what the masks say.
         """
-        if alive is None:
-            alive = alive_probabilities(self.masks().values())
+        alive = alive or alive_probabilities(self.masks().values())
         extractor, encoder = self.feature_extractor, self.encoder
         total = extractor.num_params(alive) + encoder.feature_projection.num_params(extractor.num_live(alive)[-1])
-        total = total + encoder.transformer.num_params(alive)
-        if self.aux is not None:
-            total = total + sum(p.numel() for p in self.aux.parameters())
+        total = total + encoder.transformer.num_params(alive) + count_params(self.aux)
+        return total if isinstance(total, Tensor) else torch.tensor(total, dtype=torch.float64)
+
+    def get_num_macs(self, num_samples: int | Sequence[int], alive: Alive | None = None) -> Tensor:
+        """Expected multiply-accumulates of :meth:`extract_features` as a float64 scalar, in closed form.
+
+        Counted: convolutions, linear layers, and both products of the attention (queries with keys, weights with
+        values). Not counted, as in the usual counters: norms, activations, softmax, lookups and other work per element.
+        Differentiable in every ``log_alpha``.
+
+        Args:
+            num_samples: length of an utterance at 16 kHz; for several, each runs alone and the sum is returned.
+            alive: as for :meth:`get_num_params`.
+        """
+        alive = alive or alive_probabilities(self.masks().values())
+        lengths = torch.tensor([num_samples] if isinstance(num_samples, int) else list(num_samples))
+        extractor, encoder = self.feature_extractor, self.encoder
+        frames = extractor.output_length(lengths)
+        total = extractor.num_macs(lengths, alive)
+        total = total + encoder.feature_projection.num_macs(frames, extractor.num_live(alive)[-1])
+        total = total + encoder.transformer.num_macs(frames, alive)
         return total if isinstance(total, Tensor) else torch.tensor(total, dtype=torch.float64)
 
 
@@ -296,50 +332,32 @@ def wav2vec2_model(
 
     conv_layers = []
     in_channels = 1
-    for i, (channels, kernel_size, stride) in enumerate(extractor_conv_layer_config):
+    for i, layer in enumerate(extractor_conv_layer_config):
         norm = extractor_mode if extractor_mode == "layer_norm" or i == 0 else "none"
         is_last = i == len(extractor_conv_layer_config) - 1
         prune_channels = extractor_prune_conv_channels and (not is_last or encoder_use_projection is not False)
-        conv_layers.append(
-            ConvLayerBlock(
-                in_channels, channels, kernel_size, stride, extractor_conv_bias, norm, prune_channels, is_last
-            )
-        )
-        in_channels = channels
+        conv_layers.append(ConvLayerBlock(in_channels, layer, extractor_conv_bias, norm, prune_channels, is_last))
+        in_channels = layer[0]
 
     def attention(i: int) -> SelfAttention:
-        prune = (encoder_prune_attention_heads, encoder_prune_attention_layer)
+        width, dropout = encoder_embed_dim, encoder_attention_dropout
+        prunable = Prunable(encoder_prune_attention_heads, encoder_prune_attention_layer)
         reuse = encoder_reuse_attention is not None and encoder_reuse_attention[i]
         if not is_wavlm:
             assert encoder_num_heads is not None and encoder_head_dim is not None
-            return SelfAttention(
-                encoder_embed_dim, encoder_num_heads[i], encoder_head_dim, encoder_attention_dropout, *prune, reuse
-            )
+            return SelfAttention(width, encoder_num_heads[i], encoder_head_dim, dropout, prunable, reuse)
         assert encoder_total_num_heads is not None and encoder_remaining_heads is not None
         assert encoder_num_buckets is not None and encoder_max_distance is not None
+        total, remaining = encoder_total_num_heads[i], encoder_remaining_heads[i]
         if reuse:  # the map holds WavLM's position bias already
-            num_heads, head_dim = len(encoder_remaining_heads[i]), encoder_embed_dim // encoder_total_num_heads[i]
-            return SelfAttention(encoder_embed_dim, num_heads, head_dim, encoder_attention_dropout, *prune, reuse)
-        return WavLMSelfAttention(
-            encoder_embed_dim,
-            encoder_total_num_heads[i],
-            list(encoder_remaining_heads[i]),
-            encoder_attention_dropout,
-            encoder_num_buckets,
-            encoder_max_distance,
-            i == 0,
-            *prune,
-        )
+            return SelfAttention(width, remaining, width // total, dropout, prunable, reuse)
+        buckets = Buckets(encoder_num_buckets, encoder_max_distance) if i == 0 else None
+        return WavLMSelfAttention(width, total, remaining, dropout, buckets, prunable)
 
     def feed_forward(i: int) -> FeedForward:
-        return FeedForward(
-            encoder_embed_dim,
-            encoder_ff_interm_features[i],
-            encoder_ff_interm_dropout,
-            encoder_dropout,
-            encoder_prune_feed_forward_intermediate,
-            encoder_prune_feed_forward_layer,
-        )
+        prunable = Prunable(encoder_prune_feed_forward_intermediate, encoder_prune_feed_forward_layer)
+        features = encoder_ff_interm_features[i]
+        return FeedForward(encoder_embed_dim, features, encoder_ff_interm_dropout, encoder_dropout, prunable)
 
     layers = [
         EncoderLayer(
@@ -357,7 +375,6 @@ def wav2vec2_model(
         layers,
         encoder_layer_norm_first,
         encoder_layer_drop,
-        encoder_embed_dim,
         encoder_time_reduction or 1,
     )
     linear = encoder_use_projection is not False

@@ -14,12 +14,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import LAYER_DROP_RATE, AttentionMap, SelfAttention, WavLMSelfAttention
+from .counting import count_params
 from .feature_extractor import FeatureProjection, valid_frames
-from .hardconcrete import Alive, Gates, HardConcrete, probability_none, scale, select, touch
+from .hardconcrete import Alive, Gates, HardConcrete, Prunable, Pruned, num_live, probability_none, scale, select, touch
 from .kernels import Dropout, linear, wide_conv1d
 from .passes import HiddenStates, PassOptions, ScaleGradient
 
+# names of weight norm's tensors here, in fairseq and in older torch, and in its parametrised form
+WEIGHT_NORM = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 FFN_DROP_RATE = 0.5  # initial probability that an FFN unit is dropped (released DPHuBERT)
+
+
+def own_spelling(name: str) -> str:
+    """Name of a tensor where torch's parametrised weight norm would have another; all other names stay."""
+    for own, other in WEIGHT_NORM.items():
+        name = name.replace(other, own)
+    return name
+
+
+def torch_spelling(name: str) -> str:
+    """The way back from :func:`own_spelling`."""
+    for own, other in WEIGHT_NORM.items():
+        name = name.replace(own, other)
+    return name
 
 
 class WeightNormConv1d(nn.Module):
@@ -37,7 +54,7 @@ class WeightNormConv1d(nn.Module):
         self.weight_g = nn.Parameter(torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True))
         self.weight_v = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_load_state_dict_pre_hook(_rename_weight_norm)
+        self.register_load_state_dict_pre_hook(_use_own_spelling)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, D, T] -> [B, D, T]; a kernel of even size sees one frame more to the left than to the right."""
@@ -45,11 +62,10 @@ class WeightNormConv1d(nn.Module):
         return wide_conv1d(x, weight, self.bias, self.groups)
 
 
-def _rename_weight_norm(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-    for new, old in (("original0", "weight_g"), ("original1", "weight_v")):
-        key = f"{prefix}parametrizations.weight.{new}"
-        if key in state_dict:
-            state_dict[prefix + old] = state_dict.pop(key)
+def _use_own_spelling(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+    for own, other in WEIGHT_NORM.items():
+        if prefix + other in state_dict:
+            state_dict[prefix + own] = state_dict.pop(prefix + other)
 
 
 class ConvolutionalPositionalEmbedding(nn.Module):
@@ -69,13 +85,7 @@ class FeedForward(nn.Module):
     """Two linear layers with GELU; masks over the intermediate units and the block."""
 
     def __init__(
-        self,
-        embed_dim: int,
-        interm_features: int,
-        interm_dropout: float,
-        dropout: float,
-        prune_intermediate: bool,
-        prune_layer: bool,
+        self, embed_dim: int, interm_features: int, interm_dropout: float, dropout: float, prunable: Prunable
     ) -> None:
         super().__init__()
         self.intermediate_dense = nn.Linear(embed_dim, interm_features)
@@ -83,23 +93,39 @@ class FeedForward(nn.Module):
         self.output_dense = nn.Linear(interm_features, embed_dim)
         self.output_dropout = Dropout(dropout)
         self.hard_concrete_for_intermediate = (
-            HardConcrete(interm_features, FFN_DROP_RATE, paddable=True) if prune_intermediate else None
+            HardConcrete(interm_features, FFN_DROP_RATE, paddable=True) if prunable.units else None
         )
-        self.hard_concrete_for_layer = HardConcrete(1, LAYER_DROP_RATE) if prune_layer else None
+        self.hard_concrete_for_layer = HardConcrete(1, LAYER_DROP_RATE) if prunable.block else None
 
     def is_alive(self, gates: Gates) -> bool:
         """Whether anything of the block exists under these gates."""
         units, layer = gates.get(self.hard_concrete_for_intermediate), gates.get(self.hard_concrete_for_layer)
         return (units is None or units.num_live > 0) and (layer is None or layer.num_live > 0)
 
-    def forward(self, x: Tensor, gates: Gates) -> Tensor:
-        """[B, T, D] -> [B, T, D], through the live units, of which there is at least one."""
+    def live_weights(self, gates: Gates) -> dict[str, Tensor]:
+        """What exists of the weights, by name, under these gates."""
         units, layer = gates.get(self.hard_concrete_for_intermediate), gates.get(self.hard_concrete_for_layer)
         first, second = self.intermediate_dense, self.output_dense
-        x = F.gelu(linear(x, select(first.weight, units, 0), select(first.bias, units, 0)))
+        return {
+            "intermediate_dense.weight": select(first.weight, units, 0),
+            "intermediate_dense.bias": select(first.bias, units, 0),
+            "output_dense.weight": scale(scale(select(second.weight, units, 1), units, 1), layer, 0),
+            "output_dense.bias": scale(second.bias, layer, 0),
+        }
+
+    def forward(self, x: Tensor, gates: Gates) -> Tensor:
+        """[B, T, D] -> [B, T, D], through the live units, of which there is at least one."""
+        live = self.live_weights(gates)
+        x = F.gelu(linear(x, live["intermediate_dense.weight"], live["intermediate_dense.bias"]))
         x = self.intermediate_dropout(x)
-        weight = scale(scale(select(second.weight, units, 1), units, 1), layer, 0)
-        return self.output_dropout(linear(x, weight, scale(second.bias, layer, 0)))
+        return self.output_dropout(linear(x, live["output_dense.weight"], live["output_dense.bias"]))
+
+    def pruned(self, gates: Gates) -> Pruned:
+        """What is left of the block."""
+        if not self.is_alive(gates):
+            return Pruned(config={"encoder_use_feed_forward": False, "encoder_ff_interm_features": 0})
+        weights = self.live_weights(gates)
+        return Pruned(weights, {"encoder_ff_interm_features": len(weights["intermediate_dense.bias"])})
 
     def num_params(self, alive: Alive) -> Tensor | int:
         """Expected parameters: the output bias exists while any unit does."""
@@ -109,9 +135,14 @@ class FeedForward(nn.Module):
         else:
             units = alive(self.hard_concrete_for_intermediate)
             total = units.sum() * (2 * width + 1) + (1 - probability_none(units)) * width
-        if self.hard_concrete_for_layer is not None:
-            total = total * alive(self.hard_concrete_for_layer).sum()
-        return total
+        return total * num_live(self.hard_concrete_for_layer, 1, alive)
+
+    def num_macs(self, frames: Tensor, alive: Alive) -> Tensor | int:
+        """Expected multiply-accumulates of ``frames`` [B]."""
+        first = self.intermediate_dense
+        num_units = num_live(self.hard_concrete_for_intermediate, first.out_features, alive)
+        per_unit = int(frames.sum()) * 2 * first.in_features
+        return per_unit * num_units * num_live(self.hard_concrete_for_layer, 1, alive)
 
 
 class EncoderLayer(nn.Module):
@@ -177,8 +208,8 @@ class EncoderLayer(nn.Module):
 
     def num_params(self, alive: Alive, source: SelfAttention | None) -> Tensor | int:
         """Expected parameters, the layer's own norms included; ``source`` as for SelfAttention."""
-        total: Tensor | int = sum(p.numel() for m in (self.layer_norm, self.final_layer_norm) for p in m.parameters())
-        if self.attention is not None:
+        total: Tensor | int = count_params(self.layer_norm, self.final_layer_norm)
+        if self.attention is not None and source is not None:
             total = total + self.attention.num_params(alive, source)
         if self.feed_forward is not None:
             total = total + self.feed_forward.num_params(alive)
@@ -200,10 +231,10 @@ class Transformer(nn.Module):
         layers: Sequence[EncoderLayer],
         layer_norm_first: bool,
         layer_drop: float,
-        embed_dim: int,
         time_reduction: int = 1,
     ) -> None:
         super().__init__()
+        embed_dim = len(pos_conv_embed.conv.bias)
         self.pos_conv_embed = pos_conv_embed
         self.layer_norm = nn.LayerNorm(embed_dim)
         self.layer_norm_first = layer_norm_first  # of the layers, as in the flat config
@@ -301,10 +332,21 @@ class Transformer(nn.Module):
         """[B, T', D] -> [B, T, D], each frame as often as time reduction has merged frames into it."""
         return state if self.reduction == 1 else state.repeat_interleave(self.reduction, dim=1)[:, :num_frames]
 
+    def pruned(self, gates: Gates) -> list[Pruned]:
+        """What is left of each layer's blocks."""
+        sources = self.attention_sources()
+        any_attention = any(source is not None and source.is_alive(gates) for source in sources)
+        layers = [Pruned() for _ in sources]
+        for i, (left, layer, source) in enumerate(zip(layers, self.layers, sources)):
+            if layer.attention is not None and source is not None:
+                left.add(f"layers.{i}.attention", layer.attention.pruned(gates, source, any_attention))
+            if layer.feed_forward is not None:
+                left.add(f"layers.{i}.feed_forward", layer.feed_forward.pruned(gates))
+        return layers
+
     def num_params(self, alive: Alive) -> Tensor | int:
         """Expected parameters of the positional convolution, norms, time reduction and layers."""
-        fixed = (self.pos_conv_embed, self.layer_norm, self.time_reduction, self.upsampler)
-        total: Tensor | int = sum(p.numel() for module in fixed if module is not None for p in module.parameters())
+        total: Tensor | int = count_params(self.pos_conv_embed, self.layer_norm, self.time_reduction, self.upsampler)
         none_alive: Tensor | int = 1
         for layer, source in zip(self.layers, self.attention_sources()):
             total = total + layer.num_params(alive, source)
@@ -313,6 +355,23 @@ class Transformer(nn.Module):
         source = self.position_block()
         if source is not None and source.rel_attn_embed is not None:
             total = total + source.rel_attn_embed.weight.numel() * (1 - none_alive)
+        return total
+
+    def num_macs(self, frames: Tensor, alive: Alive) -> Tensor | int:
+        """Expected multiply-accumulates of ``frames`` [B] of the features."""
+        conv = self.pos_conv_embed.conv
+        # published counts include the frame too many that an even kernel with equal padding makes
+        positions = (frames + (conv.kernel_size + 1) % 2)[frames > 0]
+        total: Tensor | int = int(positions.sum()) * conv.weight_v.numel()
+        if self.time_reduction is not None:
+            frames = (frames + self.reduction - 1) // self.reduction
+            total = total + int(frames.sum()) * self.time_reduction.weight.numel()
+        position_bias = self.position_block() is not None
+        for layer, source in zip(self.layers, self.attention_sources()):
+            if layer.attention is not None and source is not None:
+                total = total + layer.attention.num_macs(frames, alive, source, position_bias)
+            if layer.feed_forward is not None:
+                total = total + layer.feed_forward.num_macs(frames, alive)
         return total
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from demo.corpus import SAMPLE_RATE
 from demo.labels import HOP, WINDOW, Utterance
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 SHORTEST, LONGEST = 5, 40  # frames of a word
 

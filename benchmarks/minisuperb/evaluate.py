@@ -38,7 +38,7 @@ from benchmarks.compare_methods import METHODS, used_params
 from benchmarks.minisuperb.abx import abx_right, draw_triples
 from benchmarks.minisuperb.score_plot import draw
 from benchmarks.plots import write
-from demo.corpus import DEV, SAMPLE_RATE, TRAIN, CorpusSettings, make_corpus, read_marker, training_sentences
+from demo.corpus import DEV, TRAIN, CorpusSettings, make_corpus, read_marker, training_sentences
 from demo.frame_probe import linear_probe
 from demo.labels import HOP, IGNORE, FrameLabels, Utterance, read_split
 from distillation.commandline import command_of
@@ -46,6 +46,7 @@ from distillation.errors import UserError
 from evaluation.tables import markdown_table
 from wav2vec2 import load_model, wav2vec2_model
 from wav2vec2.checkpoint import replacing
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from torch.utils.data import Sampler
 
 from distillation.data.manifest import MAX_FRAMES, Manifest
 from distillation.errors import UserError
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 # The convolutions of wav2vec 2.0 turn this many samples into their first frame.
 MIN_INPUT_FRAMES = 400
@@ -37,7 +38,7 @@ class DataConfig:
     valid: str = "valid.tsv"
     """Validation list, relative to tsv_dir."""
 
-    sample_rate: int = 16000
+    sample_rate: int = SAMPLE_RATE
     """Samples per second of every file; another rate is an error, nothing is resampled."""
 
     min_frames: int = 32000

@@ -14,6 +14,7 @@ from distillation.objectives.layer_to_layer import LayerToLayer, PredictionLayer
 from distillation.objectives.masking import Masking
 from distillation.objectives.temporal_relation import TemporalRelation
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.counting import count_params
 from wav2vec2.hardconcrete import touch
 from wav2vec2.passes import PassOptions
 
@@ -135,7 +136,7 @@ class Objectives(nn.Module):
 
     def num_params(self) -> int:
         """Parameters that are trained besides the student and not part of it."""
-        return sum(p.numel() for p in self.parameters())
+        return count_params(self)
 
     def load_head_state(self, state: dict[str, Tensor], source: object) -> bool:
         """Continue with the heads of a model file.

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from wav2vec2 import wav2vec2_model
-from wav2vec2.embed import MAX_BATCH_SECONDS, SAMPLE_RATE, _batches
+from wav2vec2.embed import MAX_BATCH_SECONDS, batches_by_length
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 
 @pytest.mark.parametrize("changes", [{}, {"encoder_time_reduction": 2}])
@@ -62,7 +63,7 @@ def test_no_such_layer(tiny):
 
 def test_batches_lose_nothing_and_hold_the_budget():
     lengths = [*torch.randint(0, 40 * SAMPLE_RATE, (60,)).tolist(), 300 * SAMPLE_RATE]
-    batches = _batches(lengths, 400)
+    batches = batches_by_length(lengths, 400)
     assert sorted(i for batch in batches for i in batch) == list(range(61))
     assert len(batches) < 30 and batches[-1] == [60]
     budget = MAX_BATCH_SECONDS * SAMPLE_RATE

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from wav2vec2 import kernels
-from wav2vec2.feature_extractor import instance_norm, normalized_conv1d
+from wav2vec2.feature_extractor import LiveNorm, instance_norm, normalized_conv1d
 
 
 def gradients(result, inputs, seed=0):
@@ -141,9 +141,9 @@ def test_norm_folded_into_the_first_convolution(lengths, grad):
     weight, bias = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     length = None if lengths is None else torch.tensor(lengths)
     convolved = F.conv1d(x.transpose(1, 2), kernel, None, 5).transpose(1, 2)
-    expected = instance_norm(convolved, length, weight, bias, 1e-5)
+    expected = instance_norm(convolved, length, LiveNorm(weight, bias, 1e-5))
     with nullcontext() if grad else torch.no_grad():
-        result = normalized_conv1d(x, length, kernel, weight, bias, 1e-5, 5)
+        result = normalized_conv1d(x, length, kernel, LiveNorm(weight, bias, 1e-5), 5)
     torch.testing.assert_close(result, expected, atol=1e-10, rtol=1e-10)
     if grad:
         assert_same(result, expected, [kernel, weight, bias], 1e-9)
@@ -157,6 +157,6 @@ def test_folded_norm_hears_what_a_filter_almost_removes(scale):
     kernel = torch.tensor([1.0, -4.0, 6.0, -4.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])[None, None]
     weight, bias = torch.ones(1), torch.zeros(1)
     exact = instance_norm(F.conv1d(x.double().transpose(1, 2), kernel.double(), None, 5).transpose(1, 2), None,
-                          weight.double(), bias.double(), 1e-5)  # fmt: skip
-    result = normalized_conv1d(x, None, kernel, weight, bias, 1e-5, 5)
+                          LiveNorm(weight.double(), bias.double(), 1e-5))  # fmt: skip
+    result = normalized_conv1d(x, None, kernel, LiveNorm(weight, bias, 1e-5), 5)
     torch.testing.assert_close(result.double(), exact, atol=2e-3, rtol=1e-3)

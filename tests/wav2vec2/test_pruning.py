@@ -288,6 +288,45 @@ def test_training_equals_the_pruned_network(tiny, flags, architecture, seed, mon
         assert not p.grad.flatten()[expected == 0].any(), f"{name}: dead units have a gradient"
 
 
+STUDENT = {"encoder_time_reduction": 2, "encoder_reuse_attention": [False, True, True]}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("changes", [{}, STUDENT], ids=["", "student"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dead_units_are_never_read(tiny, flags, architecture, changes, training, monkeypatch):
+    """Whatever has a gate of 0 may be NaN: neither states nor gradients show it."""
+    model = tiny(architecture, tuple(flags), **changes).double().train(training)
+    kill(model, heads(0) if not changes else interm(1), interm(0))
+    waveforms, lengths = torch.randn(2, 500, dtype=torch.float64), torch.tensor([500, 300])
+    gates = model.draw_gates()
+    learned = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> tuple[Tensor, ...]:
+        states, _ = model.extract_features(waveforms, lengths, gates=gates)
+        grads = torch.autograd.grad(loss_of(states), learned, retain_graph=True, materialize_grads=True)
+        return (*states, *grads)
+
+    expected = run()
+    numbered = copy.deepcopy(model)
+    for p in numbered.parameters():
+        p.data = torch.arange(p.numel(), dtype=torch.float64).view(p.shape)
+    plain = {
+        copied: Gate(gates[mask].index, None, gates[mask].num_live)
+        for mask, copied in zip(model.masks().values(), numbered.masks().values())
+    }
+    lives = dict(prune_with(numbered, plain, monkeypatch).named_parameters())
+    dead = 0
+    for name, p in model.named_parameters():
+        if not name.endswith("log_alpha"):
+            kept = torch.zeros(p.numel(), dtype=torch.bool)
+            kept[lives[name].long().flatten() if name in lives else []] = True
+            p.data.flatten()[~kept] = torch.nan
+            dead += int((~kept).sum())
+    assert dead > num_params(model) / 10
+    assert all(torch.equal(found, wanted) for found, wanted in zip(run(), expected, strict=True))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_parameter_gets_a_gradient_with_everything_dead(tiny, flags, architecture):
     """Ranks draw different masks, and DDP waits for the same gradients on all of them."""

@@ -10,7 +10,6 @@ import torch
 from wav2vec2 import CheckpointError, load_model, prune, save_model, wav2vec2_model
 from wav2vec2.attention import AttentionMap
 from wav2vec2.checkpoint import load_checkpoint
-from wav2vec2.macs import num_macs
 from wav2vec2.passes import PassOptions
 from wav2vec2.pruning import survivors_for_size
 
@@ -85,7 +84,7 @@ def test_the_masked_model_is_the_pruned_model(tiny, architecture, changes):
         if certain:
             num_params = sum(p.numel() for p in pruned.parameters())
             assert model.get_num_params().item() == pytest.approx(num_params, abs=1e-6)
-            assert num_macs(model, [500, 333]) == num_macs(pruned, [500, 333])
+            assert model.get_num_macs([500, 333]).round() == pruned.get_num_macs([500, 333])
 
 
 @pytest.mark.parametrize(("architecture", "changes"), CASES)
@@ -142,7 +141,7 @@ def test_reuse_equals_layers_that_are_given_the_same_map(tiny, architecture):
     first.register_forward_hook(lambda module, inputs, output: kept.append(output[1]))
 
     def with_the_map_of_the_first(module, inputs, output):
-        v = module._project(inputs[0], module.v_proj, None)
+        v = module.v_proj(inputs[0]).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
         y = torch.einsum("bhqk,bhke->bqhe", kept[-1].weights, v).flatten(2)
         return torch.nn.functional.linear(y, module.out_proj.weight, module.out_proj.bias), None
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from wav2vec2.checkpoint import CheckpointError, save_model
-from wav2vec2.embed import SAMPLE_RATE
+from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.model import Wav2Vec2Model
 
 from .fairseq import import_fairseq

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from wav2vec2.checkpoint import CheckpointError
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 from .mapping import MASK_EMBEDDING, ImportedModel, Rule, flat_config, import_tensors
 from .pickles import plain
 
-SAMPLE_RATE = 16_000
 PRETRAINED = ("wav2vec2", "hubert")
 FINE_TUNED = ("wav2vec_ctc", "wav2vec_seq2seq", "hubert_ctc", "hubert_seq2seq")
 EXTRACTOR_MODES = {"default": "group_norm", "layer_norm": "layer_norm"}
@@ -35,8 +35,6 @@ _RULES: list[Rule] = [
     (r"layer_norm\.(weight|bias)", r"encoder.feature_projection.layer_norm.\1"),
     (r"post_extract_proj\.(weight|bias)", r"encoder.feature_projection.projection.\1"),
     (r"encoder\.pos_conv\.0\.(weight_g|weight_v|bias)", rf"{_TRANSFORMER}.pos_conv_embed.conv.\1"),
-    (r"encoder\.pos_conv\.0\.parametrizations\.weight\.original0", f"{_TRANSFORMER}.pos_conv_embed.conv.weight_g"),
-    (r"encoder\.pos_conv\.0\.parametrizations\.weight\.original1", f"{_TRANSFORMER}.pos_conv_embed.conv.weight_v"),
     (r"encoder\.layer_norm\.(weight|bias)", rf"{_TRANSFORMER}.layer_norm.\1"),
     (r"encoder\.layers\.(\d+)\.self_attn\.([qkv]_proj|out_proj)\.(weight|bias)", rf"{_LAYER}.attention.\2.\3"),
     (r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.(weight|bias)", rf"{_LAYER}.layer_norm.\2"),

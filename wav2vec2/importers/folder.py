@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from wav2vec2.checkpoint import CheckpointError, read_torch_file
-from wav2vec2.embed import SAMPLE_RATE
+from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.hub import download
 from wav2vec2.safetensors import read_safetensors
 

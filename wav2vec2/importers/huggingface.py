@@ -20,14 +20,6 @@ _RULES: list[Rule] = [
     (r"(feature_extractor\.conv_layers\.\d+\.(conv|layer_norm)\.(weight|bias))", r"\1"),
     (r"(feature_projection\.(layer_norm|projection)\.(weight|bias))", r"encoder.\1"),
     (r"encoder\.pos_conv_embed\.conv\.(weight_g|weight_v|bias)", rf"{_TRANSFORMER}.pos_conv_embed.conv.\1"),
-    (
-        r"encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original0",
-        f"{_TRANSFORMER}.pos_conv_embed.conv.weight_g",
-    ),
-    (
-        r"encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original1",
-        f"{_TRANSFORMER}.pos_conv_embed.conv.weight_v",
-    ),
     (r"encoder\.(layer_norm\.(weight|bias))", rf"{_TRANSFORMER}.\1"),
     (
         r"encoder\.(layers\.\d+\.(attention\.[qkv]_proj|attention\.out_proj|layer_norm|final_layer_norm"

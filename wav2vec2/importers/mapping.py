@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from wav2vec2.checkpoint import CheckpointError
+from wav2vec2.transformer import own_spelling
 
 MASK_EMBEDDING = "mask_embedding"  # target name of the vector that replaces masked frames in pre-training
 Rule = tuple[str, str | None]  # pattern of the whole name; its replacement, or None for a training head to drop
@@ -41,7 +42,7 @@ def import_tensors(
     """Rename every tensor of ``source`` by the first rule that fits its whole name.
 
     Args:
-        source: tensors of any floating type.
+        source: tensors of any floating type; rules see weight norm in our own spelling.
         rules: in order of precedence.
         config: flat config that the tensors belong to.
         dropped: names that were left out before.
@@ -54,7 +55,7 @@ def import_tensors(
     origin: dict[str, str] = {}
     heads = list(dropped)
     for name, tensor in source.items():
-        match, target = next(((m, t) for p, t in compiled if (m := p.fullmatch(name))), (None, None))
+        match, target = next(((m, t) for p, t in compiled if (m := p.fullmatch(own_spelling(name)))), (None, None))
         if match is None:
             raise CheckpointError(f"tensor {name!r} belongs to no known part of this kind of model")
         if target is None:

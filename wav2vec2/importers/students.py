@@ -12,10 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from wav2vec2.checkpoint import CheckpointError
+from wav2vec2.checkpoint import CheckpointError, has_all_values
 
 from .fairseq import import_fairseq
 from .mapping import MASK_EMBEDDING, ImportedModel, Rule, import_tensors
@@ -165,7 +164,7 @@ def _take_heads(tensors: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Te
     for name, tensor in found.items():
         if not isinstance(tensor, Tensor) or tensor.shape != expected[name]:
             raise CheckpointError(f"{name} is no tensor of shape {list(expected[name])}")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
+        if not has_all_values(tensor):
             raise CheckpointError(f"{name} is no dense tensor with all of its {tensor.numel()} values")
     return import_tensors(found, _HEADS, {}).state_dict
 

@@ -24,8 +24,6 @@ _RULES: list[Rule] = [
     (r"(feature_extractor\.conv_layers\.\d+\.(conv|layer_norm)\.(weight|bias))", r"\1"),
     (r"(encoder\.feature_projection\.(layer_norm|projection)\.(weight|bias))", r"\1"),
     (rf"({_POS_CONV}\.(weight_g|weight_v|bias))", r"\1"),
-    (rf"{_POS_CONV}\.parametrizations\.weight\.original0", f"{_POS_CONV}.weight_g"),
-    (rf"{_POS_CONV}\.parametrizations\.weight\.original1", f"{_POS_CONV}.weight_v"),
     (r"(encoder\.transformer\.layer_norm\.(weight|bias))", r"\1"),
     (
         r"(encoder\.transformer\.layers\.\d+\.(attention\.[qkv]_proj|attention\.out_proj|layer_norm|final_layer_norm"

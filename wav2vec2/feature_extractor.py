@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hardconcrete import Alive, Gate, Gates, HardConcrete, expected_live, scale, select
-from .kernels import Dropout, conv1d, keeps_channels_first, linear, traced
+from .kernels import Dropout, conv1d, keeps_channels_first, linear, takes
 
 CONV_DROP_RATE = 0.01  # initial probability that a channel is dropped (released DPHuBERT)
 
@@ -70,7 +70,7 @@ class ConvLayerBlock(nn.Module):
         if isinstance(self.layer_norm, nn.LayerNorm):
             x = conv1d(x, weight, bias, self.conv.stride[0])
             x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, self.layer_norm.eps)
-        elif traced() or x.device.type == "mps":  # which has no float64
+        elif not takes("folded_norm") or x.device.type == "mps":  # which has no float64
             x = conv1d(x, weight, bias, self.conv.stride[0])
             x = instance_norm(x, length, norm_weight, norm_bias, self.layer_norm.eps)
         else:

@@ -7,7 +7,7 @@ AdamW, in float32), transformers' HubertModel for inference, and the machine's o
 Every round times each of them once, so that whatever else the machine does meets all alike; medians and ratios count.
 Weights are random, which costs the same; masks have the wanted expected sparsity, or that of the recipe's start, and
 are drawn anew in every step. The section phases takes a step apart; forms times one without each of the faster forms
-in wav2vec2/kernels.py.
+in wav2vec2/kernels.py, of which some are taken only where they win.
 Prints a table, writes speed.json and speed.svg.
 """
 
@@ -19,14 +19,12 @@ import json
 import os
 import platform
 import statistics
-import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torchaudio
@@ -46,20 +44,12 @@ from wav2vec2.architecture import HUBERT_BASE, WAVLM_BASE
 from wav2vec2.checkpoint import replacing
 from wav2vec2.counting import count_params
 from wav2vec2.feature_extractor import SAMPLE_RATE
+from wav2vec2.kernels import FORMS, choices, usual_forms
 
 SPARSITIES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.85)
 NAMES = {"step1": "HuBERT Base", "wavlm": "WavLM Base+"}
 SECTIONS = ["step1", "phases", "step2", "wavlm", "inference", "forms"]
 START = "start"  # the masks as the recipe begins with them
-# Faster forms of operations, and the function of wav2vec2 that asks whether to use each.
-FORMS = {
-    "float32 products by oneDNN": "linear",
-    "channels of a frame together": "keeps_channels_first",
-    "positional convolution over shifted copies": "wide_conv1d",
-    "first norm folded into its convolution": "forward",
-    "attention written out": "attend",
-    "dropout from 16 random bits": "dropout",
-}
 # What was aimed at, on two CPU threads: a row's name without its precision -> times faster, by precision.
 GOALS = {
     "HuBERT Base, step 1, 4 x 5 s, start": {"f32": 1.2, "bf16": 2.7},
@@ -69,6 +59,18 @@ GOALS = {
     "WavLM Base+, step 1, 1 x 15 s, 70% pruned": {"f32": 2.2, "bf16": 3.8},
     "student against teacher, 10 s": {"f32": 3.4, "bf16": 7.0},
 }
+
+
+@dataclass
+class Training:
+    """What step 1 is measured on."""
+
+    section: str
+    config: dict[str, Any]  # of the teacher
+    peer_model: Callable[[], nn.Module]  # torchaudio's of that size
+    size: int  # waveforms in a batch
+    seconds: float  # of each
+    sparsities: Collection[float | str]  # START comes first if at all
 
 
 @dataclass
@@ -109,37 +111,33 @@ def masked_and_teacher(config: dict[str, Any], sparsity: float | None = None) ->
     return student, teacher
 
 
-def training_rows(
-    section: str, config: dict[str, Any], peer_model: Callable[[], nn.Module], batch: tuple[int, float],
-    sparsities: Collection[float | str], rounds: int, peaks: dict[torch.dtype | None, float],
-) -> list[Row]:  # fmt: skip
-    """Step 1 at several sparsities, in float32 and bfloat16, against the dense step; START comes first if at all."""
-    size, seconds = batch
-    waveforms = noise(size, seconds)
-    student, teacher = masked_and_teacher(config)
+def training_rows(what: Training, rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]:
+    """Step 1 at several sparsities, in float32 and bfloat16, against the dense step."""
+    waveforms = noise(what.size, what.seconds)
+    student, teacher = masked_and_teacher(what.config)
     ours = Ours(student, teacher, waveforms)
-    peer = Peer(peer_model(), peer_model(), waveforms)
+    peer = Peer(what.peer_model(), what.peer_model(), waveforms)
     dense_macs = 4 * num_macs(teacher, waveforms)  # teacher, and three times the student
     before = count_params(teacher)
     rows = []
-    for point in sparsities:
+    for point in what.sparsities:
         if isinstance(point, str):
             name, sparsity = START, 1 - ours.student.get_num_params().item() / before
         else:
             name, sparsity = f"{point:.0%} pruned", point
             set_sparsity(ours.student, point)
         steps: dict[str, Step] = {"peer": peer.step, "f32": ours.step, "bf16": lambda: ours.step(BF16)}
-        found = in_turns(steps, rounds, f"{section} {name}")
+        found = in_turns(steps, rounds, f"{what.section} {name}")
         pruned_macs = num_macs(prune(ours.student)[0], waveforms)
         macs = dense_macs / 4 + 3 * pruned_macs
         for precision, dtype in (("f32", None), ("bf16", BF16)):
             share = macs / found[precision] / peaks[dtype]
-            title = f"{NAMES[section]}, step 1, {size} x {seconds:g} s, {name}, {precision}"
-            rows.append(Row(section, title, found[precision], found["peer"], share, {"sparsity": sparsity}))
+            title = f"{NAMES[what.section]}, step 1, {what.size} x {what.seconds:g} s, {name}, {precision}"
+            rows.append(Row(what.section, title, found[precision], found["peer"], share, {"sparsity": sparsity}))
         if sparsity == 0.7:
             dense = kept_bytes(peer.forward, peer.student)
             for row, dtype in zip(rows[-2:], (None, BF16)):
-                row.extra["kept"] = kept_bytes(lambda dtype=dtype: ours.forward(dtype), ours.student) / dense
+                row.extra["kept"] = kept_bytes(partial(ours.forward, dtype), ours.student) / dense
     return rows
 
 
@@ -161,9 +159,9 @@ def phase_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]
         for phase, seconds in who.watch.seconds.items():
             found.setdefault((name, phase), []).append(seconds)
 
-    in_turns({name: lambda name=name: timed(name) for name in runs}, rounds, "phases")
-    student = num_macs(prune(ours.student)[0], waveforms)
-    macs = {"teacher": num_macs(teacher, waveforms), "student, forward": student, "student, backward": 2 * student}
+    in_turns({name: partial(timed, name) for name in runs}, rounds, "phases")
+    forward = num_macs(prune(ours.student)[0], waveforms)
+    macs = {"teacher": num_macs(teacher, waveforms), "student, forward": forward, "student, backward": 2 * forward}
     median = {key: statistics.median(values[1:]) for key, values in found.items()}  # the first does not count
     return [
         Row("phases", f"HuBERT Base, step 1, 4 x 5 s, 70% pruned: {phase}, {precision}", median[precision, phase],
@@ -224,17 +222,20 @@ def inference_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[
     for seconds in (1.0, 10.0, 35.0):
         waveform = noise(1, seconds)
 
+        def lowered(waveform: Tensor = waveform) -> None:
+            half.extract_features(waveform.bfloat16())
+
         def autocasted(waveform: Tensor = waveform) -> None:
             with torch.autocast("cpu", BF16):
                 student.extract_features(waveform)
 
         steps: dict[str, Step] = {
-            "transformers": lambda w=waveform: other(w, output_hidden_states=True),
-            "teacher": lambda w=waveform: teacher.extract_features(w),
-            "f32": lambda w=waveform: student.extract_features(w),
-            "bf16": lambda w=waveform: half.extract_features(w.bfloat16()),
+            "transformers": partial(other, waveform, output_hidden_states=True),
+            "teacher": partial(teacher.extract_features, waveform),
+            "f32": partial(student.extract_features, waveform),
+            "bf16": lowered,
             "autocast to bf16": autocasted,
-        }  # fmt: skip
+        }
         with torch.inference_mode():
             found = in_turns(steps, 3 * rounds, f"inference {seconds:g} s")
         macs = {model: num_macs(model, waveform) for model in (student, teacher)}
@@ -246,18 +247,6 @@ def inference_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[
         title = f"teacher against transformers, {seconds:g} s, f32"
         rows.append(Row("inference", title, found["teacher"], found["transformers"], share))
     return rows
-
-
-@contextmanager
-def usual_forms(names: Collection[str]) -> Iterator[None]:
-    """Without some of FORMS: those operations run as a compiler would see them."""
-    callers = {FORMS[name] for name in names}
-
-    def traced() -> bool:
-        return sys._getframe(1).f_code.co_name in callers
-
-    with mock.patch("wav2vec2.kernels.traced", traced), mock.patch("wav2vec2.feature_extractor.traced", traced):
-        yield
 
 
 def form_rows(rounds: int) -> list[Row]:
@@ -272,11 +261,12 @@ def form_rows(rounds: int) -> list[Row]:
             with usual_forms(names):
                 ours.step(dtype)
 
-        steps: dict[str, Step] = {name: lambda name=name: step([name]) for name in FORMS}
-        steps |= {"any": lambda: step(list(FORMS)), "all": lambda: step([])}
+        steps: dict[str, Step] = {name: partial(step, [name]) for name in FORMS}
+        steps |= {"any": partial(step, FORMS), "all": partial(step, [])}
         found = in_turns(steps, rounds, f"forms {precision}")
         title = "HuBERT Base, step 1, 4 x 5 s, 70% pruned, against one without"
-        rows += [Row("forms", f"{title} {name}, {precision}", found["all"], found[name]) for name in [*FORMS, "any"]]
+        for name in [*FORMS, "any"]:
+            rows.append(Row("forms", f"{title} {FORMS.get(name, name)}, {precision}", found["all"], found[name]))
     return rows
 
 
@@ -332,16 +322,17 @@ def run(
     peaks: dict[torch.dtype | None, float] = {None: matmul_peak(torch.float32), BF16: matmul_peak(BF16)}
     rows: list[Row] = []
     if "step1" in only:
-        points = [START, *SPARSITIES]
-        four = training_rows("step1", HUBERT_BASE, torchaudio.models.hubert_base, (4, 5.0), points, rounds, peaks)
+        base = Training("step1", HUBERT_BASE, torchaudio.models.hubert_base, 4, 5.0, (START, *SPARSITIES))
+        four = training_rows(base, rounds, peaks)
         rows += [*four, *(schedule_total(four, precision) for precision in ("f32", "bf16"))]
-        rows += training_rows("step1", HUBERT_BASE, torchaudio.models.hubert_base, (1, 15.0), (0.0, 0.7), rounds, peaks)
+        rows += training_rows(replace(base, size=1, seconds=15.0, sparsities=(0.0, 0.7)), rounds, peaks)
     if "phases" in only:
         rows += phase_rows(rounds, peaks)
     if "step2" in only:
         rows += step2_rows(rounds, peaks)
     if "wavlm" in only:
-        rows += training_rows("wavlm", WAVLM_BASE, torchaudio.models.wavlm_base, (1, 15.0), (0.0, 0.7), rounds, peaks)
+        wavlm = Training("wavlm", WAVLM_BASE, torchaudio.models.wavlm_base, 1, 15.0, (0.0, 0.7))
+        rows += training_rows(wavlm, rounds, peaks)
     if "inference" in only:
         rows += inference_rows(rounds, peaks)
     if "forms" in only:
@@ -356,7 +347,7 @@ def run(
     ]
     print("\n\n".join(table(some) for some in tables if some))
     content = {
-        "date": str(date.today()), "threads": threads, "torch": torch.__version__,
+        "date": str(date.today()), "threads": threads, "torch": torch.__version__, "kernels": choices(),
         "peak_gmacs": {"f32": peaks[None] / 1e9, "bf16": peaks[BF16] / 1e9},
         "rows": [{**vars(row), "ratio": row.ratio, "goal": row.goal} for row in rows],
     }  # fmt: skip

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hardconcrete import Alive, Gate, Gates, HardConcrete, Pruned, num_live, scale, select
-from .kernels import Dropout, conv1d, keeps_channels_first, linear, traced
+from .kernels import Dropout, conv1d, keeps_channels_first, linear, takes
 
 SAMPLE_RATE = 16_000  # of every model of this family, in Hz
 CONV_DROP_RATE = 0.01  # initial probability that a channel is dropped (released DPHuBERT)
@@ -95,7 +95,7 @@ class ConvLayerBlock(nn.Module):
         norm = LiveNorm(live["layer_norm.weight"], live["layer_norm.bias"], self.layer_norm.eps)
         if isinstance(self.layer_norm, nn.LayerNorm):
             x = norm.over_channels(conv1d(x, weight, bias, stride))
-        elif traced() or x.device.type == "mps":  # which has no float64
+        elif not takes("folded_norm") or x.device.type == "mps":  # which has no float64
             x = instance_norm(conv1d(x, weight, bias, stride), length, norm)
         else:
             x = normalized_conv1d(x, length, weight, norm, stride)

@@ -1,17 +1,29 @@
 """Operations whose fastest form depends on the machine; each computes what its name says, whichever form runs.
 
-Those for a CPU were chosen by measurements on one with AVX-512 (``benchmarks/speed.py`` shows the sum of them); on a
-GPU they are torch's own, without cuDNN's attention. Shapes: B batch, T frames, C channels, K kernel size.
+FORMS names the faster forms of a CPU, ``benchmarks/speed.py`` shows what each gives; a compiler or an exporter gets the
+usual ones. Most won wherever they were tried, or drop other units, which is no question of time. PROBLEMS are those
+that lose on some processors: when a process first meets a large operation of the kind, it times both forms on a small
+problem, on one thread, and keeps to the winner.
+
+Forms round differently, so whoever needs equal bits of several processes reads :func:`decide` in one and gives it to
+the others, by :func:`use` or by the environment: ``WAV2VEC2_KERNELS=onednn,shifted_bf16`` names those of PROBLEMS whose
+faster form is taken, with commas between them (empty for none), and nothing is measured.
+
+On a GPU the operations are torch's own, without cuDNN's attention.
+
+Shapes: B batch, T frames, C channels, K kernel size.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +35,115 @@ SHARE_BITS = 16  # of randomness per element that may be dropped
 HEAD_MULTIPLE = 8  # widths of heads that fused attention with a mask takes on a GPU
 
 
-@functools.cache
-def _slow_mkl() -> bool:
-    """Whether MKL multiplies float32 with half of the vector width: it does on other makers' AVX-512 processors."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
+MARGIN = 1.1  # times faster that a measured form must be to be taken
+RUNS = 4  # of each form; the fastest counts
+ENOUGH = 0.1  # seconds after which neither is run again: what takes so long needs no repetition
+FORMS = {
+    "onednn": "float32 products by oneDNN",
+    "channels_last": "channels of a frame together",
+    "shifted": "positional convolution over shifted copies",
+    "folded_norm": "first norm folded into its convolution",
+    "written_out": "attention written out",
+    "dropout": "dropout from 16 random bits",
+}
+_off: frozenset[str] = frozenset()  # of FORMS, by usual_forms
+_choices: dict[str, bool] = {}  # of PROBLEMS; a fork inherits them
+_choosing = threading.Lock()
+_clock = time.thread_time  # what other programs do meanwhile does not count
+
+
+class Problem(NamedTuple):
+    """Two forms of an operation, and tensors to time them on."""
+
+    usual: Callable[..., Tensor]
+    faster: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    backward: bool  # is timed too
+
+
+def _known(names: Iterable[str], table: Mapping[str, object], what: str) -> frozenset[str]:
+    """The names as a set; ValueError for one that is not in the table."""
+    names = frozenset(names)
+    if unknown := sorted(names - table.keys()):
+        raise ValueError(f"{what}: no form {unknown[0]!r}; there are {', '.join(table)}")
+    return names
 
 
 def traced() -> bool:
     """Whether a compiler or an exporter looks on: it gets the usual form of every operation."""
     return torch.compiler.is_compiling()
+
+
+def takes(form: str) -> bool:
+    """Whether an operation may take the faster one of FORMS."""
+    return not traced() and form not in _off
+
+
+@contextlib.contextmanager
+def usual_forms(names: Iterable[str]) -> Iterator[None]:
+    """Without some of FORMS, on all threads; ValueError for an unknown name."""
+    global _off
+    before, _off = _off, _off | _known(names, FORMS, "usual_forms")
+    try:
+        yield
+    finally:
+        _off = before
+
+
+def choices() -> dict[str, bool]:
+    """Which of PROBLEMS take the faster form, as far as that is decided."""
+    return dict(_choices)
+
+
+def decide() -> dict[str, bool]:
+    """Decide all of PROBLEMS now, in less than half a second of a core, and return them."""
+    return {problem: _chosen(problem) for problem in PROBLEMS}
+
+
+def use(given: Mapping[str, bool]) -> None:
+    """Take what another process has decided, over what this one has; ValueError for an unknown name."""
+    _known(given, PROBLEMS, "use")
+    _choices.update(given)
+
+
+def _chosen(problem: str) -> bool:
+    """Whether the faster form is taken; decided here if it is not yet."""
+    if problem not in _choices:
+        with _choosing:
+            names = os.environ.get("WAV2VEC2_KERNELS")
+            if problem in _choices:
+                pass  # by another thread
+            elif names is not None:
+                taken = _known(filter(None, names.split(",")), PROBLEMS, "WAV2VEC2_KERNELS")
+                _choices[problem] = problem in taken
+            else:
+                # on a thread of its own, where no mode of the caller's holds: autocast, inference, hooks, counters
+                with ThreadPoolExecutor(1) as pool:
+                    _choices[problem] = pool.submit(_wins, PROBLEMS[problem]).result()
+    return _choices[problem]
+
+
+def _wins(problem: Problem) -> bool:
+    """Whether the faster form is so here, by MARGIN at least; nothing random is drawn."""
+    inputs = [torch.full(shape, 0.01, dtype=problem.dtype, requires_grad=problem.backward) for shape in problem.shapes]
+    fastest = [math.inf, math.inf]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        start = _clock()
+        for _ in range(RUNS):
+            for i, form in enumerate((problem.usual, problem.faster)):
+                begin = _clock()
+                result = form(*inputs)
+                if problem.backward:
+                    torch.autograd.grad(result.square().sum(), inputs)
+                fastest[i] = min(fastest[i], _clock() - begin)
+            if _clock() - start > ENOUGH:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return MARGIN * fastest[1] <= fastest[0] and fastest[0] > 0
 
 
 def computes_in_float32(x: Tensor) -> bool:
@@ -49,17 +156,22 @@ def computes_in_float32(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: [..., C_in] -> [..., C_out].
 
-    Large float32 products go through oneDNN, as a convolution of kernel size 1, where MKL does not use the processor.
+    Large float32 products go through oneDNN where MKL is slower, as it is on other makers' processors.
     """
-    if not (
-        x.device.type == "cpu"
+    if (
+        takes("onednn")
+        and x.device.type == "cpu"
         and x.dim() == 3
         and x.numel() * len(weight) >= MIN_MACS
         and computes_in_float32(x)
-        and not traced()
-        and _slow_mkl()
+        and _chosen("onednn")
     ):
-        return F.linear(x, weight, bias)
+        return _linear_by_onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear` as a convolution of kernel size 1, of [B, T, C_in]."""
     x = x.transpose(1, 2).unsqueeze(2)  # channels last, as it lies in memory
     return F.conv2d(x, weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
 
@@ -71,7 +183,9 @@ def keeps_channels_first(x: Tensor) -> bool:
     Lower precisions (also on a GPU, whose tensor cores want it so) and float32 without gradients are faster with the
     channels of a frame together. A graph to be exported has the usual layout.
     """
-    return traced() or (computes_in_float32(x) and (torch.is_grad_enabled() or x.device.type != "cpu"))
+    return not takes("channels_last") or (
+        computes_in_float32(x) and (torch.is_grad_enabled() or x.device.type != "cpu")
+    )
 
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -136,7 +250,13 @@ def wide_conv1d(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
     num_frames, kernel_size = x.shape[-1], weight.shape[-1]
     float32 = computes_in_float32(x)
     parts = math.isqrt(2 * kernel_size) // (2 if float32 else 1)  # 8 or 16 of the usual 128
-    if x.device.type != "cpu" or parts < 2 or kernel_size % parts or traced():
+    if (
+        x.device.type != "cpu"
+        or parts < 2
+        or kernel_size % parts
+        or not takes("shifted")
+        or not (float32 or x.numel() * weight[0].numel() < MIN_MACS or _chosen("shifted_bf16"))
+    ):
         return F.conv1d(x, weight, bias, padding=kernel_size // 2, groups=groups)[..., :num_frames]
     if not float32 and torch.is_autocast_enabled("cpu"):
         x, weight, bias = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight, bias))
@@ -168,7 +288,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """``F.dropout`` in training; torch's own draws a double per element on a CPU, which costs as much as a layer."""
     if p == 0:
         return x
-    if x.device.type != "cpu" or not 0 < p < 1 or traced():
+    if x.device.type != "cpu" or not 0 < p < 1 or not takes("dropout"):
         return F.dropout(x, p)
     return _CPUDropout.apply(x, p)
 
@@ -198,15 +318,23 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """Attention with dropout ``p`` on its weights: [B, h, T, E] three times -> [B, h, T, E]; ``mask`` as above.
 
-    Fused, except on a CPU where that is slower: with dropout, and in bfloat16 over few frames.
+    Fused, except on a CPU where that is slower: with dropout, and on some in bfloat16 over few frames.
     """
-    slow = p > 0 or (q.dtype != torch.float32 and q.shape[2] <= MAX_WRITTEN_OUT)
     if q.is_cuda and not traced():
         with _without_cudnn_attention():
             return fused_attention(q, k, v, mask, p)
-    if q.device.type != "cpu" or not slow or traced():
+    if q.device.type != "cpu" or not takes("written_out") or not _slow_if_fused(q, p):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     return dropout(attention_weights(q, k, mask).to(v.dtype), p) @ v
+
+
+def _slow_if_fused(q: Tensor, p: float) -> bool:
+    """Whether attention of [B, h, T, E] is faster written out, on a CPU."""
+    num_frames = q.shape[2]
+    if p > 0 or q.dtype == torch.float32 or num_frames > MAX_WRITTEN_OUT:
+        return p > 0
+    small = 2 * q.numel() * num_frames < MIN_MACS
+    return small or _chosen("written_out_bf16_grad" if torch.is_grad_enabled() else "written_out_bf16")
 
 
 @contextlib.contextmanager
@@ -234,3 +362,20 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: flo
     q, k, v = (F.pad(x, (0, -width % HEAD_MULTIPLE)) for x in (q, k, v))
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=width**-0.5)
     return x[..., :width]
+
+
+_HEADS = ((1, 4, 250, 64),) * 3
+_WRITTEN_OUT = Problem(
+    F.scaled_dot_product_attention, lambda q, k, v: attention_weights(q, k, None) @ v, _HEADS, torch.bfloat16, False
+)
+PROBLEMS = {
+    # sixteen rows: on one thread, torch gives convolutions of kernel size 1 with fewer to MKL
+    "onednn": Problem(F.linear, _linear_by_onednn, ((16, 64, 512), (512, 512)), torch.float32, False),
+    "shifted_bf16": Problem(
+        lambda x, weight: F.conv1d(x, weight, padding=64, groups=2)[..., :-1],
+        lambda x, weight: _WideConv1d.apply(x, weight, weight[:, 0, 0], 2, 16),
+        ((1, 96, 125), (96, 48, 128)), torch.bfloat16, True,
+    ),
+    "written_out_bf16": _WRITTEN_OUT,
+    "written_out_bf16_grad": _WRITTEN_OUT._replace(backward=True),
+}  # fmt: skip

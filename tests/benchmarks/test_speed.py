@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 
 import pytest
 import torch
 import torchaudio
 
 from benchmarks import gpu, speed, steps
-from benchmarks.speed import Row, schedule_total
+from benchmarks.speed import Row, Training, schedule_total
 from benchmarks.steps import Ours, kept_bytes, set_sparsity, states
 from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError
 from distillation.sparsity import make_prunable
 from tests.configs import TINY
-from wav2vec2 import feature_extractor, kernels, wav2vec2_model
+from wav2vec2 import kernels, wav2vec2_model
 from wav2vec2.importers.torchaudio import import_torchaudio
 
 PEER: dict = {
@@ -107,7 +106,8 @@ def test_training_rows(monkeypatch, tmp_path):
         config[key] = TINY[key][:1] * 12
     monkeypatch.setattr(steps, "HEAD_WIDTH", 24)
     peaks = {None: 1e9, torch.bfloat16: 1e9}
-    rows = speed.training_rows("step1", config, tiny_peer, (1, 0.5), (speed.START, 0.0, 0.7), 1, peaks)
+    what = Training("step1", config, tiny_peer, 1, 0.5, (speed.START, 0.0, 0.7))
+    rows = speed.training_rows(what, 1, peaks)
     assert [row.name for row in rows] == [
         f"HuBERT Base, step 1, 1 x 0.5 s, {s}, {p}"
         for s in ("start", "0% pruned", "70% pruned") for p in ("f32", "bf16")
@@ -132,26 +132,23 @@ def test_goals_are_found_by_name():
     assert [Row("", name, 1.0, 1.0).goal for name in names] == [2.7, 2.6, 2.5, 7.0, None, None]
 
 
-@pytest.mark.parametrize("form", speed.FORMS)
-def test_each_form_can_be_switched_off(monkeypatch, form):
-    """As the section forms does: the names in FORMS are functions that ask."""
-    monkeypatch.setattr(kernels, "_slow_mkl", lambda: True)
-    monkeypatch.setattr(kernels, "MIN_MACS", 0)
-    asked = []
-    step = ours([[0], [2, 4]], torch.randn(1, 4000))
+def test_form_rows(monkeypatch):
+    """A step without each form runs without it, and all others in it."""
+    monkeypatch.setattr(speed, "HUBERT_BASE", TINY)
+    monkeypatch.setattr(speed, "Ours", lambda student, teacher, _: Steps())
+    seen = []
 
-    def spy(depth: int = 1) -> bool:
-        asked.append(sys._getframe(depth).f_code.co_name)
-        return False
+    class Steps:
+        def step(self, dtype: torch.dtype | None) -> None:
+            seen.append((dtype, frozenset(name for name in kernels.FORMS if not kernels.takes(name))))
 
-    for module in (kernels, feature_extractor):
-        monkeypatch.setattr(module, "traced", spy)
-    step.step()
-    step.step(torch.bfloat16)
-    assert speed.FORMS[form] in asked
-    with speed.usual_forms([form]):
-        step.step()
-    assert kernels.traced is spy
+    rows = speed.form_rows(1)
+    off = [*(frozenset([name]) for name in kernels.FORMS), frozenset(kernels.FORMS), frozenset()]
+    assert set(seen) == {(dtype, names) for dtype in (None, torch.bfloat16) for names in off}
+    assert [row.name.split("without ")[1] for row in rows] == [
+        f"{what}, {precision}" for precision in ("f32", "bf16") for what in [*kernels.FORMS.values(), "any"]
+    ]
+    assert all(map(kernels.takes, kernels.FORMS))
 
 
 def test_phases_of_a_step():

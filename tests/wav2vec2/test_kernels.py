@@ -1,15 +1,17 @@
-"""Every form of an operation computes the same."""
+"""Every form of an operation computes the same; which of them runs can be told, and is decided by time."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import os
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from wav2vec2 import kernels
+from tests.configs import TINY
+from wav2vec2 import feature_extractor, kernels, wav2vec2_model
 from wav2vec2.feature_extractor import LiveNorm, instance_norm, normalized_conv1d
 
 
@@ -27,7 +29,7 @@ def assert_same(left, right, inputs, tolerance=1e-5):
 
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_linear_by_onednn(monkeypatch, with_bias):
-    monkeypatch.setattr(kernels, "_slow_mkl", lambda: True)
+    monkeypatch.setattr(kernels, "_choices", {"onednn": True})
     monkeypatch.setattr(kernels, "MIN_MACS", 0)
     x, weight = torch.randn(3, 50, 24, requires_grad=True), torch.randn(40, 24, requires_grad=True)
     bias = torch.randn(40, requires_grad=True) if with_bias else None
@@ -160,3 +162,224 @@ def test_folded_norm_hears_what_a_filter_almost_removes(scale):
                           LiveNorm(weight.double(), bias.double(), 1e-5))  # fmt: skip
     result = normalized_conv1d(x, None, kernel, LiveNorm(weight, bias, 1e-5), 5)
     torch.testing.assert_close(result.double(), exact, atol=2e-3, rtol=1e-3)
+
+
+# What only the faster form runs: the owner of a function, and its name.
+SPIES = {
+    "onednn": (kernels, "_linear_by_onednn"),
+    "channels_last": (F, "conv2d"),
+    "shifted": (kernels._WideConv1d, "apply"),
+    "folded_norm": (feature_extractor, "normalized_conv1d"),
+    "written_out": (kernels, "attention_weights"),
+    "dropout": (kernels._CPUDropout, "apply"),
+}
+
+
+@contextmanager
+def all_forms(choices):
+    """At any size, with what has been decided."""
+    with mock.patch.object(kernels, "MIN_MACS", 0), mock.patch.object(kernels, "_choices", dict(choices)):
+        yield
+
+
+@pytest.mark.parametrize("form", kernels.FORMS)
+def test_a_form_that_is_switched_off(form):
+    torch.manual_seed(0)
+    others = {**TINY, "encoder_layer_drop": 0.0, "encoder_pos_conv_kernel": 32}
+    model = wav2vec2_model(**others).train()
+    waveforms = torch.randn(1, 4000)
+    owner, name = SPIES[form]
+    # the product by oneDNN is a conv2d too
+    forms = {**dict.fromkeys(kernels.PROBLEMS, True), "onednn": form == "onednn"}
+    with all_forms(forms), mock.patch.object(owner, name, wraps=getattr(owner, name)) as spy:
+        for used in (True, False):
+            for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+                with nullcontext() if used else kernels.usual_forms([form]), context:
+                    model.extract_features(waveforms)
+            assert spy.called == used
+            spy.reset_mock()
+        with kernels.usual_forms(set(kernels.FORMS) - {form}), kernels.usual_forms([]):
+            model.extract_features(waveforms.requires_grad_())
+            with torch.no_grad():
+                model.extract_features(waveforms)
+        assert spy.called
+
+
+def test_forms_come_back_after_an_error():
+    with pytest.raises(KeyError), kernels.usual_forms(["shifted"]):
+        raise KeyError
+    assert kernels.takes("shifted")
+
+
+class Clock:
+    """Fake seconds; a form that runs takes what was agreed."""
+
+    def __init__(self):
+        self.now, self.ran = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def problem(self, usual, faster, backward=False):
+        def form(name, seconds):
+            def run(x, y):
+                self.ran.append(name)
+                self.now += next(seconds)
+                return x @ y
+
+            return run
+
+        return kernels.Problem(form("usual", usual), form("faster", faster), ((2, 3), (3, 2)), torch.float32, backward)
+
+
+def steady(seconds):
+    while True:
+        yield seconds
+
+
+@pytest.mark.parametrize(
+    ("usual", "faster", "wins"),
+    [(1.0, 0.5, True), (1.0, 0.89, True), (1.0, 0.95, False), (1.0, 1.0, False), (0.5, 1.0, False), (0.0, 0.0, False)],
+)
+@pytest.mark.parametrize("backward", [True, False])
+def test_the_faster_one_by_a_margin_is_taken(monkeypatch, usual, faster, wins, backward):
+    clock = Clock()
+    monkeypatch.setattr(kernels, "_clock", clock)
+    assert kernels._wins(clock.problem(steady(usual / 1000), steady(faster / 1000), backward)) == wins
+    assert clock.ran == ["usual", "faster"] * kernels.RUNS
+
+
+def test_the_fastest_run_counts_and_slow_ones_are_not_repeated(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(kernels, "_clock", clock)
+    milliseconds = iter([0.01, 0.001, 0.002, 0.002]), iter([0.03, 0.001, 0.0005, 0.002])
+    assert kernels._wins(clock.problem(*milliseconds))
+    clock.ran.clear()
+    assert not kernels._wins(clock.problem(steady(0.5), steady(0.5)))
+    assert clock.ran == ["usual", "faster"]
+
+
+@pytest.fixture
+def undecided(monkeypatch):
+    """A process that has decided nothing; what it measures is counted, and loses."""
+    monkeypatch.setattr(kernels, "_choices", {})
+    monkeypatch.delenv("WAV2VEC2_KERNELS", raising=False)
+    with mock.patch.object(kernels, "_wins", return_value=False) as wins:
+        yield wins
+
+
+def large(problem):
+    """One operation at a size for which the choice is made."""
+    if problem == "onednn":
+        return kernels.linear(torch.ones(1, 500, 500), torch.ones(500, 500))
+    if problem == "shifted_bf16":
+        x, weight = torch.ones(1, 192, 125).bfloat16(), torch.ones(192, 48, 128).bfloat16()
+        return kernels.wide_conv1d(x, weight, weight[:, 0, 0], 4)
+    q = torch.ones(1, 4, 500, 64).bfloat16()
+    with torch.set_grad_enabled("grad" in problem):
+        return kernels.attend(q, q, q, None, 0.0)
+
+
+@pytest.mark.parametrize("problem", kernels.PROBLEMS)
+def test_a_choice_is_made_once_at_the_first_large_operation(undecided, problem):
+    for _ in range(2):
+        large(problem)
+        undecided.assert_called_once_with(kernels.PROBLEMS[problem])
+    assert kernels.choices() == {problem: False}
+
+
+@pytest.mark.parametrize("problem", kernels.PROBLEMS)
+@pytest.mark.parametrize("choice", [True, False])
+def test_a_choice_is_kept_to(undecided, problem, choice):
+    kernels.use({problem: choice})
+    owner, name = SPIES[problem.split("_bf16")[0]]
+    with mock.patch.object(owner, name, wraps=getattr(owner, name)) as spy:
+        large(problem)
+    assert spy.called == choice
+    assert not undecided.called
+
+
+def test_small_operations_measure_nothing(undecided):
+    model = wav2vec2_model(**TINY)
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16), torch.no_grad()):
+        with context:
+            model.extract_features(torch.randn(2, 16_000))
+    assert not undecided.called
+    assert kernels.choices() == {}
+
+
+def test_a_compiler_an_exporter_or_a_switched_off_form_measures_nothing(undecided, monkeypatch):
+    class Product(torch.nn.Module):
+        def forward(self, x, weight):
+            return kernels.linear(x, weight)
+
+    inputs = torch.ones(1, 500, 500), torch.ones(500, 500)
+    torch.export.export(Product(), inputs)
+    torch.compile(Product(), backend="eager", fullgraph=True)(*inputs)
+    with kernels.usual_forms(kernels.FORMS):
+        for problem in kernels.PROBLEMS:
+            large(problem)
+    assert not undecided.called
+
+
+def test_measuring_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr(kernels, "_choices", {})
+    monkeypatch.delenv("WAV2VEC2_KERNELS", raising=False)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    saved = []
+    with (
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x),
+    ):
+        found = kernels.decide()
+        assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+    assert list(found) == list(kernels.PROBLEMS) and set(map(type, found.values())) == {bool}
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    assert not saved
+
+
+def test_choices_go_to_another_process(undecided, monkeypatch):
+    kernels.use({"onednn": True, "shifted_bf16": False})
+    assert kernels.choices() == {"onednn": True, "shifted_bf16": False}
+    found = kernels.decide()  # measures the others
+    assert undecided.call_count == 2
+    assert found == kernels.choices() == {name: name == "onednn" for name in kernels.PROBLEMS}
+    kernels.use(dict.fromkeys(found, True))
+    assert all(kernels.decide().values())
+    copy = kernels.choices()
+    copy.clear()  # is nobody else's
+    assert len(kernels.choices()) == len(found)
+
+
+@pytest.mark.parametrize("taken", ["", "onednn", "written_out_bf16,shifted_bf16"])
+def test_choices_by_the_environment(undecided, monkeypatch, taken):
+    monkeypatch.setenv("WAV2VEC2_KERNELS", taken)
+    assert kernels.decide() == {name: name in taken.split(",") for name in kernels.PROBLEMS}
+    kernels.use({"onednn": False})  # what a checkpoint says holds
+    assert not kernels.decide()["onednn"]
+    assert not undecided.called
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_inherits_the_choices(undecided):
+    kernels.use({"onednn": True})
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if kernels.choices() == {"onednn": True} else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_unknown_names(undecided, monkeypatch):
+    with pytest.raises(ValueError, match=r"^use: no form 'onedn'; there are onednn, shifted_bf16, [a-z0-9_, ]+$"):
+        kernels.use({"onedn": True})
+    with (
+        pytest.raises(ValueError, match=r"^usual_forms: no form 'norm'; there are onednn, channels_last, "),
+        kernels.usual_forms(["norm"]),
+    ):
+        pass
+    monkeypatch.setenv("WAV2VEC2_KERNELS", "onednn, shifted")
+    with pytest.raises(ValueError, match=r"^WAV2VEC2_KERNELS: no form ' shifted'; there are onednn, "):
+        kernels.decide()
+    assert kernels.choices() == {}

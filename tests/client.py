@@ -96,7 +96,7 @@ class Server:
 
     Attributes:
         bin: folder with a ``python`` for shell scripts that runs scripts and modules through the server; in its
-            folder ``cold`` one that leaves the stages to the real Python.
+            folder ``cold`` one that leaves prune.py and final_distill.py to the real Python.
     """
 
     def __init__(self) -> None:
@@ -111,17 +111,17 @@ class Server:
             cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         self.bin.mkdir()
-        self.add_python(self.bin / "python", "*.py | -m")
+        self.add_python(self.bin / "python")
         (self.bin / "cold").mkdir()
-        self.add_python(self.bin / "cold" / "python", "report.py | -m")
+        self.add_python(self.bin / "cold" / "python", "prune.py | final_distill.py")
         assert self.process.stdout is not None and self.process.stdout.readline() == b"ready\n"
         return self
 
-    def add_python(self, path: Path, warm: str) -> None:
-        """Write a stand-in for ``python``; what ``warm`` matches goes through the server, and reports measure once."""
+    def add_python(self, path: Path, cold: str = "''") -> None:
+        """Write a stand-in for ``python``; all but ``cold`` goes through the server, and reports measure once."""
         path.write_text(f"""#!/bin/sh
 case "$1" in report.py) set -- "$@" --rounds 1 ;; esac
-case "$1" in {warm}) set -- -S "{__file__}" "{self.socket}" "$0" "$@" ;; esac
+case "$1" in {cold}) ;; *.py | -m) set -- -S "{__file__}" "{self.socket}" "$0" "$@" ;; esac
 exec "{sys.executable}" "$@"
 """)
         path.chmod(0o755)

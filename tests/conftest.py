@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import runpy
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
+from tests.client import Finished, Server
 from tests.configs import TINY
+from tests.helpers import ROOT, run_error, run_here, write_noise
 from wav2vec2 import save_model, wav2vec2_model
 
-ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: a long one that starts last would run alone at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Mark what starts processes; the longest files first, since one that starts last would run alone."""
+    for item in items:
+        if "server" in getattr(item, "fixturenames", ()):
+            item.add_marker("process")
+    cost: dict[Path, int] = {}
+    for item in items:
+        weight = 5 if item.get_closest_marker("slow") else bool(item.get_closest_marker("process"))
+        cost[item.path] = cost.get(item.path, 0) + weight
+    items.sort(key=lambda item: -cost[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -40,16 +41,6 @@ def teacher_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
     save_model(path, wav2vec2_model(**TINY))
-    return path
-
-
-def write_noise(path: Path, seconds: float, seed: int, rate: int = 16000, channels: int = 1) -> Path:
-    """Low-passed noise as FLAC."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(seed)
-    noise = random.standard_normal((int(seconds * rate), channels)).cumsum(0)
-    noise -= noise.mean(0)
-    soundfile.write(path, 0.3 * noise / np.abs(noise).max(), rate)
     return path
 
 
@@ -67,31 +58,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tsv_dir(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Lists of the noise corpus, made by prepare_data.py."""
     out = tmp_path_factory.mktemp("data")
-    run_script("prepare_data.py", "--data", corpus, "--out", out)
+    run_here("prepare_data.py", "--data", corpus, "--out", out)
     return out
 
 
-def run_script(name: str, *args: object, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a script of the repository as a process; on another exit code than ``code`` show what it printed."""
-    result = subprocess.run(
-        [sys.executable, str(ROOT / name), *map(str, args)],
-        capture_output=True, text=True, cwd=ROOT, timeout=timeout, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert result.returncode == code, f"{name} exited with {result.returncode}\n{result.stdout}\n{result.stderr}"
-    return result
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Starts scripts as processes within milliseconds."""
+    with Server() as server:
+        yield server
 
 
-def run_error(name: str, *args: object) -> str:
-    """The one line that a script ends with on bad input, run in this process to save the start-up."""
-    stderr = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
-        patch.setattr(sys, "argv", [name, *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-    assert stop.value.code == 2, stderr.getvalue()
-    lines = [line for line in stderr.getvalue().splitlines() if line.strip()]
-    assert lines[-1].startswith("error: ") and "Traceback" not in stderr.getvalue(), stderr.getvalue()
-    return lines[-1]
+@pytest.fixture(scope="session")
+def script(server: Server) -> Callable[..., Finished]:
+    """Runs a script as a process to its end."""
+    return server.run
 
 
 @pytest.fixture(scope="session")  # the package that a process imports from it has one place
@@ -100,11 +81,6 @@ def modules_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
-
-
-@pytest.fixture(scope="session")
-def script():
-    return run_script
 
 
 @pytest.fixture(scope="session")
@@ -139,3 +115,13 @@ def tiny_flags(teacher_path: Path, tsv_dir: Path) -> list[object]:
         "trainer.checkpoint_every": 3,
     }
     return [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="session")
+def reference(server: Server, tiny_flags: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both steps, never interrupted: E, E/pruned.pth and E/final."""
+    exp = tmp_path_factory.mktemp("reference") / "run"
+    server.run("distill.py", *tiny_flags, "--exp_dir", exp)
+    server.run("prune.py", "--distilled_ckpt", exp / "ckpts/last.ckpt")
+    server.run("final_distill.py", *tiny_flags, "--student_ckpt", exp / "pruned.pth", "--exp_dir", exp / "final")
+    return exp

@@ -1,5 +1,6 @@
 """The conversion commands on tiny models saved by transformers: outputs, parity check and every wrong turn."""
 
+import functools
 import json
 import os
 import sys
@@ -13,7 +14,6 @@ from transformers import (
     HubertConfig,
     HubertForCTC,
     HubertModel,
-    PreTrainedModel,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
@@ -24,41 +24,22 @@ from transformers import (
 import convert_from_checkpoint
 import convert_hubert_from_hf
 from exporting import originals
+from tests.helpers import HF_BASE, HF_LARGE, tiny_hf
 from wav2vec2 import load_model
 from wav2vec2.checkpoint import load_checkpoint
 from wav2vec2.importers import ImportedModel
 
-SIZE = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 36,
-    "conv_dim": (16, 20, 20),
-    "conv_kernel": (10, 8, 4),
-    "conv_stride": (5, 8, 4),
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-    "vocab_size": 7,
-}
-BASE = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
-LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
-
 Run = Callable[..., str]
 
 
-def tiny(model_class: type[PreTrainedModel], config_class: type, **options: object) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = model_class(config_class(**(SIZE | options))).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + name.endswith("norm.weight"))
-    return model
+# with long strides: fewer frames of the clip that is compared
+tiny = functools.partial(tiny_hf, conv_kernel=(10, 8, 4), conv_stride=(5, 8, 4))
 
 
 @pytest.fixture
 def hubert(tmp_path: Path) -> Path:
     folder = tmp_path / "tiny-hubert"
-    tiny(HubertModel, HubertConfig, **BASE).save_pretrained(folder)
+    tiny(HubertModel, HubertConfig, **HF_BASE).save_pretrained(folder)
     return folder
 
 
@@ -84,10 +65,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("model_class", "config_class", "options"),
     [
-        (HubertModel, HubertConfig, BASE),
-        (Wav2Vec2Model, Wav2Vec2Config, LARGE),
-        (WavLMModel, WavLMConfig, BASE),
-        (WavLMModel, WavLMConfig, LARGE),
+        (HubertModel, HubertConfig, HF_BASE),
+        (Wav2Vec2Model, Wav2Vec2Config, HF_LARGE),
+        (WavLMModel, WavLMConfig, HF_BASE),
+        (WavLMModel, WavLMConfig, HF_LARGE),
     ],
     ids=["hubert base", "wav2vec2 xls-r", "wavlm base", "wavlm large"],
 )
@@ -102,10 +83,10 @@ def test_every_kind_converts_with_parity(run: Run, tmp_path: Path, model_class, 
     assert float(printed.split()[-1]) < 1e-4
 
     checkpoint = load_checkpoint(out)
-    assert checkpoint.config["normalize_waveform"] is (options is LARGE)
+    assert checkpoint.config["normalize_waveform"] is (options is HF_LARGE)
     assert not any(value for key, value in checkpoint.config.items() if "_prune_" in key)
     assert torch.equal(checkpoint.extra["mask_embedding"], original.masked_spec_embed)
-    inputs = Wav2Vec2FeatureExtractor(do_normalize=options is LARGE)
+    inputs = Wav2Vec2FeatureExtractor(do_normalize=options is HF_LARGE)
     waveform = torch.randn(20_000) * 0.01
     values = inputs(waveform.numpy(), sampling_rate=16_000, return_tensors="pt").input_values
     with torch.no_grad():
@@ -121,7 +102,7 @@ def test_default_name(run: Run, hubert: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_fine_tuned_half_precision_and_sharded(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    original = tiny(HubertForCTC, HubertConfig, **LARGE).half()
+    original = tiny(HubertForCTC, HubertConfig, **HF_LARGE).half()
     original.save_pretrained(tmp_path / "ctc", max_shard_size="20KB")
     assert len(list((tmp_path / "ctc").glob("*.safetensors"))) > 1
     with caplog.at_level("INFO"):
@@ -132,7 +113,7 @@ def test_fine_tuned_half_precision_and_sharded(run: Run, tmp_path: Path, caplog:
 
 
 def test_the_adapter_after_the_encoder_is_dropped(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tiny(Wav2Vec2Model, Wav2Vec2Config, add_adapter=True, num_adapter_layers=1, **LARGE).save_pretrained(
+    tiny(Wav2Vec2Model, Wav2Vec2Config, add_adapter=True, num_adapter_layers=1, **HF_LARGE).save_pretrained(
         tmp_path / "st"
     )
     with caplog.at_level("INFO"):
@@ -263,7 +244,7 @@ def test_a_conversion_that_differs_is_not_saved(
 
 
 def test_large_activations_are_compared_relative_to_their_size(run: Run, tmp_path: Path) -> None:
-    original = tiny(HubertModel, HubertConfig, **LARGE)
+    original = tiny(HubertModel, HubertConfig, **HF_LARGE)
     with torch.no_grad():
         original.encoder.layers[0].feed_forward.output_dense.weight *= 1e4
     original.save_pretrained(tmp_path / "teacher")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -20,13 +18,11 @@ from distillation.objectives import LayerToLayer, ObjectiveConfig
 from distillation.optimisation import OptimConfig
 from distillation.sparsity import PruningConfig, make_prunable
 from distillation.training.memory import TrialUpdates
-from distillation.training.metrics import MetricsCSV, RunningMeans
 from distillation.training.step import seed_micro_batch
 from lightning import DistillModule, accumulation
+from tests.helpers import ROOT
 from wav2vec2 import wav2vec2_model
 from wav2vec2.passes import PassOptions
-
-ROOT = Path(__file__).parents[1]
 
 
 def build(config: dict, layers: list[list[int]], pruning: PruningConfig | None):
@@ -108,52 +104,6 @@ def test_accumulation_keeps_the_update(per_update, processes, expected):
     assert accumulation(per_update, processes) == expected
     with pytest.raises(UserError, match="use 1, 2, 4"):
         accumulation(per_update, 3)
-
-
-class OneProcess:
-    """As much of a trainer as the metrics ask for."""
-
-    world_size = 1
-
-    class strategy:
-        @staticmethod
-        def broadcast(value):
-            return value
-
-
-def test_running_means():
-    means = RunningMeans(weighted=True)
-    means.add({"a": torch.tensor(1.0), "b": torch.tensor(10.0)}, seconds=1.0)
-    means.add({"a": torch.tensor(4.0), "b": torch.tensor(10.0)}, seconds=3.0)
-    cpu = torch.device("cpu")
-    assert means.reduce(OneProcess, cpu) == {"seconds": 4.0, "a": (1 + 12) / 4, "b": 10.0}
-    plain = RunningMeans()
-    plain.add({"a": torch.tensor(1.0)}, 1.0)
-    resumed = RunningMeans.from_state(plain.state(OneProcess, cpu), rank=0, device=cpu)
-    resumed.add({"a": torch.tensor(4.0)}, 3.0)
-    assert resumed.reduce(OneProcess, cpu) == {"seconds": 4.0, "a": 2.5}
-    other_rank = RunningMeans.from_state(plain.state(OneProcess, cpu), rank=1, device=cpu)
-    assert not other_rank.sums and other_rank.seconds == 0
-
-
-def test_metrics_csv_resumes_without_repeating_rows(tmp_path):
-    path = tmp_path / "metrics.csv"
-    log = MetricsCSV(path)
-    log.log_metrics({"a": 1.0}, step=2)
-    log.log_metrics({"a": 2.0, "valid": 3.0}, step=4)
-    log.log_metrics({"late": 5.0}, step=4)
-    log.log_metrics({"a": 9.0}, step=6)
-    again = MetricsCSV(path)
-    again.resume(step=4)
-    again.log_metrics({"a": 6.5}, step=6)
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert rows == [
-        {"step": "2", "a": "1", "valid": "", "late": ""},
-        {"step": "4", "a": "2", "valid": "3", "late": "5"},
-        {"step": "6", "a": "6.5", "valid": "", "late": ""},
-    ]
-    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("pruning", [PruningConfig(), None])

@@ -13,10 +13,10 @@ from distillation.build import starting_student
 from distillation.config import parse_recipe, recipe_chain
 from distillation.objectives import Objectives
 from distillation.students import backbone_params
+from tests.helpers import ROOT
 from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
 
-ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
 RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
 # what SPEC's table of fixed students says: learning rate, epochs, utterances, GPUs x accumulation, mask probability

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
 import yaml
 
+from tests.helpers import run_shell
 from wav2vec2 import load_model
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(*args: object, code: int = 0, **variables: str) -> str:
-    environment = {
-        **os.environ,
-        "NO_VENV": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "CUDA_VISIBLE_DEVICES": "",
-        **variables,
-    }
-    result = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "run_students.sh"), *map(str, args)],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600,
-    )  # fmt: skip
-    assert result.returncode == code, f"{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
-    return result.stdout + result.stderr
 
 
 @pytest.mark.slow
-def test_from_audio_to_report(corpus, tmp_path):
+def test_from_audio_to_report(server, corpus, tmp_path):
     """ARMHuBERT, whose teacher must bring its mask embedding along."""
     torch.manual_seed(0)
     config = transformers.HubertConfig(
@@ -68,7 +46,7 @@ def test_from_audio_to_report(corpus, tmp_path):
     args = ["armhubert_s_100h", corpus, *(word for key, value in flags.items() for word in (f"--{key}", value))]
     (tmp_path / "exp").mkdir()  # batches that fit_batch.py found on an earlier start
     (tmp_path / "exp" / "batch.yaml").write_text("data: {seconds_per_batch: 2.5}\ntrainer: {batches_per_update: 2}\n")
-    out = run(*args, FIT_BATCH="1")
+    out = run_shell("run_students.sh", *args, python=server.bin, FIT_BATCH="1")
     used = yaml.safe_load((tmp_path / "exp" / "config.yaml").read_text())
     assert (used["data"]["seconds_per_batch"], used["trainer"]["batches_per_update"]) == (2.5, 2)
     final = tmp_path / "exp" / "final.pth"
@@ -77,12 +55,13 @@ def test_from_audio_to_report(corpus, tmp_path):
     assert model.config["encoder_reuse_attention"] == [False, True] * 6
     assert (tmp_path / "exp" / "report.html").stat().st_size > 10_000
     stamp = final.stat().st_mtime_ns
-    run(*args)  # again: nothing is left to do
+    run_shell("run_students.sh", *args, python=server.bin)  # again: nothing is left to do
     assert final.stat().st_mtime_ns == stamp
 
 
 def test_usage_and_unknown_names(tmp_path):
-    assert "NAME LIBRISPEECH_DIR" in run("--help") and "NAME LIBRISPEECH_DIR" in run("fithubert", code=2)
-    names = run("fithuber", tmp_path, code=2)
+    assert "NAME LIBRISPEECH_DIR" in run_shell("run_students.sh", "--help")
+    assert "NAME LIBRISPEECH_DIR" in run_shell("run_students.sh", "fithubert", code=2)
+    names = run_shell("run_students.sh", "fithuber", tmp_path, code=2)
     assert "no such recipe; there are" in names and "starhubert_xs.yaml" in names
-    assert "no such folder" in run("fithubert", tmp_path / "none", code=2)
+    assert "no such folder" in run_shell("run_students.sh", "fithubert", tmp_path / "none", code=2)

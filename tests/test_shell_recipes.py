@@ -1,39 +1,17 @@
-"""The shell recipes on models of the published sizes with random weights: 20 updates of each step on the CPU."""
+"""The shell recipes on models with random weights, one of the published size: 4 updates of each step on the CPU."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 import yaml
 
+from tests.helpers import run_shell
 from wav2vec2 import load_model
 
-ROOT = Path(__file__).parent.parent
-
-
-def run_recipe(script: str, *args: object, code: int = 0, **variables: str) -> str:
-    environment = {
-        **os.environ,
-        "NO_VENV": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        **variables,
-    }
-    result = subprocess.run(
-        ["bash", str(ROOT / "scripts" / script), *map(str, args)],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1200,
-    )  # fmt: skip
-    assert result.returncode == code, f"{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
-    return result.stdout + result.stderr
-
-
+SMALL = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512, "conv_dim": [64] * 7,
+         "num_conv_pos_embeddings": 32}  # fmt: skip
 MODELS = {
     "run_dphubert.sh": (
         transformers.HubertModel,
@@ -42,29 +20,27 @@ MODELS = {
     ),
     "run_dpwavlm.sh": (
         transformers.WavLMModel,
-        transformers.WavLMConfig(),  # WavLM Base+
-        {"objective.layer_to_layer.layers": "[[0],[4,8,12]]"},
+        transformers.WavLMConfig(**SMALL),
+        {"objective.layer_to_layer.layers": "[[0],[4,8,12]]", "teacher_width": 128},
     ),
     "run_dphubert.sh dphubert_large": (
         transformers.HubertModel,
         transformers.HubertConfig(
-            hidden_size=256,
+            **SMALL,
             num_hidden_layers=24,
-            num_attention_heads=4,
-            intermediate_size=512,
             do_stable_layer_norm=True,
             feat_extract_norm="layer",
             conv_bias=True,
-            num_conv_pos_embeddings=32,
         ),
-        {"teacher_width": 256},
+        {"teacher_width": 128},
     ),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_recipe(name, corpus, tmp_path):
+def test_recipe(server, name, corpus, tmp_path):
+    python = server.bin / "cold" if name == "run_dphubert.sh" else server.bin
     kind, config, flags = MODELS[name]
     torch.manual_seed(0)
     model = kind(config)
@@ -82,14 +58,14 @@ def test_recipe(name, corpus, tmp_path):
         "data.seconds_per_batch": 2,
         "data.valid_seconds_per_batch": 8,
         "data.num_workers": 0,
-        "optim.max_steps": 20,
-        "pruning.warmup_steps": 5,
-        "final.max_steps": 20,
+        "optim.max_steps": 4,
+        "pruning.warmup_steps": 2,
+        "final.max_steps": 4,
         "trainer.accelerator": "cpu",
         "trainer.precision": "32-true",
         "trainer.batches_per_update": 1,
-        "trainer.log_every": 5,
-        "trainer.validate_every": 20,
+        "trainer.log_every": 2,
+        "trainer.validate_every": 4,
         **flags,
     }
     script, *recipe = name.split()
@@ -99,7 +75,7 @@ def test_recipe(name, corpus, tmp_path):
         variables["FIT_BATCH"] = "1"
         exp.mkdir()
         (exp / "batch.yaml").write_text("data: {seconds_per_batch: 2.5}\ntrainer: {batches_per_update: 1}\n")
-    out = run_recipe(script, *args, **variables)
+    out = run_shell(script, *args, python=python, **variables)
     for folder in (exp, exp / "final"):
         used = yaml.safe_load((folder / "config.yaml").read_text())["data"]
         assert used["seconds_per_batch"] == (2.5 if recipe else 2)
@@ -113,18 +89,18 @@ def test_recipe(name, corpus, tmp_path):
     assert (exp / "report.html").stat().st_size > 10_000
 
     stamp = final.stat().st_mtime_ns
-    run_recipe(script, *args, **variables)  # again: nothing is left to do
+    run_shell(script, *args, python=python, **variables)  # again: nothing is left to do
     assert final.stat().st_mtime_ns == stamp
 
 
 def test_usage_and_errors(tmp_path):
-    assert "LIBRISPEECH_DIR [RECIPE]" in run_recipe("run_dphubert.sh", "--help")
-    assert "LIBRISPEECH_DIR [RECIPE]" in run_recipe("run_dpwavlm.sh", code=2)
-    assert "no such folder" in run_recipe("run_dphubert.sh", tmp_path / "none", code=2)
-    assert "there are" in run_recipe("run_dphubert.sh", tmp_path, "dphubert_huge", code=2)
+    assert "LIBRISPEECH_DIR [RECIPE]" in run_shell("run_dphubert.sh", "--help")
+    assert "LIBRISPEECH_DIR [RECIPE]" in run_shell("run_dpwavlm.sh", code=2)
+    assert "no such folder" in run_shell("run_dphubert.sh", tmp_path / "none", code=2)
+    assert "there are" in run_shell("run_dphubert.sh", tmp_path, "dphubert_huge", code=2)
 
 
-def test_lists_of_other_audio_are_not_trained_on(tmp_path):
+def test_lists_of_other_audio_are_not_trained_on(server, tmp_path):
     other = tmp_path / "other"
     for folder in (other, tmp_path / "lists", tmp_path / "audio" / "LibriSpeech"):
         folder.mkdir(parents=True)
@@ -132,6 +108,6 @@ def test_lists_of_other_audio_are_not_trained_on(tmp_path):
     for root, refused in ((other, True), (tmp_path / "audio", False), (tmp_path / "audio" / "LibriSpeech", False)):
         for name in ("train960.tsv", "valid.tsv"):
             (tmp_path / "lists" / name).write_text(f"{root}\n")
-        printed = run_recipe("run_dphubert.sh", tmp_path / "audio", *flags, code=2)
+        printed = run_shell("run_dphubert.sh", tmp_path / "audio", *flags, code=2, python=server.bin)
         message = f"train960.tsv lists audio of {other}, not of {tmp_path / 'audio'}: remove"
         assert (message in printed) == refused and printed.count("error: ") == 1

@@ -9,63 +9,33 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers import ROOT, assert_same_run, metrics, weights
 from wav2vec2 import load_model
 
-ROOT = Path(__file__).parent.parent
 
-
-def weights(exp: Path) -> dict[str, torch.Tensor]:
-    return torch.load(exp / "ckpts" / "last.ckpt", weights_only=True)["state_dict"]
-
-
-def metrics(exp: Path) -> list[dict[str, str]]:
-    with (exp / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in rows]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    left, right = weights(a), weights(b)
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
-    assert metrics(a) == metrics(b)
-
-
-@pytest.fixture(scope="session")
-def step1(script, tiny_flags, tmp_path_factory) -> Path:
-    """A finished step 1."""
-    exp = tmp_path_factory.mktemp("exp") / "run"
-    result = script("distill.py", *tiny_flags, "--exp_dir", exp)
-    assert "FFN units" in result.stdout and "expected:" in result.stdout
-    assert result.stderr.count("s of audio per second, training takes") == 1
-    return exp
-
-
-def test_chain(step1, script, tiny_flags, teacher_path):
-    result = script("prune.py", "--distilled_ckpt", step1 / "ckpts/last.ckpt")
-    pruned = load_model(step1 / "pruned.pth")
+def test_chain(reference, script, tiny_flags, teacher_path, tmp_path):
+    last, pruned_path = reference / "ckpts/last.ckpt", tmp_path / "pruned.pth"
+    result = script("prune.py", "--distilled_ckpt", last, "--out", pruned_path)
+    pruned = load_model(pruned_path)
     before = sum(p.numel() for p in load_model(teacher_path).parameters())
     count = sum(p.numel() for p in pruned.parameters())
     # the largest unit of this teacher is a head: 4 * 24 * 6 + 3 * 6 weights
     assert abs(count - 0.7 * before) <= 4 * 24 * 6 + 3 * 6 + 24
     assert f"{count:,} parameters" in result.stdout
     assert "the target is 0.3000: the ranking decides" in result.stderr  # 12 updates do not get there
-    near = script("prune.py", "--distilled_ckpt", step1 / "ckpts/last.ckpt", "--out", step1 / "near.pth",
+    near = script("prune.py", "--distilled_ckpt", last, "--out", tmp_path / "near.pth",
                   "--target_sparsity", re.search(r"step 1 ended at sparsity ([\d.]+)", result.stderr)[1])  # fmt: skip
     assert "the ranking decides" not in near.stderr
 
-    script("prune.py", "--distilled_ckpt", step1 / "ckpts/last.ckpt", "--out", step1 / "rule.pth", "--faithful")
-    by_rule = sum(p.numel() for p in load_model(step1 / "rule.pth").parameters())
+    script("prune.py", "--distilled_ckpt", last, "--out", tmp_path / "rule.pth", "--faithful")
+    by_rule = sum(p.numel() for p in load_model(tmp_path / "rule.pth").parameters())
     assert by_rule != count
 
-    final = step1 / "final"
-    script("final_distill.py", *tiny_flags, "--student_ckpt", step1 / "pruned.pth", "--exp_dir", final)
+    final = reference / "final"
     content = torch.load(final / "final.pth", weights_only=True)
     assert set(content) == {"state_dict", "config", "distill_linear_projs"}
     assert set(content["distill_linear_projs"]) == {f"{i}.{name}" for i in range(3) for name in ("weight", "bias")}
@@ -78,50 +48,53 @@ def test_chain(step1, script, tiny_flags, teacher_path):
 
     # a finished run is left as it is
     before_time = (final / "ckpts/last.ckpt").stat().st_mtime_ns
-    script("final_distill.py", *tiny_flags, "--student_ckpt", step1 / "pruned.pth", "--exp_dir", final)
+    script("final_distill.py", *tiny_flags, "--student_ckpt", reference / "pruned.pth", "--exp_dir", final)
     assert (final / "ckpts/last.ckpt").stat().st_mtime_ns == before_time
 
 
-def test_run_folder(step1):
-    assert (step1 / "config.yaml").is_file() and list(step1.glob("events.out.tfevents.*"))
-    rows = metrics(step1)
+def test_run_folder(reference):
+    assert (reference / "config.yaml").is_file() and list(reference.glob("events.out.tfevents.*"))
+    rows = metrics(reference)
     assert [int(row["step"]) for row in rows] == [2, 4, 6, 8, 10, 12]
     assert [bool(row["valid/distill"]) for row in rows] == [False, True, False, True, False, True]
     assert float(rows[0]["sparsity/target"]) == pytest.approx(0.1)
     assert float(rows[-1]["sparsity/target"]) == pytest.approx(0.3)
     assert {"train/l1", "train/cos", "train/loss", "lagrangian/lambda1", "lr/weights", "lr/log_alpha"} <= rows[0].keys()
-    checkpoint = torch.load(step1 / "ckpts/last.ckpt", weights_only=True)
+    checkpoint = torch.load(reference / "ckpts/last.ckpt", weights_only=True)
     prefixes = {key.split(".")[0] for key in checkpoint["state_dict"]}
     assert prefixes == {"student", "objectives", "lagrangian"}, "the teacher must not be in checkpoints"
 
 
-def test_resolved_recipe_repeats_the_run(step1, script, tmp_path):
-    script("distill.py", "--config", step1 / "config.yaml", "--exp_dir", tmp_path / "again")
-    assert_same_run(step1, tmp_path / "again")
+def test_resolved_recipe_repeats_the_run(reference, script, tmp_path):
+    result = script("distill.py", "--config", reference / "config.yaml", "--exp_dir", tmp_path / "again")
+    assert "FFN units" in result.stdout and "expected:" in result.stdout
+    assert result.stderr.count("s of audio per second, training takes") == 1
+    assert_same_run(reference, tmp_path / "again")
 
 
-def test_two_processes_equal_accumulation(step1, script, tiny_flags, tmp_path):
+def test_two_processes_equal_accumulation(reference, script, tiny_flags, tmp_path):
     script("distill.py", *tiny_flags, "--exp_dir", tmp_path / "ddp", "--trainer.devices", 2)
-    assert metrics(tmp_path / "ddp") == metrics(step1)
-    left, right = weights(tmp_path / "ddp"), weights(step1)
+    assert metrics(tmp_path / "ddp") == metrics(reference)
+    left, right = weights(tmp_path / "ddp/ckpts/last.ckpt"), weights(reference / "ckpts/last.ckpt")
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-6)
 
 
-def test_workers_change_nothing(step1, script, tiny_flags, tmp_path):
+def test_workers_change_nothing(reference, script, tiny_flags, tmp_path):
     script("distill.py", *tiny_flags, "--exp_dir", tmp_path / "workers", "--data.num_workers", 2)
-    assert_same_run(step1, tmp_path / "workers")
+    assert_same_run(reference, tmp_path / "workers")
     with (tmp_path / "workers" / "metrics.csv").open(newline="") as file:
         rates = [float(row["speed/loader_audio_seconds_per_second"]) for row in csv.DictReader(file)]
     assert min(rates) > 0
 
 
-def test_recompute_changes_nothing(step1, script, tiny_flags, tmp_path):
+def test_recompute_changes_nothing(reference, script, tiny_flags, tmp_path):
     script("distill.py", *tiny_flags, "--exp_dir", tmp_path / "again", "--trainer.recompute", "true")
-    assert_same_run(step1, tmp_path / "again")
+    assert_same_run(reference, tmp_path / "again")
 
 
-def test_killed_run_resumes_exactly(step1, tiny_flags, tmp_path, script):
+def test_killed_run_resumes_exactly(reference, tiny_flags, tmp_path, script):
+    """From a Python of its own, with another order of sets than the other runs."""
     exp = tmp_path / "killed"
     args = ["distill.py", *tiny_flags, "--exp_dir", exp, "--trainer.checkpoint_every", 1]
     process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -133,37 +106,34 @@ def test_killed_run_resumes_exactly(step1, tiny_flags, tmp_path, script):
     stopped_at = torch.load(exp / "ckpts/last.ckpt", weights_only=True)["global_step"]
     assert 0 < stopped_at < 12, "the run ended before it could be killed"
     script(*args)
-    assert_same_run(step1, exp)
+    assert_same_run(reference, exp)
 
 
-def test_a_stop_while_other_machines_are_awaited(tiny_flags, tmp_path):
+def test_a_stop_while_other_machines_are_awaited(server, tiny_flags, tmp_path):
     """Nothing is there to be saved yet, and nobody would ever look at a note that a signal came."""
-    command = [sys.executable, "distill.py", *tiny_flags, "--exp_dir", tmp_path / "run", "--trainer.num_nodes", 2]
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stderr=file)
-    while "micro-batches each per update" not in log.read_text() and process.poll() is None:
-        time.sleep(0.1)
-    time.sleep(5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == -signal.SIGTERM
+    run = server.start("distill.py", *tiny_flags, "--exp_dir", tmp_path / "run", "--trainer.num_nodes", 2)
+    run.until(lambda: "micro-batches each per update" in run.logs[1].read_text())
+    time.sleep(3)
+    run.kill(signal.SIGTERM)
+    assert run.wait().code == -signal.SIGTERM
 
 
-def test_checkpoint_of_another_network_is_refused(step1, script_error, tiny_flags, tmp_path):
+def test_checkpoint_of_another_network_is_refused(reference, script_error, tiny_flags, tmp_path):
     exp = tmp_path / "run"
-    shutil.copytree(step1, exp)
+    shutil.copytree(reference, exp)
     message = script_error("distill.py", *tiny_flags, "--exp_dir", exp, "--pruning.units", "[head]",
                            "--pruning.target_sparsity", 0.1, "--optim.max_steps", 20)  # fmt: skip
     assert "another network" in message and "last.ckpt" in message
-    assert (exp / "config.yaml").read_text() == (step1 / "config.yaml").read_text()
-    message = script_error("final_distill.py", *tiny_flags, "--exp_dir", exp, "--student_ckpt", step1 / "pruned.pth")
+    assert (exp / "config.yaml").read_text() == (reference / "config.yaml").read_text()
+    message = script_error(
+        "final_distill.py", *tiny_flags, "--exp_dir", exp, "--student_ckpt", reference / "pruned.pth"
+    )
     assert "another network" in message  # --exp_dir of step 1 by mistake
-    assert (exp / "config.yaml").read_text() == (step1 / "config.yaml").read_text()
+    assert (exp / "config.yaml").read_text() == (reference / "config.yaml").read_text()
 
 
-def test_no_step_2(step1, script, tiny_flags, tmp_path):
-    script("prune.py", "--distilled_ckpt", step1 / "ckpts/last.ckpt", "--out", tmp_path / "pruned.pth")
+def test_no_step_2(reference, script, tiny_flags, tmp_path):
+    script("prune.py", "--distilled_ckpt", reference / "ckpts/last.ckpt", "--out", tmp_path / "pruned.pth")
     script("final_distill.py", *tiny_flags, "--final", "null", "--student_ckpt", tmp_path / "pruned.pth",
            "--exp_dir", tmp_path / "final")  # fmt: skip
     load_model(tmp_path / "final" / "final.pth")
@@ -220,18 +190,18 @@ def test_bad_audio(trouble, script_error, tiny_flags, corpus, noise, tmp_path):
     assert str(bad) in message
 
 
-def test_prune_refuses(script_error, step1, teacher_path, tmp_path):
+def test_prune_refuses(script_error, reference, teacher_path, tmp_path):
     assert "no such file" in script_error("prune.py", "--distilled_ckpt", tmp_path / "none.ckpt")
     assert "not a checkpoint of step 1" in script_error("prune.py", "--distilled_ckpt", teacher_path)
-    last, out = step1 / "ckpts/last.ckpt", tmp_path / "x.pth"
+    last, out = reference / "ckpts/last.ckpt", tmp_path / "x.pth"
     message = script_error("prune.py", "--distilled_ckpt", last, "--out", out, "--target_sparsity", 0.999)
     assert "no choice of units" in message and not out.exists()
     (tmp_path / "cut.ckpt").write_bytes(last.read_bytes()[:5000])
     assert "truncated" in script_error("prune.py", "--distilled_ckpt", tmp_path / "cut.ckpt")
 
 
-def test_final_distill_refuses(script_error, step1, tiny_flags, tmp_path):
+def test_final_distill_refuses(script_error, reference, tiny_flags, tmp_path):
     args = [*tiny_flags, "--exp_dir", tmp_path / "final"]
     assert "--student_ckpt" in script_error("final_distill.py", *args)
-    last = step1 / "ckpts/last.ckpt"
+    last = reference / "ckpts/last.ckpt"
     assert "prune.py" in script_error("final_distill.py", *args, "--student_ckpt", last)

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from tests.faults.test_resume import assert_same_run, metrics, weights
+from tests.helpers import assert_same_run, copy_lists, metrics, weights
 from wav2vec2 import save_model, wav2vec2_model
 
 
@@ -19,9 +19,7 @@ def bad_data(corpus, tsv_dir, noise, tmp_path) -> tuple[Path, dict[str, str]]:
     """Lists of a copy of the corpus in which some files are bad, and what is wrong with each training file."""
     root = tmp_path / "corpus"
     shutil.copytree(corpus, root)
-    for name in ("train100.tsv", "valid.tsv"):
-        _, *lines = (tsv_dir / name).read_text().splitlines()
-        (tmp_path / name).write_text("\n".join([str(root), *lines]) + "\n")
+    copy_lists(tsv_dir, root, tmp_path)
     files = sorted((root / "train-clean-100").rglob("*.flac"))
     reasons = {}
 
@@ -99,9 +97,7 @@ def explosive_data(tsv_dir, corpus, tmp_path) -> tuple[Path, Path]:
     samples = np.random.default_rng(0).choice(np.array([-3e38, 3e38], dtype=np.float32), num_samples)
     with path.open("wb") as file:
         soundfile.write(file, samples, 16000, subtype="FLOAT", format="WAV")
-    for name in ("train100.tsv", "valid.tsv"):
-        _, *lines = (tsv_dir / name).read_text().splitlines()
-        (tmp_path / name).write_text("\n".join([str(root), *lines]) + "\n")
+    copy_lists(tsv_dir, root, tmp_path)
     return tmp_path, path
 
 
@@ -145,9 +141,7 @@ def test_uneven_ranks_never_wait(server, bad_data, tiny_flags, tmp_path):
 def test_vanished_mount(server, corpus, tsv_dir, tiny_flags, tmp_path):
     root, exp = tmp_path / "corpus", tmp_path / "run"
     shutil.copytree(corpus, root)
-    for name in ("train100.tsv", "valid.tsv"):
-        _, *lines = (tsv_dir / name).read_text().splitlines()
-        (tmp_path / name).write_text("\n".join([str(root), *lines]) + "\n")
+    copy_lists(tsv_dir, root, tmp_path)
     flags = [*tiny_flags, "--data.tsv_dir", tmp_path, "--exp_dir", exp, "--optim.max_steps", 40]
     run = server.start("distill.py", *flags)
     run.until((exp / "ckpts/last.ckpt").exists)

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from distillation.errors import UserError
-from distillation.training import lock as lock_module
-from distillation.training.lock import run_lock
-from tests.faults.test_resume import assert_same_run
+from tests.helpers import assert_same_run
 
 
 @pytest.fixture
@@ -77,74 +69,6 @@ def test_second_run_is_refused(server, tiny_flags, tmp_path):
     assert "seed: 2022" in (exp / "config.yaml").read_text(), "the second run changed the folder of the first"
     first.kill(signal.SIGTERM)
     assert first.wait().code == 75
-
-
-def held_by(folder: Path, age: float = 0, **changes: object) -> Path:
-    """The lock of another owner: by default one that lives, this process."""
-    lock = folder / ".lock"
-    lock.write_text(json.dumps({**lock_module._identity(), **changes}))
-    os.utime(lock, (time.time() - age, time.time() - age))
-    return lock
-
-
-@pytest.mark.parametrize(
-    ("owner", "age"),
-    [
-        ({"host": "elsewhere"}, 30),
-        ({}, 5000),  # on this machine a living process counts, not the age
-    ],
-)
-def test_living_owner_keeps_the_lock(tmp_path, owner, age):
-    lock = held_by(tmp_path, age, **owner)
-    before = lock.read_text()
-    with pytest.raises(UserError, match=f"in use by process {os.getpid()}"), run_lock(tmp_path, owner=True):
-        pass
-    assert lock.read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("owner", "age"),
-    [
-        ({"pid": 2**22 + 1}, 0),  # no such process
-        ({"started": "another boot:17"}, 0),  # its number was given to another process
-        ({"host": "elsewhere"}, 700),  # touched every minute while its owner lives
-        ({"host": "elsewhere", "job": "4711"}, 0),  # the same job, requeued elsewhere
-        ({"pid": -1}, 0),
-        ({"pid": "1"}, 0),
-    ],
-)
-def test_dead_owner_does_not_keep_the_lock(tmp_path, monkeypatch, owner, age):
-    monkeypatch.setenv("SLURM_JOB_ID", "4711" if "job" in owner else "12")
-    lock = held_by(tmp_path, age, **owner)
-    (tmp_path / "ckpts").mkdir()
-    (tmp_path / "ckpts/.last.ckpt.77.tmp").write_text("half")
-    with run_lock(tmp_path, owner=True):
-        assert json.loads(lock.read_text())["pid"] == os.getpid()
-        with pytest.raises(UserError), run_lock(tmp_path, owner=True):
-            pass
-    assert not lock.exists() and not list((tmp_path / "ckpts").iterdir())
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff" * 9000, b"[" * 4096])
-def test_broken_lock(tmp_path, content):
-    (tmp_path / ".lock").write_bytes(content)
-    with run_lock(tmp_path, owner=True):
-        pass
-    assert not (tmp_path / ".lock").exists()
-
-
-def zombie() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-        time.sleep(0.01)
-    return process.pid
-
-
-def test_dead_process_that_nobody_has_buried(tmp_path):
-    started = lock_module._started(os.getpid())
-    held_by(tmp_path, pid=zombie(), started=started)
-    with run_lock(tmp_path, owner=True):
-        pass
 
 
 def other_shape(content: dict) -> None:

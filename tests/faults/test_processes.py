@@ -13,10 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distillation.training import processes
-from tests.faults.test_resume import assert_same_run
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT, assert_same_run
 
 
 def start(*command: object, log: Path) -> subprocess.Popen:
@@ -69,18 +66,6 @@ def test_two_processes(server, tiny_flags, tmp_path):
     server.run("distill.py", *flags, "--exp_dir", exp)
     assert reference.wait().code == 0
     assert_same_run(tmp_path / "reference", exp)
-
-
-def test_a_reader_whose_parent_is_gone_prints_no_traceback(capsys, monkeypatch):
-    """As the thread that hands its batches over does, when the rank it reads for is killed."""
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    processes.outlive_stop_signal(0)
-    for error in (ConnectionResetError(104, "Connection reset by peer"), EOFError()):
-        sys.excepthook(type(error), error, None)
-    assert capsys.readouterr().err == ""
-    sys.excepthook(RuntimeError, RuntimeError("a bug"), None)
-    assert "a bug" in capsys.readouterr().err
 
 
 REASONS = {

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
-def metrics(exp: Path) -> list[dict[str, str]]:
-    with (exp / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in csv.DictReader(file)]
-
-
-def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    assert_same_tensors(weights(a / "ckpts/last.ckpt"), weights(b / "ckpts/last.ckpt"))
-    assert metrics(a) == metrics(b)
-    assert not [path.name for path in b.rglob(".*") if path.is_file()], "a lock or temporary file is left"
+from tests.helpers import assert_same_run, assert_same_tensors, weights
 
 
 def test_step_1_killed_everywhere(server, reference, tiny_flags, tmp_path):

@@ -6,17 +6,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from tests.faults.test_processes import wait_for
+from tests.helpers import ROOT, shell_environment
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_slurm_job_is_requeued(tiny_flags, corpus, tmp_path):
+def test_slurm_job_is_requeued(server, tiny_flags, corpus, tmp_path):
     """The batch script with a stand-in for the shell recipe's data and a stand-in for scontrol."""
     exp, log, bin_dir = tmp_path / "run", tmp_path / "log", tmp_path / "bin"
     bin_dir.mkdir()
@@ -26,15 +24,8 @@ def test_slurm_job_is_requeued(tiny_flags, corpus, tmp_path):
     config, teacher = Path(flags[1]), Path(flags[3])
     command = ["bash", "scripts/slurm_dphubert.sh", corpus, config.stem, *flags[2:],
                "--exp_dir", exp, "--optim.max_steps", 2000]  # fmt: skip
-    environment = {
-        **os.environ,
-        "PATH": f"{bin_dir}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "NO_VENV": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "SLURM_JOB_ID": "4711",
-        "SLURM_NTASKS": "1",
-        "SLURM_SUBMIT_DIR": str(ROOT),
-    }
+    environment = shell_environment(server.bin, SLURM_JOB_ID="4711", SLURM_NTASKS="1", SLURM_SUBMIT_DIR=str(ROOT))
+    environment["PATH"] = f"{bin_dir}{os.pathsep}{environment['PATH']}"
     script = tmp_path / "spooled.sh"  # as SLURM runs it, from elsewhere
     shutil.copy(ROOT / "scripts/slurm_dphubert.sh", script)
     command[1] = script

@@ -29,29 +29,17 @@ from transformers import (
     WavLMModel,
 )
 
+from tests.helpers import HF_BASE, HF_LARGE, tiny_hf
 from wav2vec2.checkpoint import CheckpointError, model_from_state
 from wav2vec2.importers import import_fairseq, load_pickled, recognise
 
-SIZE = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 36,
-    "conv_dim": (16, 20, 20),
-    "conv_kernel": (10, 3, 3),
-    "conv_stride": (5, 2, 2),
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-}
-GROUP = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
-LAYER = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 BUCKETS = {"num_buckets": 16, "max_bucket_distance": 30}
 TEACHERS = {
-    "hubert": (HubertModel, HubertConfig, GROUP),
-    "hubert large": (HubertModel, HubertConfig, LAYER),
-    "wav2vec2": (Wav2Vec2Model, Wav2Vec2Config, GROUP),
-    "wavlm": (WavLMModel, WavLMConfig, GROUP | BUCKETS),
-    "wavlm large": (WavLMModel, WavLMConfig, LAYER | BUCKETS),
+    "hubert": (HubertModel, HubertConfig, HF_BASE),
+    "hubert large": (HubertModel, HubertConfig, HF_LARGE),
+    "wav2vec2": (Wav2Vec2Model, Wav2Vec2Config, HF_BASE),
+    "wavlm": (WavLMModel, WavLMConfig, HF_BASE | BUCKETS),
+    "wavlm large": (WavLMModel, WavLMConfig, HF_LARGE | BUCKETS),
 }
 RENAMES = [
     (r"masked_spec_embed", "mask_emb"),
@@ -73,12 +61,7 @@ RENAMES = [
 
 def teacher(kind: str) -> PreTrainedModel:
     model_class, config_class, options = TEACHERS[kind]
-    torch.manual_seed(0)
-    model = model_class(config_class(**(SIZE | options))).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + name.endswith("norm.weight"))
-    return model
+    return tiny_hf(model_class, config_class, **options)
 
 
 def fairseq_state(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """Tiny transformers models with random weights import with the same hidden states in every layer."""
 
+import functools
+
 import pytest
 import torch
 from transformers import (
@@ -14,52 +16,31 @@ from transformers import (
     WavLMModel,
 )
 
+from tests.helpers import HF_BASE, HF_LARGE, tiny_hf
 from wav2vec2.checkpoint import CheckpointError, model_from_state
 from wav2vec2.importers import import_huggingface
 
-SIZE = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "intermediate_size": 36,
-    "conv_dim": (16, 20, 20),
-    "conv_kernel": (10, 3, 2),
-    "conv_stride": (5, 2, 2),
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-    "vocab_size": 7,
-    "num_codevectors_per_group": 4,
-    "codevector_dim": 8,
-    "proj_codevector_dim": 8,
-}
-BASE = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
-LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 KINDS = {
-    "hubert base": (HubertModel, HubertConfig, BASE),
-    "hubert large": (HubertModel, HubertConfig, LARGE),
-    "hubert group norm with bias": (HubertModel, HubertConfig, BASE | {"conv_bias": True}),
-    "hubert odd positional kernel": (HubertModel, HubertConfig, BASE | {"num_conv_pos_embeddings": 15}),
-    "wav2vec2 base": (Wav2Vec2Model, Wav2Vec2Config, BASE),
-    "wav2vec2 xls-r": (Wav2Vec2Model, Wav2Vec2Config, LARGE | {"num_hidden_layers": 5, "intermediate_size": 48}),
+    "hubert base": (HubertModel, HubertConfig, HF_BASE),
+    "hubert large": (HubertModel, HubertConfig, HF_LARGE),
+    "hubert group norm with bias": (HubertModel, HubertConfig, HF_BASE | {"conv_bias": True}),
+    "hubert odd positional kernel": (HubertModel, HubertConfig, HF_BASE | {"num_conv_pos_embeddings": 15}),
+    "wav2vec2 base": (Wav2Vec2Model, Wav2Vec2Config, HF_BASE),
+    "wav2vec2 xls-r": (Wav2Vec2Model, Wav2Vec2Config, HF_LARGE | {"num_hidden_layers": 5, "intermediate_size": 48}),
     "wav2vec2 layer norm without bias, post-norm": (
         Wav2Vec2Model,
         Wav2Vec2Config,
         {"feat_extract_norm": "layer", "do_stable_layer_norm": False, "conv_bias": False},
     ),
     # Few buckets and a short distance, so that the logarithmic and the last bucket are in use.
-    "wavlm base": (WavLMModel, WavLMConfig, BASE | {"num_buckets": 16, "max_bucket_distance": 30}),
-    "wavlm large": (WavLMModel, WavLMConfig, LARGE | {"num_buckets": 16, "max_bucket_distance": 30}),
+    "wavlm base": (WavLMModel, WavLMConfig, HF_BASE | {"num_buckets": 16, "max_bucket_distance": 30}),
+    "wavlm large": (WavLMModel, WavLMConfig, HF_LARGE | {"num_buckets": 16, "max_bucket_distance": 30}),
 }
 
 
-def tiny(model_class: type[PreTrainedModel], config_class: type, **options: object) -> PreTrainedModel:
-    """Random weights of ordinary size everywhere; the libraries' own start hides biases, norms and position."""
-    torch.manual_seed(0)
-    model = model_class(config_class(**(SIZE | options))).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + name.endswith("norm.weight"))
-    return model
+tiny = functools.partial(
+    tiny_hf, num_hidden_layers=3, num_codevectors_per_group=4, codevector_dim=8, proj_codevector_dim=8
+)
 
 
 def imported(model: PreTrainedModel, state: dict | None = None, **kwargs: object):
@@ -101,7 +82,7 @@ def test_every_layer_agrees_with_transformers(kind: str) -> None:
 
 @pytest.mark.parametrize("spelling", ["parametrizations", "weight_g"])
 def test_both_spellings_of_weight_norm(spelling: str) -> None:
-    original = tiny(HubertModel, HubertConfig, **BASE)
+    original = tiny(HubertModel, HubertConfig, **HF_BASE)
     state = dict(original.state_dict())
     if spelling == "weight_g":
         stem = "encoder.pos_conv_embed.conv."
@@ -113,7 +94,7 @@ def test_both_spellings_of_weight_norm(spelling: str) -> None:
 
 
 def test_half_precision_becomes_float32() -> None:
-    original = tiny(HubertModel, HubertConfig, **BASE).half()
+    original = tiny(HubertModel, HubertConfig, **HF_BASE).half()
     found, model = imported(original)
     assert {tensor.dtype for tensor in found.state_dict.values()} == {torch.float32}
     assert next(model.parameters()).dtype == torch.float32
@@ -127,7 +108,7 @@ def test_half_precision_becomes_float32() -> None:
     ],
 )
 def test_heads_are_dropped_by_name_and_the_mask_embedding_kept(model_class, config_class, heads) -> None:
-    original = tiny(model_class, config_class, **BASE)
+    original = tiny(model_class, config_class, **HF_BASE)
     found, _ = imported(original)
     backbone = original.base_model
     assert heads <= set(found.dropped)
@@ -136,7 +117,7 @@ def test_heads_are_dropped_by_name_and_the_mask_embedding_kept(model_class, conf
 
 
 def test_every_tensor_is_used_exactly_once() -> None:
-    original = tiny(WavLMModel, WavLMConfig, **BASE)
+    original = tiny(WavLMModel, WavLMConfig, **HF_BASE)
     state = dict(original.state_dict())
     with pytest.raises(CheckpointError, match=r"'encoder\.layers\.0\.attention\.k_proj\.wieght'"):
         imported(original, state | {"encoder.layers.0.attention.k_proj.wieght": torch.ones(1)})

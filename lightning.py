@@ -9,6 +9,7 @@ This file shadows the package ``lightning`` for programs run from here: import `
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from distillation.training.processes import outlive_stop_signal, supervised
 from distillation.training.progress import Progress, metrics_table
 from distillation.training.resuming import AtomicCheckpointIO, read_run, supervise_restoring
 from distillation.training.step import TrainingStep, seed_micro_batch
+from wav2vec2 import kernels
 
 logger = logging.getLogger(__name__)
 LAST = Path("ckpts") / "last.ckpt"  # newest checkpoint, in the folder of a run
@@ -175,6 +177,7 @@ class DistillModule(pl.LightningModule):
         checkpoint["student_config"] = self.student.config
         checkpoint["heads"] = self.objectives.head_state()
         checkpoint["recipe"] = self.recipe
+        checkpoint["kernels"] = kernels.choices()
         self.guard.settle(self.trainer)
         checkpoint["guard"] = self.guard.state()
         checkpoint["means"] = self.means.state(self.trainer, self.device)
@@ -182,7 +185,8 @@ class DistillModule(pl.LightningModule):
             checkpoint["num_params_before"] = self.lagrangian.num_params_before
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue the counts and the row of metrics that were being gathered."""
+        """Continue the counts, the row of metrics that was being gathered, and the forms of operations, bit for bit."""
+        kernels.use(checkpoint.get("kernels", {}))
         self.guard.load_state(checkpoint["guard"])
         self.means = RunningMeans.from_state(checkpoint["means"], self.trainer.global_rank, self.device)
 
@@ -276,6 +280,9 @@ def build_trainer(recipe: Recipe, optim: OptimConfig) -> pl.Trainer:
     strategy: str | Strategy = "auto"
     if world_size > 1:
         backend = "nccl" if accelerator == "gpu" else "gloo"
+        if accelerator == "cpu":  # all processes of this machine are to round alike
+            chosen = [name for name, taken in kernels.decide().items() if taken]
+            os.environ.setdefault("WAV2VEC2_KERNELS", ",".join(chosen))
         # no exchange of buffers: ranks may validate on unequal numbers of batches
         strategy = DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True, broadcast_buffers=False)
     if config.precision == "32-true":  # torch lets convolutions round float32 to 10 bits of mantissa

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,11 +18,12 @@ from distillation.errors import UserError
 from distillation.objectives import LayerToLayer, ObjectiveConfig
 from distillation.optimisation import OptimConfig
 from distillation.sparsity import PruningConfig, make_prunable
+from distillation.training.guards import BatchGuard
 from distillation.training.memory import TrialUpdates
 from distillation.training.step import seed_micro_batch
 from lightning import DistillModule, accumulation
 from tests.helpers import ROOT
-from wav2vec2 import wav2vec2_model
+from wav2vec2 import kernels, wav2vec2_model
 from wav2vec2.passes import PassOptions
 
 
@@ -134,3 +136,20 @@ def test_batches_are_fitted_to_gpus_alone(tmp_path):
         result = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=ROOT, env=hidden, check=False)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_keeps_the_forms_of_operations(tiny_config, monkeypatch):
+    """Forms round differently: a run that goes on elsewhere takes those that it began with."""
+    monkeypatch.setattr(kernels, "_choices", {"onednn": True, "shifted_bf16": False})
+    module = build(tiny_config, [[0], [4]], None)
+    module.guard = BatchGuard({}, 0.0, 0, Path("unused"))
+    module.trainer = mock.Mock(world_size=1, loggers=[])
+    checkpoint: dict = {}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["kernels"] == {"onednn": True, "shifted_bf16": False}
+    kernels.use({"onednn": False})
+    module.trainer.global_rank = 0
+    module.on_load_checkpoint(checkpoint)
+    assert kernels.choices() == {"onednn": True, "shifted_bf16": False}
+    with pytest.raises(ValueError, match="no form 'x'"):
+        module.on_load_checkpoint(checkpoint | {"kernels": {"x": True}})

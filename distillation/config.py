@@ -37,38 +37,27 @@ class TrainerConfig:
 
     accelerator: Literal["gpu", "cpu", "auto"] = "gpu"
     """Where to train; gpu is an error where there is none."""
-
     devices: int | Literal["auto"] = "auto"
     """Processes per node, one per GPU; auto takes all GPUs, or one CPU process."""
-
     num_nodes: int = 1
     """Machines."""
-
     precision: Literal["bf16-mixed", "16-mixed", "32-true"] = "bf16-mixed"
     """Of the training step; masks and losses are float32 in any case."""
-
     teacher_precision: Literal["same", "float32", "bfloat16"] = "same"
     """Of the teacher's forward pass."""
-
     recompute: bool = False
     """Run the student's layers again in the backward pass instead of keeping what they compute: less memory, a third
     more time in the student."""
-
     batches_per_update: int = 4
     """Micro-batches averaged in one update over all processes; fewer processes accumulate more."""
-
     log_every: int = 50
     """Updates between two rows of metrics; each row is the mean since the one before."""
-
     validate_every: int = 1000
     """Updates between two validations."""
-
     checkpoint_every: int = 500
     """Updates between two checkpoints."""
-
     checkpoint_minutes: float = 15.0
     """Minutes after which a checkpoint is written in any case."""
-
     max_skipped_updates: int = 25
     """Updates that may be left without effect, since a loss or gradient is not finite; more of them end the run."""
 
@@ -117,46 +106,32 @@ class Recipe:
 
     base: str | None = None
     """Recipe that this one builds on, relative to its own folder."""
-
     teacher_ckpt: Path = Path("pretrained/hubert-base-ls960.hf.pth")
     """The teacher, a .pth file made by one of the converters."""
-
     teacher_id: str = "facebook/hubert-base-ls960"
     """Hub id (or local folder) that the shell recipes convert teacher_ckpt from, where it does not exist yet."""
-
     teacher_layers: int | None = 12
     """Transformer layers of the teacher that the recipe is written for; null for any."""
-
     teacher_width: int | None = 768
     """Transformer width of the teacher that the recipe is written for; null for any."""
-
     student_ckpt: Path | None = None
     """Model to start from, instead of what student says."""
-
     student: StudentConfig = field(default_factory=StudentConfig)
     """What to start from."""
-
     exp_dir: Path = Path("exp/dphubert_base")
     """Folder of the run."""
-
     seed: int = 2022
     """Of data order, crops, dropout and masks."""
-
     data: DataConfig = field(default_factory=DataConfig)
     """Audio."""
-
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What to train towards."""
-
     pruning: PruningConfig = field(default_factory=PruningConfig)
     """What to prune in step 1."""
-
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Step 1."""
-
     final: OptimConfig | None = field(default_factory=lambda: OptimConfig(max_steps=25000, lr=1e-4, warmup_steps=5000))
     """Step 2; null for none."""
-
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Machine and bookkeeping."""
 

@@ -20,31 +20,22 @@ class OptimConfig:
 
     max_steps: int = 50000
     """Updates."""
-
     max_epochs: int | None = None
     """Length in passes over the data instead; max_steps is then not used."""
-
     lr: float = 2e-4
     """Peak learning rate of the weights and heads."""
-
     warmup_steps: int = 15000
     """Updates of linear warm-up; the last of them has the peak rate."""
-
     warmup_ratio: float | None = None
     """Warm-up as a share of all updates instead; warmup_steps is then not used."""
-
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """After the warm-up: linear decay, half a cosine, or no decay; 0 would come just after the last update."""
-
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW moment decay rates."""
-
     eps: float = 1e-8
     """AdamW epsilon."""
-
     weight_decay: float = 0.0
     """AdamW weight decay of weights; biases and norm parameters have none."""
-
     clip: float | None = 10.0
     """Largest norm of the whole gradient; null for no clipping."""
 

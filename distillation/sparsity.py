@@ -27,22 +27,16 @@ class PruningConfig:
 
     units: list[str] = field(default_factory=lambda: ["conv", "head", "interm"])
     """What to prune: any of conv, head, interm, attlayer, ffnlayer. Empty for no pruning."""
-
     target_sparsity: float = 0.75
     """Share of the teacher's parameters to remove, in [0, 1)."""
-
     warmup_steps: int = 5000
     """Updates over which the target rises from 0 to target_sparsity."""
-
     lr_masks: float = 2e-2
     """Peak learning rate of log_alpha."""
-
     lr_lagrangian: float = 2e-2
     """Peak learning rate of lambda1 and lambda2."""
-
     constant_lr: bool = False
     """Keep both rates constant instead of following the schedule of the weights (short runs need it)."""
-
     drop_rates: dict[str, float] = field(default_factory=dict)
     """Initial drop probability per unit kind where it differs from the published 0.01 (interm: 0.5)."""
 

@@ -30,34 +30,24 @@ class ThinStudent:
 
     num_layers: int = 12
     """Transformer layers."""
-
     width: int = 480
     """Transformer width D; as wide as the last channels: no linear map between them."""
-
     heads: int = 12
     """Attention heads per layer."""
-
     ffn: int = 480
     """FFN units per layer."""
-
     channels: list[int] = field(default_factory=lambda: [128, 256, 512])
     """Channels of the first conv layer, of the five in the middle, of the last three (C)."""
-
     pos_conv_kernel: int = 128
     """Frames that the positional convolution sees."""
-
     pos_conv_groups: int = 16
     """Groups of the positional convolution."""
-
     time_reduction: int = 1
     """Frames merged into one before the first layer; 1 for none."""
-
     reuse_attention: bool = False
     """Every second layer reuses the attention map of the layer before it, and has no queries and keys."""
-
     dropout: float = 0.1
     """After attention, FFN activation, FFN and positional convolution, and on the attention weights."""
-
     input_dropout: float = 0.05
     """After the feature projection."""
 
@@ -98,10 +88,8 @@ class StudentConfig:
 
     thin: ThinStudent | None = None
     """Thin and deep, at random."""
-
     layers: CopiedLayers | None = None
     """A few layers of the teacher."""
-
     slice: UniformSlice | None = None
     """A uniform slice of the teacher."""
 

@@ -25,13 +25,10 @@ class FeatureOptions:
 
     layers: str = "last"
     """all, last, or numbers such as 0,4,8,12."""
-
     format: Literal["npy", "safetensors"] = "npy"
     """Of the files written."""
-
     window: float = 40.0
     """Seconds run at once; longer files are cut."""
-
     context: float = 5.0
     """Seconds by which windows overlap on either side."""
 

@@ -15,22 +15,16 @@ class FinetuneConfig:
 
     max_steps: int = 20_000
     """Updates."""
-
     freeze_steps: int = 2_000
     """Updates in which the output layer alone learns."""
-
     lr: float = 1e-4
     """Peak rate of the Transformer."""
-
     head_lr: float = 1e-3
     """Peak rate of the output layer."""
-
     warmup_ratio: float = 0.1
     """Share of the updates after the freeze in which the Transformer's rate rises; then it falls to 0."""
-
     seconds_per_batch: float = 100.0
     """Audio of an update, padding included."""
-
     train_extractor: bool = False
     """Train the convolutions too."""
 
@@ -49,34 +43,24 @@ class FinetuneRun:
 
     model: str
     """Model: .pth, .safetensors, a folder of export.py, or a hub id."""
-
     train: Path
     """LibriSpeech folder or manifest."""
-
     valid: Path
     """The same, to measure on."""
-
     exp_dir: Path
     """Folder of the run."""
-
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Length and rates."""
-
     validate_every: int = 1000
     """Updates between two validations."""
-
     beam_size: int = 0
     """Also decode with a beam; see requirements/export.txt."""
-
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to train."""
-
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Of training, as Lightning names it."""
-
     seed: int = 0
     """Of the data's order, dropout and the output layer."""
-
     workers: int = 2
     """Processes that read audio."""
 

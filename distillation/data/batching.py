@@ -31,46 +31,32 @@ class DataConfig:
 
     tsv_dir: Path = Path("data")
     """Folder of the utterance lists that prepare_data.py writes."""
-
     train: str = "train960.tsv"
     """Training list, relative to tsv_dir."""
-
     valid: str = "valid.tsv"
     """Validation list, relative to tsv_dir."""
-
     sample_rate: int = SAMPLE_RATE
     """Samples per second of every file; another rate is an error, nothing is resampled."""
-
     min_frames: int = 32000
     """Shortest utterance used, in samples; shorter ones are dropped."""
-
     max_frames: int = 250000
     """Longest utterance used as it is, in samples."""
-
     long: Literal["drop", "split"] = "drop"
     """What happens to utterances over max_frames: dropped as published, or split into equal pieces."""
-
     num_buckets: int = 1000
     """Utterances are sorted into this many equally wide ranges of length and shuffled inside each."""
-
     seconds_per_batch: float = 160.0
     """Most seconds of audio in one micro-batch of one process, padding included."""
-
     utterances_per_batch: int | None = None
     """Fixed number of utterances in a micro-batch; seconds_per_batch is then not used."""
-
     crop: bool = True
     """Crop a micro-batch at random offsets to its shortest utterance; if false, pad it to its longest."""
-
     reshuffle: Literal["every_epoch", "once"] = "every_epoch"
     """A new order and new crops every epoch, or those of the first epoch again and again as in the released system."""
-
     num_workers: int | Literal["auto"] = "auto"
     """Processes per rank that read the training audio; 0 reads in the training process; auto asks the machine."""
-
     valid_seconds_per_batch: float = 160.0
     """Most seconds of audio in one validation batch, padding included."""
-
     max_bad_share: float = 0.001
     """Share of the files of a list that may turn out unreadable; they are left out, more of them end the run."""
 

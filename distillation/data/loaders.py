@@ -40,28 +40,20 @@ class Batch:
 
     waveforms: Tensor
     """[B, N] float32, full scale 1, zero after the end of a row."""
-
     lengths: Tensor | None
     """[B] int64, samples per row; None when every row is full."""
-
     number: int
     """Number of the micro-batch over all epochs and ranks."""
-
     files: list[str]
     """Path of each row."""
-
     errors: dict[str, str]
     """Path of each file that was left out, and why."""
-
     seconds: float
     """Seconds of audio, without padding."""
-
     read_seconds: float
     """Time that one worker took to read the batch, for the loader's share of the step."""
-
     silent: list[str] = field(default_factory=list)
     """Paths of the rows without sound."""
-
     clipped: list[str] = field(default_factory=list)
     """Paths of the rows that are distorted by full scale."""
 
@@ -113,16 +105,12 @@ class Place:
 
     rank: int = 0
     """This process, from 0."""
-
     world_size: int = 1
     """Number of processes."""
-
     ranks_per_node: int = 1
     """Processes that share this machine's cores."""
-
     pin_memory: bool = False
     """Deliver batches in page-locked memory, for a GPU."""
-
     worker_init_fn: Callable[[int], None] | None = None
     """Called in every reading process with its number."""
 

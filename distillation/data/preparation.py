@@ -34,28 +34,20 @@ class Preparation:
 
     data: Path
     """Folder that holds train-clean-100 and so on, or holds LibriSpeech/, or any folder of audio."""
-
     out: Path
     """Folder for the lists."""
-
     valid: Path | None = None
     """Folder of validation audio; by default the dev parts of LibriSpeech, or a held-out part of other data."""
-
     valid_fraction: float = 0.05
     """Share of the audio to hold out; whole top folders (speakers) where they are small enough."""
-
     seed: int = 0
     """Of the choice of what is held out."""
-
     sample_rate: int = 16000
     """Required rate in Hz."""
-
     num_threads: int | None = None
     """Files read at once; by default twice the number of cores."""
-
     check: bool = False
     """Decode every file; problems are an error and listed in OUT/broken.tsv."""
-
     skip_broken: bool = False
     """Leave out the files that cannot be used."""
 

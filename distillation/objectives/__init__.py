@@ -35,19 +35,14 @@ class ObjectiveConfig:
 
     layer_to_layer: LayerToLayer.Config | None = None
     """Matched layers, DPHuBERT."""
-
     prediction_layer: PredictionLayer.Config | None = None
     """Teacher layers predicted from the last student layer, DistilHuBERT."""
-
     hint: Hint.Config | None = None
     """All layers through linear heads, FitHuBERT."""
-
     masking: Masking.Config | None = None
     """All layers with masked frames, ARMHuBERT and MaskHuBERT."""
-
     temporal_relation: TemporalRelation.Config | None = None
     """How frames relate to each other, STaRHuBERT."""
-
     scale_gradients: bool = False
     """Average the gradients of the layers above instead of summing them, ARMHuBERT's layer-gradient scaling."""
 

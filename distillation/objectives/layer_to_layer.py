@@ -21,13 +21,10 @@ class DistanceWeights:
 
     l1: float = 1.0
     """Mean absolute difference."""
-
     l2: float = 0.0
     """Mean squared difference."""
-
     cos: float = 1.0
     """Cosine similarity, in the form that cos_type names."""
-
     cos_type: Literal["raw", "log_sig"] = "raw"
     """raw: minus the mean similarity (DPHuBERT); log_sig: minus the mean log sigmoid of it (DistilHuBERT)."""
 

@@ -16,16 +16,12 @@ class SpanConfig:
 
     probability: float = 0.8
     """Share of the frames that the drawn spans would cover; fewer are where no more spans fit."""
-
     span: int = 10
     """Frames per span, 50 per second."""
-
     span_lengths: Literal["fixed", "uniform"] = "fixed"
     """All spans equally long, or drawn uniformly from 0 to twice that (the files released with ARMHuBERT)."""
-
     min_space: int = 1
     """Unmasked frames between two spans, at least."""
-
     min_spans: int = 2
     """Spans per utterance, at least."""
 

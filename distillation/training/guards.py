@@ -32,13 +32,10 @@ class Trouble:
 
     files: dict[str, dict[str, str]] = field(default_factory=lambda: {"train": {}, "valid": {}})
     """Per list: path -> why it cannot be used."""
-
     levels: dict[str, list[str]] = field(default_factory=lambda: {"silent": [], "clipped": []})
     """Paths of the stretches of audio that are usable but suspicious, as often as they were met."""
-
     updates: dict[int, list[str]] = field(default_factory=dict)
     """Update without effect -> files of its micro-batches with a loss that is not finite."""
-
     suspects: dict[int, list[str]] = field(default_factory=dict)
     """The same update -> all of its files."""
 

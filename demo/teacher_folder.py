@@ -10,6 +10,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
+import jinja2
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -17,38 +18,11 @@ from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 logger = logging.getLogger(__name__)
 
-_CARD = """# A tiny HuBERT for the demo and for mini-SUPERB
-
-{parameters:,} parameters, {layers} layers, {width} wide; float16 on disk, float32 in memory. Load it with
-`transformers.HubertModel.from_pretrained(folder)`. Input: 16 kHz mono, not normalised. It knows only the synthetic
-voices and the {words} words of the corpus made by `python -m demo.corpus --out CORPUS`: a model to test compression
-on, of no use for real speech.
-
-Trained on {date} with {cores} CPU cores ({machine}, torch {torch}) by
-`python -m demo.train_teacher --corpus CORPUS --work_dir WORK`. Accuracy per frame (%) of a linear probe on each layer,
-held-out speakers and sentences, silence left out:
-
-| layer | words ({words} classes) | phones ({phones} classes) |
-|---|---|---|
-{accuracies}
-
-| stage | steps | minutes | last loss | clusters' information on phones |
-|---|---|---|---|---|
-{stages}
-
-`training_log.json` holds the settings and the curves.
-"""
+CARD = Path(__file__).with_name("teacher_card.md.jinja")
 
 
 def _card(log: dict) -> str:
-    rows = zip(log["accuracy"]["words"], log["accuracy"]["phones"], strict=True)
-    accuracies = "\n".join(f"| {layer} | {word:.1f} | {phone:.1f} |" for layer, (word, phone) in enumerate(rows))
-    stages = []
-    for name, stage in log["stages"].items():
-        last, information = stage["curve"][-1], stage["phone_information"]
-        shown = f"{information:.3f}" if information is not None else "labels, not clusters"
-        stages.append(f"| {name} | {last['step']:,} | {last['seconds'] / 60:.1f} | {last['loss']:.3f} | {shown} |")
-    return _CARD.format(**log["classes"], **log["model"], **log["run"], accuracies=accuracies, stages="\n".join(stages))
+    return jinja2.Template(CARD.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True).render(log)
 
 
 def save_teacher(model: HubertModel, out: Path, log: dict) -> dict:

@@ -18,7 +18,7 @@ from distillation.config import parse_recipe
 from distillation.errors import UserError, command
 from distillation.sparsity import make_prunable
 from distillation.training.memory import TrialUpdates, same_update, search
-from wav2vec2.checkpoint import replacing
+from wav2vec2.checkpoint import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,7 @@ def main() -> None:
     seconds = search(TrialUpdates(step, trainer.dtype, data), data, most_seconds, device)
     name, value, count = same_update(data, trainer, world_size, seconds)
     path = recipe.exp_dir / "batch.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        content = {"data": {name: value}, "trainer": {"batches_per_update": count}}
-        temporary.write_text(yaml.safe_dump(content), encoding="utf-8")
+    write_text(path, yaml.safe_dump({"data": {name: value}, "trainer": {"batches_per_update": count}}))
     logger.info("micro-batches of up to %.0f s are safe; the update is %d of %s %g", seconds, count, name, value)
     print(f"--data.{name} {value:g} --trainer.batches_per_update {count}")
     print(f"-> {path}")

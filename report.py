@@ -15,7 +15,7 @@ from distillation.errors import UserError, command
 from evaluation.cost import resolve_devices
 from evaluation.report_data import closing_table, collect
 from evaluation.report_page import render
-from wav2vec2.checkpoint import replacing
+from wav2vec2.checkpoint import write_text
 
 
 @command
@@ -42,8 +42,7 @@ def main() -> None:
     report = collect(run, max_seconds=options.seconds, devices=resolve_devices(options.device), rounds=options.rounds)
     page, numbers = render(report), json.dumps(report.as_json(), indent=1, allow_nan=False)
     for path, text in ((out.with_suffix(".json"), numbers), (out, page)):
-        with replacing(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
     print(closing_table(report))
     print(f"-> {out}, {out.with_suffix('.json')}")
 

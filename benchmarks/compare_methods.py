@@ -36,7 +36,7 @@ from distillation.objectives import Objectives
 from distillation.students import CopiedLayers, StudentConfig, ThinStudent, build_student
 from evaluation.tables import markdown_table
 from wav2vec2 import Wav2Vec2Model, load_model
-from wav2vec2.checkpoint import load_checkpoint, replacing
+from wav2vec2.checkpoint import load_checkpoint, write_text
 from wav2vec2.counting import count_params
 
 logger = logging.getLogger(__name__)
@@ -196,8 +196,7 @@ def train(exp: Path, recipe: dict[str, Any]) -> Path:
         raise UserError(f"{path}: made with other settings; use another --out, or remove {exp}")
     if final.is_file():
         return final
-    with replacing(path) as temporary:
-        temporary.write_text(text)
+    write_text(path, text)
     stages: list[list[object]] = [["distill.py", "--config", path, "--exp_dir", exp]]
     if pruned:
         stages.append(["prune.py", "--distilled_ckpt", exp / "ckpts" / "last.ckpt"])
@@ -227,8 +226,7 @@ def measure(name: str, seed: int, final: Path, teacher: Wav2Vec2Model, recipe_pa
     num_heads = Objectives(recipe.objective, model, teacher).num_params()
     distances = linear_distances(model.eval(), teacher, recipe.data)
     result = Result(name, seed, num_params, num_heads, distances.unexplained, distances.layers)
-    with replacing(kept) as temporary:
-        temporary.write_text(json.dumps(asdict(result)))
+    write_text(kept, json.dumps(asdict(result)))
     return result
 
 

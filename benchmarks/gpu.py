@@ -40,7 +40,7 @@ from distillation.training.memory import largest_batch, runs_in_memory
 from evaluation.timing import in_turns
 from wav2vec2 import prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
-from wav2vec2.checkpoint import replacing
+from wav2vec2.checkpoint import write_text
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 SPARSITIES = [0.0, 0.25, 0.5, 0.75]
@@ -232,9 +232,7 @@ def run(
         print(f"{what} pruned: {ratio:.2f} x as fast as the dense step")
     print(f"GPU-hours: {result['hours']}; largest batch {result['largest_batch_seconds']} s; the loader gives "
           f"{result['loader_audio_per_second']:.0f} s of audio per second")  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(out, json.dumps(result, indent=1) + "\n")
     print(f"{name}, {time.perf_counter() - begin:.0f} s -> {out}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from wav2vec2.checkpoint import replacing
+from wav2vec2.checkpoint import write_text
 
 
 def as_svg(figure: Figure) -> str:
@@ -23,6 +23,5 @@ def write(folder: Path, name: str, content: Any, figure: Figure) -> str:
     """Write ``name``.json and ``name``.svg; where they are, in words."""
     files = {folder / f"{name}.json": json.dumps(content, indent=1) + "\n", folder / f"{name}.svg": as_svg(figure)}
     for path, text in files.items():
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return ", ".join(map(str, files))

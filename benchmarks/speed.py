@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import os
 import platform
 import statistics
@@ -31,17 +30,16 @@ import torchaudio
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks.plots import as_svg
+from benchmarks.plots import write
 from benchmarks.steps import BF16, Ours, Peer, Step, kept_bytes, matmul_peak, num_macs, set_sparsity
-from distillation.commandline import make_parser, parse_arguments
+from distillation.commandline import command_of
 from distillation.config import RECIPES, parse_recipe
-from distillation.errors import UserError, command
+from distillation.errors import UserError
 from distillation.sparsity import make_prunable
 from evaluation.tables import markdown_table
 from evaluation.timing import in_turns
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE, WAVLM_BASE
-from wav2vec2.checkpoint import replacing
 from wav2vec2.counting import count_params
 from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.kernels import FORMS, choices, usual_forms
@@ -285,8 +283,8 @@ def table(rows: list[Row]) -> str:
     return markdown_table(head, lines)
 
 
-def draw(rows: list[Row]) -> str:
-    """SVG: times faster than dense against sparsity, one line per section and precision."""
+def draw(rows: list[Row]) -> Figure:
+    """Times faster than dense against sparsity, one line per section and precision."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axis = figure.subplots()
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -301,7 +299,7 @@ def draw(rows: list[Row]) -> str:
     axis.grid(alpha=0.2)
     if curves:
         axis.legend(fontsize=8)
-    return as_svg(figure)
+    return figure
 
 
 def run(
@@ -351,21 +349,11 @@ def run(
         "peak_gmacs": {"f32": peaks[None] / 1e9, "bf16": peaks[BF16] / 1e9},
         "rows": [{**vars(row), "ratio": row.ratio, "goal": row.goal} for row in rows],
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    for path, text in ((out / "speed.json", json.dumps(content, indent=1) + "\n"), (out / "speed.svg", draw(rows))):
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    print(f"\n-> {out / 'speed.json'}, {out / 'speed.svg'}")
+    print(f"\n-> {write(out, 'speed', content, draw(rows))}")
     return rows
 
 
-@command
-def main() -> None:
-    """Run the benchmark."""
-    parser = make_parser(__doc__)
-    parser.add_function_arguments(run)
-    run(**vars(parse_arguments(parser)))
-
+main = command_of(run, __doc__)
 
 if __name__ == "__main__":
     main()

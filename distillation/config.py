@@ -15,13 +15,13 @@ import torch
 
 from distillation.commandline import make_parser, one_line, parse_arguments
 from distillation.data.batching import DataConfig
-from distillation.errors import UserError, command
+from distillation.errors import UserError, command, require
 from distillation.objectives import ObjectiveConfig
 from distillation.optimisation import OptimConfig
 from distillation.sparsity import PruningConfig
 from distillation.students import StudentConfig
 from distillation.yamlfile import read_yaml
-from wav2vec2.checkpoint import replacing
+from wav2vec2.checkpoint import write_text
 
 RECIPES = Path(__file__).parent.parent / "conf"
 MAX_RECIPE_BYTES = 1_000_000
@@ -62,15 +62,11 @@ class TrainerConfig:
     """Updates that may be left without effect, since a loss or gradient is not finite; more of them end the run."""
 
     def __post_init__(self) -> None:
-        for name in ("num_nodes", "batches_per_update", "log_every", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"trainer.{name} is {getattr(self, name)}: it must be at least 1")
-        if not self.checkpoint_minutes > 0:
-            raise UserError(f"trainer.checkpoint_minutes is {self.checkpoint_minutes}: it must be positive")
-        if self.max_skipped_updates < 0:
-            raise UserError(f"trainer.max_skipped_updates is {self.max_skipped_updates}: it must be at least 0")
-        if self.devices != "auto" and self.devices < 1:
-            raise UserError(f"trainer.devices is {self.devices}: it must be at least 1, or auto")
+        counts = ("num_nodes", "batches_per_update", "log_every", "validate_every", "checkpoint_every")
+        require(self, "trainer.", "be at least 1", lambda value: value >= 1, *counts)
+        require(self, "trainer.", "be positive", lambda value: value > 0, "checkpoint_minutes")
+        require(self, "trainer.", "be at least 0", lambda value: value >= 0, "max_skipped_updates")
+        require(self, "trainer.", "be at least 1, or auto", lambda value: value == "auto" or value >= 1, "devices")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -260,8 +256,7 @@ def _check_names(content: object, kind: object, path: str) -> None:
 
 def save_resolved(resolved: str, exp_dir: Path) -> None:
     """Write the resolved recipe beside the run."""
-    with replacing(exp_dir / "config.yaml") as temporary:
-        temporary.write_text(resolved, encoding="utf-8")
+    write_text(exp_dir / "config.yaml", resolved)
 
 
 @command

@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,18 @@ NO_GPU_MEMORY = (
 
 class UserError(ValueError):
     """Bad input: the message names the file and the value, and says what to do."""
+
+
+def require(settings: object, section: str, must: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Refuse values of settings that are set.
+
+    Raises:
+        UserError: naming ``section`` and setting, the value, and what it ``must``.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not holds(value):
+            raise UserError(f"{section}{name} is {value}: it must {must}")
 
 
 class Stopped(Exception):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from distillation.errors import UserError
+from distillation.errors import require
 from distillation.sparsity import Lagrangian
 
 
@@ -40,24 +40,13 @@ class OptimConfig:
     """Largest norm of the whole gradient; null for no clipping."""
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise UserError(f"max_steps is {self.max_steps}: it must be at least 1")
-        if self.max_epochs is not None and self.max_epochs < 1:
-            raise UserError(f"max_epochs is {self.max_epochs}: it must be at least 1, or null")
-        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"warmup_ratio is {self.warmup_ratio}: it must lie in [0, 1]")
-        if self.warmup_steps < 0:
-            raise UserError(f"warmup_steps is {self.warmup_steps}: it must be at least 0")
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"lr is {self.lr}: it must be positive")
-        if not 0 < self.eps < math.inf:
-            raise UserError(f"eps is {self.eps}: it must be positive")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas is {list(self.betas)}: both must lie in [0, 1)")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"weight_decay is {self.weight_decay}: it must be at least 0")
-        if self.clip is not None and not 0 < self.clip < math.inf:
-            raise UserError(f"clip is {self.clip}: it must be positive, or null for no clipping")
+        require(self, "", "be at least 1", lambda value: value >= 1, "max_steps")
+        require(self, "", "be at least 1, or null", lambda value: value >= 1, "max_epochs")
+        require(self, "", "lie in [0, 1]", lambda value: 0 <= value <= 1, "warmup_ratio")
+        require(self, "", "be at least 0", lambda value: 0 <= value < math.inf, "warmup_steps", "weight_decay")
+        require(self, "", "be positive", lambda value: 0 < value < math.inf, "lr", "eps")
+        require(self, "", "be two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value), "betas")
+        require(self, "", "be positive, or null for no clipping", lambda value: 0 < value < math.inf, "clip")
 
     def resolved(self, updates_of: Callable[[int], int]) -> OptimConfig:
         """The same with its length and its warm-up in updates.

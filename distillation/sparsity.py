@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from distillation.errors import UserError
+from distillation.errors import UserError, require
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import add_masks
 
@@ -46,16 +46,12 @@ class PruningConfig:
                 raise UserError(f"pruning: unknown unit {unit!r}, choose from {', '.join(UNITS)}")
         if len(set(self.units)) != len(self.units):
             raise UserError(f"pruning.units is {self.units}: name each unit once")
-        if not 0 <= self.target_sparsity < 1:
-            raise UserError(f"pruning.target_sparsity is {self.target_sparsity}: it must lie in [0, 1)")
+        require(self, "pruning.", "lie in [0, 1)", lambda value: 0 <= value < 1, "target_sparsity")
+        require(self, "pruning.", "be positive", lambda value: 0 < value < math.inf, "lr_masks", "lr_lagrangian")
+        require(self, "pruning.", "be at least 0", lambda value: value >= 0, "warmup_steps")
         for unit, rate in self.drop_rates.items():
             if not 0 < rate < 1:
                 raise UserError(f"pruning.drop_rates.{unit} is {rate}: it must lie between 0 and 1")
-        for name, rate in (("lr_masks", self.lr_masks), ("lr_lagrangian", self.lr_lagrangian)):
-            if not 0 < rate < math.inf:
-                raise UserError(f"pruning.{name} is {rate}: it must be positive")
-        if self.warmup_steps < 0:
-            raise UserError(f"pruning.warmup_steps is {self.warmup_steps}: it must be at least 0")
 
 
 def make_prunable(model: Wav2Vec2Model, config: PruningConfig) -> Wav2Vec2Model:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillation.errors import UserError
+from distillation.errors import UserError, require
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
 from wav2vec2.attention import WavLMSelfAttention
 from wav2vec2.checkpoint import add_masks
@@ -52,13 +52,10 @@ class ThinStudent:
     """After the feature projection."""
 
     def __post_init__(self) -> None:
-        if len(self.channels) != 3:
-            raise UserError(f"student.thin.channels is {self.channels}: it must be three numbers")
-        for name in ("num_layers", "width", "heads", "ffn", "time_reduction"):
-            if getattr(self, name) < 1:
-                raise UserError(f"student.thin.{name} is {getattr(self, name)}: it must be at least 1")
-        if self.width % self.heads:
-            raise UserError(f"student.thin.heads is {self.heads}: it must divide the width {self.width}")
+        sizes = ("num_layers", "width", "heads", "ffn", "time_reduction")
+        require(self, "student.thin.", "be three numbers", lambda value: len(value) == 3, "channels")
+        require(self, "student.thin.", "be at least 1", lambda value: value >= 1, *sizes)
+        require(self, "student.thin.", f"divide the width {self.width}", lambda n: self.width % n == 0, "heads")
 
     def conv_layers(self) -> list[tuple[int, int, int]]:
         """(channels, kernel, stride): HuBERT's strides, with two 1x1 convolutions where the channels grow."""

@@ -27,7 +27,7 @@ from evaluation.superb_score import PUBLISHED
 from evaluation.tables import markdown_table
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
-from wav2vec2.checkpoint import replacing
+from wav2vec2.checkpoint import write_text
 
 DOCS = Path(__file__).parent
 # GMACs: the papers' own tables (DPHuBERT; ARMHuBERT-S as STaR's paper lists it)
@@ -124,8 +124,7 @@ def main() -> None:
     for page in PAGES:
         text = renewed(page)
         if not check:
-            with replacing(DOCS / page) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(DOCS / page, text)
         elif text != (DOCS / page).read_text(encoding="utf-8"):
             sys.exit(f"docs/{page} is stale: run python -m docs.tables")
 

@@ -22,7 +22,7 @@ from evaluation.peak_memory import peak_memory
 from evaluation.tables import format_table
 from evaluation.timing import in_turns
 from wav2vec2 import load_model
-from wav2vec2.checkpoint import load_checkpoint, replacing
+from wav2vec2.checkpoint import load_checkpoint, write_text
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 # The utterances of the SUPERB challenge's profiling protocol, in samples: LibriSpeech test-clean sorted by length,
@@ -209,8 +209,7 @@ def main() -> None:
     print(f"\n{torch.get_num_threads()} CPU thread(s)")
     if options.out is not None:
         content = {"cpu_threads": torch.get_num_threads(), "models": [asdict(cost) for cost in costs]}
-        with replacing(options.out) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(options.out, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

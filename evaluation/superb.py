@@ -32,7 +32,7 @@ from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from distillation.training.lock import run_lock
 from wav2vec2 import load_model
-from wav2vec2.checkpoint import fingerprint, replacing
+from wav2vec2.checkpoint import fingerprint, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -240,8 +240,7 @@ def run(superb: Superb, tasks: list[str]) -> Path:
     with run_lock(out, owner=True):
         owner = out / "model.json"
         if not owner.is_file():
-            with replacing(owner) as temporary:
-                temporary.write_text(json.dumps(measured, indent=1) + "\n")
+            write_text(owner, json.dumps(measured, indent=1) + "\n")
         elif read_json(owner) != measured:
             raise UserError(f"{out}: holds the results of another model or of other features: use another --out")
         results: Results = read_json(results_path) if results_path.is_file() else {}
@@ -253,8 +252,7 @@ def run(superb: Superb, tasks: list[str]) -> Path:
                 if not (superb.data / folder).exists():
                     raise UserError(f"{superb.data / folder}: missing, {name} needs it")
             results |= SPECIAL.get(name, standard)(superb, task, out / name)
-            with replacing(results_path) as temporary:
-                temporary.write_text(json.dumps(results, indent=1) + "\n")
+            write_text(results_path, json.dumps(results, indent=1) + "\n")
             logger.info("%s: %s", name, {key: round(results[key], 4) for key in task.metrics})
     return results_path
 

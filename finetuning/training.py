@@ -19,7 +19,7 @@ from finetuning.ctc import CTCModule, UpdateBar, error_rates
 from finetuning.decoding import beam_decoder
 from finetuning.transcripts import LengthBatches, SpeechDataset, Utterance, make_vocabulary, read_transcripts
 from wav2vec2 import load_model, prune, save_model
-from wav2vec2.checkpoint import read_torch_file, replacing
+from wav2vec2.checkpoint import read_torch_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,7 @@ def finetune(run: FinetuneRun) -> dict[str, float]:
         if decode_beam is not None:
             results |= zip(("beam_wer", "beam_cer"), error_rates(module, valid_loader, decode_beam))
         save_model(exp_dir / "final.pth", module.model, vocabulary=vocabulary)
-        with replacing(exp_dir / "results.json") as temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_text(exp_dir / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 

@@ -73,6 +73,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole text file in UTF-8. Atomic; raises as :func:`replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_torch_file(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write what :func:`read_torch_file` reads. Atomic.
 

@@ -45,7 +45,7 @@ from distillation.commandline import command_of
 from distillation.errors import UserError
 from evaluation.tables import markdown_table
 from wav2vec2 import load_model, wav2vec2_model
-from wav2vec2.checkpoint import replacing
+from wav2vec2.checkpoint import write_text
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
@@ -294,8 +294,7 @@ def measured(path: Path, data: Data, steps: int) -> tuple[int, Counts]:
     model = load_model(path)
     counts = evaluate(Features(model.extract_features), data, steps)
     num_params = used_params(model)
-    with replacing(kept) as temporary:
-        temporary.write_text(json.dumps({"settings": settings, "num_params": num_params, "counts": counts}))
+    write_text(kept, json.dumps({"settings": settings, "num_params": num_params, "counts": counts}))
     return num_params, counts
 
 

@@ -7,7 +7,6 @@ processes see.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from distillation.data.manifest import MAX_FRAMES, Manifest
-from distillation.errors import UserError
+from distillation.errors import UserError, require
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 # The convolutions of wav2vec 2.0 turn this many samples into their first frame.
@@ -66,30 +65,20 @@ class DataConfig:
         return self.max_frames / self.sample_rate
 
     def __post_init__(self) -> None:
-        for name in ("sample_rate", "num_buckets"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name} is {getattr(self, name)}: it must be at least 1")
-        if self.utterances_per_batch is not None and self.utterances_per_batch < 1:
-            raise UserError(f"data.utterances_per_batch is {self.utterances_per_batch}: it must be at least 1, or null")
-        if self.num_workers != "auto" and self.num_workers < 0:
-            raise UserError(f"data.num_workers is {self.num_workers}: it must be 'auto' or at least 0")
-        for name in ("seconds_per_batch", "valid_seconds_per_batch"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and 0 < value <= MAX_FRAMES / self.sample_rate):
-                raise UserError(f"data.{name} is {value}: it must be a positive number of seconds")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"data.max_bad_share is {self.max_bad_share}: it must lie in [0, 1]")
-        if self.min_frames < MIN_INPUT_FRAMES:
-            raise UserError(
-                f"data.min_frames is {self.min_frames}: the models need at least {MIN_INPUT_FRAMES} samples"
-            )
-        if not self.min_frames <= self.max_frames <= MAX_FRAMES:
-            raise UserError(f"data.max_frames is {self.max_frames}: it must be at least min_frames, {self.min_frames}")
-        if self.long == "split" and 2 * self.min_frames > self.max_frames:
-            raise UserError(
-                f"data.max_frames is {self.max_frames}: with data.long=split it must be at least twice min_frames, "
-                f"{self.min_frames}, or the halves of an utterance just over it would be too short"
-            )
+        least, most = self.min_frames, MAX_FRAMES / self.sample_rate if self.sample_rate else 0
+        require(self, "data.", "be at least 1", lambda value: value >= 1, "sample_rate", "num_buckets")
+        require(self, "data.", "be at least 1, or null", lambda value: value >= 1, "utterances_per_batch")
+        require(self, "data.", "be 'auto' or at least 0", lambda value: value == "auto" or value >= 0, "num_workers")
+        seconds = ("seconds_per_batch", "valid_seconds_per_batch")
+        require(self, "data.", "be a positive number of seconds", lambda value: 0 < value <= most, *seconds)
+        require(self, "data.", "lie in [0, 1]", lambda value: 0 <= value <= 1, "max_bad_share")
+        must = f"be at least {MIN_INPUT_FRAMES}, the samples that the models need"
+        require(self, "data.", must, lambda value: value >= MIN_INPUT_FRAMES, "min_frames")
+        must = f"be at least min_frames, {least}"
+        require(self, "data.", must, lambda value: least <= value <= MAX_FRAMES, "max_frames")
+        if self.long == "split":
+            must = f"be at least twice min_frames, {least}, with data.long=split, or halves would be too short"
+            require(self, "data.", must, lambda value: value >= 2 * least, "max_frames")
 
 
 class Crop(NamedTuple):

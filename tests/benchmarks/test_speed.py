@@ -10,6 +10,7 @@ import torch
 import torchaudio
 
 from benchmarks import gpu, speed, steps
+from benchmarks.plots import as_svg
 from benchmarks.speed import Row, Training, schedule_total
 from benchmarks.steps import Ours, kept_bytes, set_sparsity, states
 from distillation.config import RECIPES, parse_recipe
@@ -117,7 +118,7 @@ def test_training_rows(monkeypatch, tmp_path):
     assert 0 < rows[4].extra["kept"] < 1.5
     text = speed.table(rows)
     assert text.count("\n") == 7 and "step 1, 1 x 0.5 s, 70% pruned, bf16" in text
-    assert "<svg" in speed.draw(rows)
+    assert "<svg" in as_svg(speed.draw(rows))
 
 
 def test_goals_are_found_by_name():

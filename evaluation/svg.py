@@ -38,13 +38,7 @@ class Series:
 
 
 def line_chart(
-    title: str,
-    series: Sequence[Series],
-    *,
-    x_label: str,
-    unit: str = "",
-    log: bool = False,
-    from_zero: bool = False,
+    title: str, series: Sequence[Series], *, x_label: str, unit: str = "", log: bool = False, from_zero: bool = False
 ) -> str:
     """A figure with a caption, a legend and lines; on a logarithmic scale values that are not positive are left out."""
     lines = [(s, [(x, y) for x, y in s.points if y > 0 or not log]) for s in series]

@@ -26,11 +26,7 @@ MODELS = {
     "run_dphubert.sh dphubert_large": (
         transformers.HubertModel,
         transformers.HubertConfig(
-            **SMALL,
-            num_hidden_layers=24,
-            do_stable_layer_norm=True,
-            feat_extract_norm="layer",
-            conv_bias=True,
+            **SMALL, num_hidden_layers=24, do_stable_layer_norm=True, feat_extract_norm="layer", conv_bias=True
         ),
         {"teacher_width": 128},
     ),

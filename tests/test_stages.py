@@ -153,10 +153,7 @@ def test_no_step_2(reference, script, tiny_flags, tmp_path):
         (["--pruning.nothing", 1], "--pruning.nothing"),
         (["--pruning.units", "[head]", "--pruning.target_sparsity", 0.75], "without any head units"),
         (["--optim.clip", 0], "clip is 0.0: it must be positive, or null for no clipping"),
-        (
-            ["--objective.layer_to_layer.l1", 0, "--objective.layer_to_layer.cos", 0],
-            "every weight of the",
-        ),
+        (["--objective.layer_to_layer.l1", 0, "--objective.layer_to_layer.cos", 0], "every weight of the"),
         (["--trainer.accelerator", "gpu"], "asks for a GPU"),
         (["--trainer.devices", 3], "do not spread evenly over 3 processes"),
         (["--data.train", "none.tsv"], "none.tsv"),

@@ -21,13 +21,7 @@ from .feature_extractor import ConvLayerBlock, FeatureExtractor, FeatureProjecti
 from .hardconcrete import Alive, Gates, HardConcrete, Prunable, alive_probabilities, draw_gates
 from .kernels import traced
 from .passes import HiddenStates, PassOptions
-from .transformer import (
-    ConvolutionalPositionalEmbedding,
-    Encoder,
-    EncoderLayer,
-    FeedForward,
-    Transformer,
-)
+from .transformer import ConvolutionalPositionalEmbedding, Encoder, EncoderLayer, FeedForward, Transformer
 
 NORMALIZE_EPS = 1e-7  # added to the waveform's variance, as transformers does; 1e-5 changes quiet audio
 # keys of the flat config that a HuBERT, a WavLM or an ordinary student does not have

@@ -175,14 +175,7 @@ class BatchStream(Sampler[MicroBatch]):
     """
 
     def __init__(
-        self,
-        selection: Selection,
-        config: DataConfig,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: int = 0,
+        self, selection: Selection, config: DataConfig, *, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
     ) -> None:
         if seed < 0:
             raise UserError(f"seed is {seed}: it must not be negative")

@@ -17,13 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distillation.data.audio import AudioError, level_of, read_crop
-from distillation.data.batching import (
-    BatchStream,
-    DataConfig,
-    MicroBatch,
-    ValidationBatches,
-    select_utterances,
-)
+from distillation.data.batching import BatchStream, DataConfig, MicroBatch, ValidationBatches, select_utterances
 from distillation.data.manifest import Manifest
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,7 @@ from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.passes import HiddenStates, PassOptions
 
 # (samples of the padded batch, valid samples per row or None): padded, not padded, one frame, batch of one
-BATCHES = {
-    "padded": (2600, [2600, 1500, 400]),
-    "full": (2600, None),
-    "one frame": (400, None),
-    "single": (1700, None),
-}
+BATCHES = {"padded": (2600, [2600, 1500, 400]), "full": (2600, None), "one frame": (400, None), "single": (1700, None)}
 
 
 @pytest.fixture(autouse=True)

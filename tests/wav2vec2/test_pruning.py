@@ -76,10 +76,7 @@ CASUALTIES = {
     "FFN units of layer 1": [interm(1)],
     "all FFN units": [interm(0), interm(1), interm(2)],
     "attention of layer 0": ["0.attention.hard_concrete_for_layer"],
-    "attention and FFN of layer 1": [
-        "1.attention.hard_concrete_for_layer",
-        "1.feed_forward.hard_concrete_for_layer",
-    ],
+    "attention and FFN of layer 1": ["1.attention.hard_concrete_for_layer", "1.feed_forward.hard_concrete_for_layer"],
     "everything": [f(i) for f in (heads, interm) for i in range(3)],
 }
 

@@ -14,7 +14,6 @@ Prints a table, writes speed.json and speed.svg.
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import platform
 import statistics
@@ -25,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchaudio
 from matplotlib.figure import Figure
@@ -174,15 +174,8 @@ def schedule_total(
 ) -> Row:
     """Mean update of the whole of step 1, in dense steps: the sparsity follows its published target."""
     points = sorted((row.extra["sparsity"], 1 / row.ratio) for row in rows if row.name.endswith(precision))
-
-    def cost(sparsity: float) -> float:
-        for (left, a), (right, b) in itertools.pairwise(points):
-            if left <= sparsity <= right:
-                return a + (b - a) * (sparsity - left) / (right - left)
-        return points[-1][1]
-
-    ramp = statistics.mean(cost(target * i / 100) for i in range(101))
-    seconds = (warmup * ramp + (steps - warmup) * cost(target)) / steps
+    costs = np.interp(target * np.arange(101) / 100, [s for s, _ in points], [cost for _, cost in points])
+    seconds = float((warmup * costs.mean() + (steps - warmup) * costs[-1]) / steps)
     return Row("step1", f"HuBERT Base, step 1, 4 x 5 s, whole schedule, {precision}", seconds, 1.0)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from wav2vec2.attention import WavLMSelfAttention
 from wav2vec2.checkpoint import add_masks
 from wav2vec2.counting import count_params
 from wav2vec2.hardconcrete import HardConcrete
+from wav2vec2.importers.mapping import flat_config
 from wav2vec2.pruning import Survivors
 
 CERTAIN = 60.0  # log_alpha of a unit whose gate is 1 in float32
@@ -140,35 +140,31 @@ def backbone_params(model: Wav2Vec2Model) -> int:
 
 
 def _thin(config: ThinStudent, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
-    num_layers = config.num_layers
-    flat: dict[str, Any] = {
-        "extractor_mode": "group_norm",
-        "extractor_conv_layer_config": config.conv_layers(),
-        "extractor_conv_bias": False,
-        "encoder_embed_dim": config.width,
-        "encoder_projection_dropout": config.input_dropout,
-        "encoder_pos_conv_kernel": config.pos_conv_kernel,
-        "encoder_pos_conv_groups": config.pos_conv_groups,
-        "encoder_num_layers": num_layers,
-        "encoder_use_attention": [True] * num_layers,
-        "encoder_use_feed_forward": [True] * num_layers,
-        "encoder_num_heads": [config.heads] * num_layers,
-        "encoder_head_dim": config.width // config.heads,
-        "encoder_attention_dropout": config.dropout,
-        "encoder_ff_interm_features": [config.ffn] * num_layers,
-        "encoder_ff_interm_dropout": config.dropout,
-        "encoder_dropout": config.dropout,
-        "encoder_layer_norm_first": False,
-        "encoder_layer_drop": 0.0,
-        "aux_num_out": None,
-        "normalize_waveform": teacher.normalize_waveform,
-    }
+    flat = flat_config(
+        conv_layers=config.conv_layers(),
+        embed_dim=config.width,
+        num_layers=config.num_layers,
+        num_heads=config.heads,
+        ff_interm_features=config.ffn,
+        buckets=None,
+        extractor_mode="group_norm",
+        extractor_conv_bias=False,
+        encoder_projection_dropout=config.input_dropout,
+        encoder_pos_conv_kernel=config.pos_conv_kernel,
+        encoder_pos_conv_groups=config.pos_conv_groups,
+        encoder_attention_dropout=config.dropout,
+        encoder_ff_interm_dropout=config.dropout,
+        encoder_dropout=config.dropout,
+        encoder_layer_norm_first=False,
+        encoder_layer_drop=0.0,
+        normalize_waveform=teacher.normalize_waveform,
+    )
     if config.channels[-1] == config.width:
         flat["encoder_use_projection"] = False
     if config.time_reduction > 1:
         flat["encoder_time_reduction"] = config.time_reduction
     if config.reuse_attention:
-        flat["encoder_reuse_attention"] = [i % 2 == 1 for i in range(num_layers)]
+        flat["encoder_reuse_attention"] = [i % 2 == 1 for i in range(config.num_layers)]
     model = wav2vec2_model(**flat)
     initialize(model)
     return model

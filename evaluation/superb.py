@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 from distillation.commandline import make_parser, parse_arguments
@@ -55,38 +56,12 @@ class Task:
     split: str = "test"
 
 
-TASKS: dict[str, Task] = {
-    "PR": Task("ctc", {"corpus.path": "LibriSpeech"}, {"PR": ("test per", 100)}, "downstream/ctc/libriphone.yaml"),
-    "ASR": Task(
-        "asr", {"datarc.libri_root": "LibriSpeech"}, {"ASR": ("test-clean wer", 1)}, best="dev-clean-best.ckpt",
-        split="test-clean",
-    ),
-    "KS": Task(
-        "speech_commands",
-        {
-            "datarc.speech_commands_root": "speech_commands_v0.01",
-            "datarc.speech_commands_test_root": "speech_commands_test_set_v0.01",
-        },
-        {"KS": ("test acc", 100)},
-    ),
-    "IC": Task("fluent_commands", {"datarc.file_path": "fluent_speech_commands_dataset"}, {"IC": ("test acc", 100)}),
-    "SF": Task(
-        "ctc", {"corpus.path": "SNIPS", "text.slots_file": "SNIPS/slots.txt"},
-        {"SF_F1": ("test slot_type_f1", 100), "SF_CER": ("test slot_value_cer", 100)}, "downstream/ctc/snips.yaml",
-    ),
-    "SID": Task(
-        "voxceleb1", {"datarc.file_path": "VoxCeleb1"}, {"SID": ("test acc", 100)},
-        settings={"config.optimizer.lr": "5e-3"},  # as the DPHuBERT paper; others have used 1e-4 to 1e-1
-    ),
-    "ER": Task("emotion", {"datarc.root": "IEMOCAP"}, {"ER": ("test acc", 100)}),
-    "ASV": Task("sv_voxceleb1", {"datarc.file_path": "VoxCeleb1"}, {"ASV": ("test-EER", 100)}),
-    "SD": Task(
-        "diarization",
-        {f"loaderrc.{part}_dir": f"Libri2Mix/{part}" for part in ("train", "dev", "test")},
-        {"SD": ("OVERALL", 1)}, best="best-states-dev.ckpt",
-    ),
-    "QbE": Task("quesst14_dtw", {"datarc.dataset_root": "quesst14Database"}, {"QbE": ("maxTWV", 1)}),
-}  # fmt: skip
+TASKS = {
+    name: Task(**settings)
+    for name, settings in yaml.safe_load(
+        Path(__file__).with_name("superb_tasks.yaml").read_text(encoding="utf-8")
+    ).items()
+}
 
 
 @dataclass

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from distillation.errors import UserError
 from distillation.optimisation import lr_factor
+from distillation.training.progress import UpdateBar
 from distillation.training.step import seed_micro_batch
 from finetuning.config import FinetuneConfig
 from finetuning.decoding import Decoder, greedy_decoder
@@ -128,33 +129,19 @@ class CTCModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-class UpdateBar(pl.Callback):
+class RatesBar(UpdateBar):
     """Progress over updates, with the error rates of the last validation beside it."""
-
-    bar: tqdm
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Open the bar where the run stands."""
-        self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="train", unit="update",
-                        dynamic_ncols=True)  # fmt: skip
 
     def on_train_batch_end(self, *args: Any) -> None:
         """One update further."""
+        assert self.bar is not None
         self.bar.update(1)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Show the error rates."""
+        assert self.bar is not None
         rates = {name.removeprefix("valid/"): f"{trainer.callback_metrics[name]:.1f} %" for name in RATES}
         self.bar.set_postfix(rates)
-
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Close the bar."""
-        self.bar.close()
-
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Close it before anything is said about the error."""
-        if hasattr(self, "bar"):
-            self.bar.close()
 
 
 @torch.no_grad()

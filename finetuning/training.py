@@ -15,7 +15,7 @@ from distillation.training.lock import run_lock
 from distillation.training.metrics import MetricsCSV
 from distillation.training.resuming import AtomicCheckpointIO
 from finetuning.config import FinetuneRun
-from finetuning.ctc import CTCModule, UpdateBar, error_rates
+from finetuning.ctc import CTCModule, RatesBar, error_rates
 from finetuning.decoding import beam_decoder
 from finetuning.transcripts import LengthBatches, SpeechDataset, Utterance, make_vocabulary, read_transcripts
 from wav2vec2 import load_model, prune, save_model
@@ -56,7 +56,7 @@ def finetune(run: FinetuneRun) -> dict[str, float]:
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
             logger=metrics,
-            callbacks=[UpdateBar(), ModelCheckpoint(last.parent, filename=last.stem, enable_version_counter=False)],
+            callbacks=[RatesBar(), ModelCheckpoint(last.parent, filename=last.stem, enable_version_counter=False)],
             plugins=[AtomicCheckpointIO()],
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -165,7 +165,7 @@ def normalized_conv1d(x: Tensor, length: Tensor | None, kernel: Tensor, norm: Li
     # the bias is one more tap, on a sample of 1: to be added, it would first be written out to the size of the result
     taps = torch.cat([factor[..., None] * taps, norm.bias.expand_as(factor)[..., None]], dim=-1)
     centered = F.pad(centered.to(taps.dtype), (0, 1), value=1.0)
-    if keeps_channels_first(centered):
+    if keeps_channels_first(centered, centered.numel() * len(kernel)):
         return (taps @ centered.transpose(1, 2)).transpose(1, 2)
     return centered @ taps.transpose(1, 2)
 

@@ -176,25 +176,35 @@ def _linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return F.conv2d(x, weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
 
 
-def keeps_channels_first(x: Tensor) -> bool:
+def keeps_channels_first(x: Tensor, num_macs: float) -> bool:
     """Whether :func:`conv1d` of ``x`` is fastest with the frames of a channel next to each other in memory.
 
-    It is where float32 gradients follow: oneDNN's float32 backward pass is up to twice as slow with the channels last.
-    Lower precisions (also on a GPU, whose tensor cores want it so) and float32 without gradients are faster with the
-    channels of a frame together. A graph to be exported has the usual layout.
+    It may be where float32 gradients follow: with the channels last, oneDNN's float32 backward pass takes twice as long
+    on some processors, and a fifth of the time on others. Lower precisions (also on a GPU, whose tensor cores want it
+    so) and float32 without gradients are faster with the channels of a frame together. A graph to be exported has the
+    usual layout.
     """
-    return not takes("channels_last") or (
-        computes_in_float32(x) and (torch.is_grad_enabled() or x.device.type != "cpu")
-    )
+    if not takes("channels_last") or not computes_in_float32(x):
+        return not takes("channels_last")
+    if x.device.type != "cpu" or not torch.is_grad_enabled():
+        return x.device.type != "cpu"
+    return num_macs < MIN_MACS or not _chosen("channels_last_grad")
 
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """Convolution over frames without padding: [B, T, C_in] -> [B, T', C_out], ``weight`` [C_out, C_in, K]."""
-    x = x.transpose(1, 2)
-    if keeps_channels_first(x):
-        return F.conv1d(x, weight, bias, stride).transpose(1, 2)
+    first = keeps_channels_first(x, x.shape[0] * x.shape[1] / stride * weight.numel())
+    return (_conv1d_channels_first if first else _conv1d_channels_last)(x, weight, bias, stride)
+
+
+def _conv1d_channels_first(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
+    return F.conv1d(x.transpose(1, 2), weight, bias, stride).transpose(1, 2)
+
+
+def _conv1d_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
     # F.conv1d would copy its input to have the channels first
-    return F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), bias, (1, stride)).squeeze(2).transpose(1, 2)
+    x = x.transpose(1, 2).unsqueeze(2)
+    return F.conv2d(x, weight.unsqueeze(2), bias, (1, stride)).squeeze(2).transpose(1, 2)
 
 
 class _WideConv1d(torch.autograd.Function):
@@ -371,6 +381,9 @@ _WRITTEN_OUT = Problem(
 PROBLEMS = {
     # sixteen rows: on one thread, torch gives convolutions of kernel size 1 with fewer to MKL
     "onednn": Problem(F.linear, _linear_by_onednn, ((16, 64, 512), (512, 512)), torch.float32, False),
+    "channels_last_grad": Problem(
+        _conv1d_channels_first, _conv1d_channels_last, ((1, 600, 96), (96, 96, 3)), torch.float32, True
+    ),
     "shifted_bf16": Problem(
         lambda x, weight: F.conv1d(x, weight, padding=64, groups=2)[..., :-1],
         lambda x, weight: _WideConv1d.apply(x, weight, weight[:, 0, 0], 2, 16),

@@ -33,7 +33,27 @@ class Trained(Protocol):
         """Log a row of metrics."""
 
 
-class Progress(pl.Callback):
+class UpdateBar(pl.Callback):
+    """Progress bar over the updates of a run."""
+
+    bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Open the bar where the run stands."""
+        self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="train", unit="update",
+                        dynamic_ncols=True, disable=not trainer.is_global_zero, mininterval=1.0)  # fmt: skip
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Close it before anything is said about the error."""
+        self.on_train_end(trainer, module)
+
+
+class Progress(UpdateBar):
     """Progress bar over updates, rows of metrics, and checkpoints; all at update boundaries.
 
     Args:
@@ -47,7 +67,6 @@ class Progress(pl.Callback):
     def __init__(self, recipe: Recipe, last: Path) -> None:
         self.recipe, self.config, self.last = recipe, recipe.trainer, last
         self.stop = StopRequest()
-        self.bar: tqdm | None = None
         self.compared = False
         self.saved_at = time.monotonic()
 
@@ -56,8 +75,7 @@ class Progress(pl.Callback):
         self.step, self.max_steps = trainer.global_step, trainer.max_steps
         self.agree = Agreement(trainer.world_size)
         self.stop.listen()
-        self.bar = tqdm(total=self.max_steps, initial=trainer.global_step, desc="train", unit="update",
-                        dynamic_ncols=True, disable=not trainer.is_global_zero, mininterval=1.0)  # fmt: skip
+        super().on_train_start(trainer, module)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, module: Trained, outputs: Any, batch: Any, batch_idx: int
@@ -110,17 +128,11 @@ class Progress(pl.Callback):
                 trainer, Stopped(f"{why} at update {self.step}: saved in {self.last}; the same command resumes")
             )
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
     def on_exception(  # type: ignore[override]
         self, trainer: pl.Trainer, module: Trained, exception: BaseException
     ) -> None:
         """Close the bar; where memory ran out, find out what would fit while the models are still on the GPU."""
-        if self.bar is not None:
-            self.bar.close()
+        self.on_train_end(trainer, module)  # type: ignore[arg-type]
         if is_out_of_gpu_memory(exception):
 
             def loss(waveforms: torch.Tensor) -> torch.Tensor:

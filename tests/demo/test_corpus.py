@@ -2,7 +2,6 @@ import ctypes
 import importlib
 import json
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -127,10 +126,10 @@ def test_nothing_is_left_when_synthesis_fails(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_command_with_keywords(tmp_path):
-    command = [sys.executable, "-m", "demo.corpus", "--out", str(tmp_path / "c"), "--train_speakers=1"]
+def test_command_with_keywords(server, tmp_path):
+    command = ["-m", "demo.corpus", "--out", str(tmp_path / "c"), "--train_speakers=1"]
     command += ["--train_utterances=1", "--dev_speakers=1", "--dev_utterances=1", "--keywords", "--seed=5"]
-    made = subprocess.run(command, check=True, capture_output=True, text=True)
+    made = server.run(*command)
     assert "Warning" not in made.stderr
     found = rows(tmp_path / "c", "keywords")
     assert [row["speaker"] for row in found] == [100] * len(KEYWORDS) + [101] * len(KEYWORDS)
@@ -140,9 +139,8 @@ def test_command_with_keywords(tmp_path):
         for word in KEYWORDS
     }
     assert all((tmp_path / "c" / row["path"]).is_file() for row in found)
-    again = subprocess.run([*command, "--no-keywords"], capture_output=True, text=True)
-    assert again.returncode == 2
-    assert again.stderr.splitlines()[-1].startswith("error: ") and "keywords True, not False" in again.stderr
+    again = server.run(*command, "--no-keywords", code=2)
+    assert "keywords True, not False" in again.error
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -68,13 +66,12 @@ def test_names():
     assert list(name_files([Path("a/x.pth"), Path("b/x.pth")])) == ["a/x.pth", "b/x.pth"]
 
 
-def test_command(teacher_path, tmp_path):
+def test_command(server, teacher_path, tmp_path):
     small = prune(add_masks(wav2vec2_model(**torch.load(teacher_path, weights_only=True)["config"])))[0]
     save_model(tmp_path / "small.pth", small)
     words = [str(teacher_path), str(tmp_path / "small.pth"), "--seconds", "1", "0.5", "--batch", "2", "--rounds", "1"]
     words += ["--device", "cpu", "--out", str(tmp_path / "cost.json")]
-    result = subprocess.run([sys.executable, "-m", "evaluation.cost", *words], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = server.run("-m", "evaluation.cost", *words)
     found = json.loads((tmp_path / "cost.json").read_text())
     assert [m["name"] for m in found["models"]] == ["teacher", "small"]
     for model in found["models"]:

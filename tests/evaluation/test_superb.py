@@ -153,13 +153,11 @@ def test_published_scores(name, overall, leaderboard):
     assert round(leaderboard_score(published()[name])) == leaderboard
 
 
-def test_command(tmp_path):
+def test_command(server, tmp_path):
     path = tmp_path / "mine" / "results.json"
     path.parent.mkdir()
     path.write_text(json.dumps(published()["DPHuBERT"]))
-    result = subprocess.run(
-        [sys.executable, "-m", "evaluation.superb_score", str(path)], capture_output=True, text=True, cwd=ROOT
-    )
+    result = server.run("-m", "evaluation.superb_score", path)
     assert result.stdout.rstrip().endswith("mine: overall 78.9, leaderboard 866")
     assert "| **mine** | 78.9 | 866 |" in result.stdout and "| HuBERT Base | 80.8 | 941 |" in result.stdout
     rows = table(published()).splitlines()

@@ -96,6 +96,7 @@ def test_a_table_whose_last_line_was_cut_is_continued(tmp_path):
     path.write_text("step,a\n1,0.5\n2,0.25\n,\nx,1\n")
     log = MetricsCSV(path)
     log.resume(step=1)
+    assert [row["step"] for row in log.rows] == ["1"]
     log.log_metrics({"a": 0.125}, step=2)
     assert path.read_text().split() == ["step,a", "1,0.5", "2,0.125"]
     MetricsCSV(tmp_path / "none.csv").resume(step=5)  # a run killed before its first row

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
@@ -46,10 +46,8 @@ def test_the_second_ctrl_c_ends_the_process():
 
 def test_a_thread_does_not_listen():
     before = handlers()
-    with StopRequest() as stop:
-        thread = threading.Thread(target=stop.listen)
-        thread.start()
-        thread.join()
+    with StopRequest() as stop, ThreadPoolExecutor(1) as pool:
+        pool.submit(stop.listen).result()
         assert handlers() == before
 
 

@@ -16,6 +16,7 @@ stdin is closed. A request holds
     ["kill", "rename", n]   SIGKILL when the n-th torch file is complete under its temporary name
     ["SIGTERM", "update", n] and so on: that signal instead, and the script goes on
     ["full", "write", n]    no room on the disk for the second half of the n-th torch file
+    ["bug", "update", n]    somebody's mistake in the forward pass of update n
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ LATER = ("prepare_data", "prune", "report", "finetune_ctc", "transformers.models
 
 def inject(what: str, where: str, number: int) -> None:
     def strike() -> None:
+        if what == "bug":
+            raise AttributeError("'NewObjective' object has no attribute 'heds'")
         if what == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.kill(os.getpid(), getattr(signal, "SIGKILL" if what == "kill" else what))

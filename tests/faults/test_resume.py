@@ -10,6 +10,19 @@ import torch
 from tests.helpers import assert_same_run, assert_same_tensors, weights
 
 
+def test_a_bug_in_the_first_resumed_update_is_no_broken_checkpoint(server, reference, tiny_flags, tmp_path):
+    """A mistake in a new objective shows its traceback, and the checkpoint is as good as before."""
+    exp = tmp_path / "run"
+    args = ["distill.py", *tiny_flags, "--exp_dir", exp]
+    server.run(*args, fault=["kill", "update", 8], code=-signal.SIGKILL)
+    finished = server.run(*args, fault=["bug", "update", 6], code=1)
+    assert "resuming from" in finished.output and "at update 6" in finished.output
+    assert "Traceback" in finished.output and "has no attribute 'heds'" in finished.output
+    assert "move it away" not in finished.output and "error: " not in finished.output
+    server.run(*args)
+    assert_same_run(reference, exp)
+
+
 def test_step_1_killed_everywhere(server, reference, tiny_flags, tmp_path):
     """Within an epoch, in validation, while writing, before the rename, and across epochs (one is 2 to 3 updates)."""
     exp = tmp_path / "run"

@@ -4,8 +4,6 @@ python convert_from_checkpoint.py --checkpoint hubert_base_ls960.pt
 python convert_from_checkpoint.py --checkpoint student.ckpt --config student.yaml
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Convert a teacher: HuBERT, wav2vec 2.0 or WavLM of transformers (any size), or a torchaudio pipeline."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Literal

@@ -5,8 +5,6 @@
 Leaves in exp_dir: config.yaml, ckpts/last.ckpt, metrics.csv, TensorBoard events. Run again to resume.
 """
 
-from __future__ import annotations
-
 import logging
 
 from distillation.build import build_step, load_teacher, starting_student

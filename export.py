@@ -9,8 +9,6 @@ Whatever differs from PyTorch by more than 1e-4 (of a layer's largest value wher
 35 s, padded or not, is not kept; int8 is reported. A safetensors file must hold the same weights bit for bit.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Literal

@@ -7,8 +7,6 @@ several; .safetensors holds layer_0, layer_4, ... [T, D] each. 50 frames per sec
 0.0125 + 0.02 i seconds.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from pathlib import Path

@@ -5,8 +5,6 @@
 Leaves final.pth in exp_dir, beside what step 1 leaves in its own. Run again to resume.
 """
 
-from __future__ import annotations
-
 import logging
 
 from distillation.build import build_step, load_teacher

@@ -7,8 +7,6 @@ the convolutions. Leaves E/final.pth, which holds its vocabulary (export.py --to
 E/metrics.csv and E/results.json. Run again to resume from the last validation.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from distillation.commandline import make_parser, parse_arguments

@@ -7,8 +7,6 @@ Tries training steps on one GPU, with the masks where they start, i.e. when they
 exp_dir, a recipe of two settings. An update keeps its seconds of audio (DPHuBERT: 640), so the rates need no change.
 """
 
-from __future__ import annotations
-
 import logging
 
 import yaml

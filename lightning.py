@@ -6,8 +6,6 @@ repeats nothing, and one process with accumulation does exactly what several pro
 This file shadows the package ``lightning`` for programs run from here: import ``pytorch_lightning``.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

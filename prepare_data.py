@@ -6,8 +6,6 @@ LibriSpeech gives train100.tsv, train960.tsv (when its three training parts are 
 dev-other). Any other folder gives train.tsv and valid.tsv.
 """
 
-from __future__ import annotations
-
 from distillation.commandline import make_parser, parse_arguments
 from distillation.data.preparation import Preparation, prepare
 from distillation.errors import command

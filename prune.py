@@ -6,8 +6,6 @@ By default the highest-ranked units are kept that give exactly the target size (
 the rounding per layer of the released system.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -5,8 +5,6 @@
 Writes the page and, beside it, a .json file. The page needs no network.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

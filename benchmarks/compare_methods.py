@@ -9,8 +9,6 @@ to 1 %; heads, which only training uses, come on top. The distance to the teache
 benchmarks/linear_distance.py. Prints a table, writes compare.json and compare.svg.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

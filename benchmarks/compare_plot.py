@@ -1,7 +1,5 @@
 """What students leave unexplained of each teacher layer: a line per method, a band from its worst seed to its best."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -8,8 +8,6 @@ mini-SUPERB, a linear probe on the weighted layers, with 95 % intervals over 30 
 writes formats.json and formats.svg. Needs requirements/export.txt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -9,8 +9,6 @@ GPU-hours of both steps of the recipe, whose update is 4 x 160 s, against the pa
 training, each step has another number of frames: kernels that plan for a shape pay for it here as there.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import platform

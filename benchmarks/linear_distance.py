@@ -7,8 +7,6 @@ everything, 1 for one that holds nothing. It needs no heads, so students of all 
 Shapes: B batch, T frames, D student width, E teacher width, L layers.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What the benchmarks that draw leave: their numbers as JSON, and the figure as SVG."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

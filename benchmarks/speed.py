@@ -11,8 +11,6 @@ in wav2vec2/kernels.py, of which some are taken only where they win.
 Prints a table, writes speed.json and speed.svg.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import platform

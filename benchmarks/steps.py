@@ -1,7 +1,5 @@
 """One training step of this toolkit and the same step plainly, and what they keep in memory."""
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Callable

@@ -14,8 +14,6 @@ the last two as ``[start, end, label]`` with times in seconds. Speakers and sent
 training. The same settings and the same espeak-ng give the same bytes.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import multiprocessing

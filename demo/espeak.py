@@ -4,8 +4,6 @@ The library comes from the pip package ``espeakng-loader`` or from an installed 
 espeak-ng's ``speak_lib.h``. espeak-ng is GPL: only the synthetic corpus uses it, never the models.
 """
 
-from __future__ import annotations
-
 import ctypes
 import ctypes.util
 import functools

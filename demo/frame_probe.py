@@ -3,8 +3,6 @@
 Shapes: N examples, K layers, D channels, C classes.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -3,8 +3,6 @@
 Frame t of a HuBERT or wav2vec 2.0 extractor sees samples [320 t, 320 t + 400); its label is what is said at the middle.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The grammar of the synthetic corpus: some 320 words in ten sentence patterns, and the keywords."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Cluster targets for masked prediction: k-means of cepstra, then of a model's own hidden states."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

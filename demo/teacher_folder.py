@@ -1,7 +1,5 @@
 """Write the trained teacher as a folder that transformers loads, with the log of its training."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

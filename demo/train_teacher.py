@@ -13,8 +13,6 @@ a busy machine it took an hour. A finished training stage leaves ``WORK/<stage>.
 Shapes: B batch, T frames, L layers, D width.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """From a recipe to the objects of a run. Nothing below this level sees a recipe."""
 
-from __future__ import annotations
-
 import logging
 
 import torch

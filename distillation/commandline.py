@@ -1,7 +1,5 @@
 """Command lines: help that keeps the lines of a script's docstring, and mistakes in one line."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -3,8 +3,6 @@
 A recipe names another as its ``base`` and holds only what differs. Flags override recipes, unknown keys are errors.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What a checkpoint of distill.py holds for those who come after it: the student as it is, and where it comes from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Exit codes: 0 done; 2 something must be put right first; 75 stopped by a signal,
 130 Ctrl-C; 1 a bug, or another process of the run died.
 """
 
-from __future__ import annotations
-
 import errno
 import functools
 import logging

@@ -1,7 +1,5 @@
 """Hold the sparsity at a target with an augmented Lagrangian (DPHuBERT, section 3.3; Wang et al., EMNLP 2020)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

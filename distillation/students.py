@@ -4,8 +4,6 @@ All are models of :mod:`wav2vec2` that differ in their flat config only, so mask
 Shapes: C channels of the extractor, D Transformer width.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, field, fields
 

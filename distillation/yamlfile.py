@@ -1,7 +1,5 @@
 """YAML files of users and of other projects, read without running or unfolding what they hold."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -7,8 +7,6 @@ Base; what pruning leaves is known only after training. MACs are sums over the 3
 published.md: the published SUPERB results.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 import sys

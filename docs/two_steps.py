@@ -3,8 +3,6 @@
 python -m docs.two_steps [--out docs/two_steps.svg]
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import jinja2

@@ -3,8 +3,6 @@
 python -m evaluation.cost teacher.pth final.pth [--seconds 1 5 15 35] [--batch 1 8] [--device auto] [--out cost.json]
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

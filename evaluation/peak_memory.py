@@ -8,8 +8,6 @@ kernel (resident set, its high-water mark reset before each case); large blocks 
 system one by one, so that freed ones do not count. Linux only.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -1,7 +1,5 @@
 """What the report says, as data: gathered from the folder of a run, or from one model file."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import importlib.metadata

@@ -3,8 +3,6 @@
 What the page says is chosen and formatted here; its markup is report.html.jinja, its style report.css.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -11,8 +11,6 @@ Each entry was found by running it beside torch 2.11, torchaudio 2.11, huggingfa
 - The package on PyPI lacks ``downstream/ctc/corpus``, from which phone recognition reads its data.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import shutil

@@ -1,7 +1,5 @@
 """LibriSpeech as phones, for s3prl's phone recognition where its package lacks ``downstream/ctc/corpus``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

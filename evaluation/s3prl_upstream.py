@@ -7,8 +7,6 @@
 The first argument is the module to run, the others are its own. Needs requirements/s3prl.txt.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import runpy
 import sys

@@ -12,8 +12,6 @@ QbE and SD are scored by programs that come with their data (NIST's TWV) and wit
 OUT/results.json collects the tasks; python -m evaluation.superb_score OUT/results.json gives the scores.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

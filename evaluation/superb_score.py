@@ -6,8 +6,6 @@ The file maps the columns KS, IC, PR, ASR, ER, QbE, SF_F1, SF_CER, SID, ASV and 
 0 to 1), as scripts/superb.sh collects them.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -3,8 +3,6 @@
 Drawn at the size at which they are shown, so that text stays legible on a phone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How long things take: side by side in turns, and phase by phase."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import statistics

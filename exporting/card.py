@@ -1,7 +1,5 @@
 """The model card of an exported folder, filled from report.json where there is one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Configuration of a compressed wav2vec 2.0 / HuBERT / WavLM model for transformers."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Files of features: .npy and .safetensors, written window by window."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

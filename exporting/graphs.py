@@ -1,7 +1,5 @@
 """One file with the whole computation: ONNX, its 8-bit version, and torch.export."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """A folder that transformers loads: weights, config, feature extractor, the model's own code, and a model card."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -3,8 +3,6 @@
 Shapes: B batch, N samples at 16 kHz, T frames at 50 Hz, D width, V vocabulary, L layers.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Shapes: B batch, N samples, T frames, D width, L layers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 Shapes: S states, B batch, T frames, D width.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Settings of a fine-tuning, which are its command line."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal

@@ -3,8 +3,6 @@
 Shapes: B batch, T frames, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

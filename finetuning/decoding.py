@@ -3,8 +3,6 @@
 Shapes: B batch, T frames, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import Tensor

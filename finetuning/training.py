@@ -1,7 +1,5 @@
 """A whole fine-tuning: data, training, decoding, what it leaves behind."""
 
-from __future__ import annotations
-
 import json
 import logging
 

@@ -1,7 +1,5 @@
 """The architecture of a flat config as numbers and as text, and the configs of two published models."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

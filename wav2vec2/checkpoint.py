@@ -7,8 +7,6 @@ The same as ``.safetensors``: tensors by their names in ``state_dict``, heads un
 top-level tensors under ``extra.``; in the metadata, as JSON, ``config`` and the other top-level entries, ``extra``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

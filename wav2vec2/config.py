@@ -1,7 +1,5 @@
 """Checks of the flat config that describes a model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

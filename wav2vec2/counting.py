@@ -1,7 +1,5 @@
 """How many parameters modules have."""
 
-from __future__ import annotations
-
 from torch import nn
 
 

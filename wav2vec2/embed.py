@@ -3,8 +3,6 @@
 Shapes: B batch, N samples at 16 kHz.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Shapes: B batch, N samples, T frames, C channels (c of them live), D Transformer width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, cast

@@ -1,7 +1,5 @@
 """Where a model comes from: a file, a folder in the layout of transformers, or either on the Hugging Face hub."""
 
-from __future__ import annotations
-
 from pathlib import Path, PurePosixPath
 
 SUFFIXES = (".pth", ".safetensors")

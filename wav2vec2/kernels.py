@@ -14,8 +14,6 @@ On a GPU the operations are torch's own, without cuDNN's attention.
 Shapes: B batch, T frames, C channels, K kernel size.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -3,8 +3,6 @@
 Shapes: B batch, N samples at 16 kHz, T frames at 50 Hz, D Transformer width, L layers.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Sequence

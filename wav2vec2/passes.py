@@ -3,8 +3,6 @@
 Shapes: B batch, T frames, D width, L layers.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

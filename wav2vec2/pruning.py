@@ -1,7 +1,5 @@
 """Make the smaller dense model that a masked model already is in eval."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

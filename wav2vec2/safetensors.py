@@ -3,8 +3,6 @@
 Format: https://huggingface.co/docs/safetensors/index#format. Little-endian machines only, as torch's wheels are.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import math

@@ -6,8 +6,6 @@ and windows start at whole seconds, so that frames and resampled samples fall ex
 Shapes: S states, T frames, D width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple

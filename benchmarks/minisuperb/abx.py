@@ -6,8 +6,6 @@ the path, as in the ZeroSpeech challenges (Schatz et al., 2013). Nothing is trai
 Shapes: P pairs, I and J frames, D channels.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -18,8 +18,6 @@ Controls, always shown: filter banks, the teacher's shape with random weights, t
 slices among the compared methods. Intervals: 95 %, bootstrap over test speakers and over seeds.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Score against size, one point with its interval per method."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from matplotlib.figure import Figure

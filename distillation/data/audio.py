@@ -1,7 +1,5 @@
 """Audio files: lengths from headers, crops, and what is wrong with a file. Every failure is an `AudioError`."""
 
-from __future__ import annotations
-
 import stat
 from pathlib import Path
 from typing import NamedTuple

@@ -5,8 +5,6 @@ run resumes exactly from the count of those it has used, and one process with ac
 processes see.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass

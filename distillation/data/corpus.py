@@ -1,7 +1,5 @@
 """Find the audio of a corpus, read what the headers say, decode it for a check, and divide it into lists."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence

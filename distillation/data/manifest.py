@@ -1,7 +1,5 @@
 """The tsv lists of utterances: the first line is the root folder, then ``relative path<TAB>frames`` per utterance."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

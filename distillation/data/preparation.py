@@ -1,7 +1,5 @@
 """From a folder of audio to the lists of a recipe."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """Audio files of any rate and number of channels, read piece by piece as one channel at 16 kHz."""
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import dataclass

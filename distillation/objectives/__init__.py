@@ -1,7 +1,5 @@
 """The objectives: what the student is trained towards. A new one is one file and one row in each table below."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -3,8 +3,6 @@
 Shapes: B batch, T frames (T' in the layers of a time-reduced student), D student width, E teacher width, L layers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 

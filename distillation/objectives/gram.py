@@ -3,8 +3,6 @@
 Shapes: B batch, T frames, D student width, E teacher width, K frames per block.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

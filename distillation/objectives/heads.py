@@ -1,7 +1,5 @@
 """Heads: what maps a student's states to the teacher's, in training only."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from wav2vec2 import Wav2Vec2Model

@@ -1,7 +1,5 @@
 """Spans of frames to mask, as drawn for masking distillation (https://arxiv.org/abs/2305.11685, section 2.2)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

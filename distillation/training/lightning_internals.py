@@ -1,7 +1,5 @@
 """Every private part of Lightning that this toolkit touches; a test holds that they exist in the pinned version."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

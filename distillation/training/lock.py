@@ -1,7 +1,5 @@
 """One run per folder: a lock file that names its owner, and that a dead owner does not hold."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

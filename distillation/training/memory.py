@@ -1,7 +1,5 @@
 """How large a micro-batch fits on a GPU, in the recipe's terms: searched before a run, or told after it ran out."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import math

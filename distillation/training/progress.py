@@ -1,7 +1,5 @@
 """What happens at update boundaries: the progress bar, rows of metrics, checkpoints, the stop that was asked for."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checkpoints of a run: whole or not there; what does not fit is refused in one line before anything is trained."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

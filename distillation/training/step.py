@@ -1,7 +1,5 @@
 """One training step, whoever takes it: Lightning, the search for a batch that fits, or a benchmark."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

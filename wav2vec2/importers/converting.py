@@ -1,7 +1,5 @@
 """What converters do around an importer: recognise the kind of a file; check, save and sum up the model."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Import HuBERT and wav2vec 2.0 of fairseq and WavLM of unilm from what their ``.pt`` files hold; neither is needed."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Read a model folder in the layout of transformers, local or from the hub: everything but its defaults, without it."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

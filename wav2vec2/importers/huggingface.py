@@ -1,7 +1,5 @@
 """Import HuBERT, wav2vec 2.0 and WavLM from transformers: plain config and state dicts in, nothing but torch needed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

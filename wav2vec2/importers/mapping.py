@@ -1,7 +1,5 @@
 """What every importer shares: renaming tensors by a table of rules, each used exactly once, and the flat config."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping

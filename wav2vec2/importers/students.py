@@ -4,8 +4,6 @@ Their backbone has fairseq's names and goes through :func:`import_fairseq`; what
 reduction, the pattern of reused attention maps, and the heads of training.
 """
 
-from __future__ import annotations
-
 import ast
 import logging
 import re

@@ -1,7 +1,5 @@
 """Import torchaudio's wav2vec 2.0, HuBERT and WavLM models: builder arguments and state dict in, torch alone needed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -22,6 +22,7 @@ from distillation.data.corpus import (
 )
 from distillation.data.manifest import Manifest, write_lines, write_tsv
 from distillation.errors import UserError
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger("prepare_data")
 
@@ -40,7 +41,7 @@ class Preparation:
     """Share of the audio to hold out; whole top folders (speakers) where they are small enough."""
     seed: int = 0
     """Of the choice of what is held out."""
-    sample_rate: int = 16000
+    sample_rate: int = SAMPLE_RATE
     """Required rate in Hz."""
     num_threads: int | None = None
     """Files read at once; by default twice the number of cores."""

@@ -11,15 +11,13 @@ import dataclasses
 import logging
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from distillation.commandline import make_parser, parse_arguments
 from distillation.data.resampling import AudioFile
 from distillation.errors import UserError, command
-from exporting.features import FeatureOptions, write_features
-from wav2vec2 import load_model
+from exporting.features import FeatureOptions, load_on, write_features
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
@@ -33,11 +31,7 @@ def run(model: str, audio: list[Path], out: Path, options: FeatureOptions, devic
         if target in targets:
             raise UserError(f"{path} and {targets[target]} would both become {target}; extract them to two folders")
         targets[target] = path
-    try:
-        torch.zeros(1, device=device).item()
-        network = load_model(model, device=device)
-    except RuntimeError as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    network = load_on(model, device)
     options.layer_numbers(network.num_layers)
     files = [AudioFile(path) for path in audio]  # what cannot be opened is said before anything is computed
     total = sum(file.num_samples for file in files) / SAMPLE_RATE

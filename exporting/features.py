@@ -10,7 +10,7 @@ import torch
 
 from distillation.data.resampling import AudioFile
 from distillation.errors import UserError
-from wav2vec2 import Wav2Vec2Model
+from wav2vec2 import Wav2Vec2Model, load_model
 from wav2vec2.checkpoint import replacing
 from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.safetensors import make_header
@@ -45,6 +45,15 @@ class FeatureOptions:
                 f"--layers {text}: the model has layers 0 (the Transformer's input) to {num_layers}, each once"
             )
         return layers
+
+
+def load_on(model: str, device: str) -> Wav2Vec2Model:
+    """A model on the device of ``--device``; UserError for one that does not exist."""
+    try:
+        torch.zeros(1, device=device).item()
+        return load_model(model, device=device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def write_features(

@@ -278,7 +278,7 @@ def trace_once(monkeypatch):
 @needs_onnx
 def test_everything_at_once_in_one_graph(trace_once, tiny_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verify, "BATCHES", ALL_BATCHES)
-    model = make(tmp_path / "model.pth", tiny_config, **EVERYTHING, aux_num_out=5)
+    model = make(tmp_path / "model.pth", two_layers({**tiny_config, **EVERYTHING}), aux_num_out=5)
     for to in ("torch-export", "onnx"):
         exported(model, to, tmp_path / f"out{export.SUFFIXES[to]}", last=True)
         printed = float(capsys.readouterr().out.split("PyTorch ")[1].split()[0])
@@ -319,7 +319,7 @@ def test_large_values_are_compared_as_float32_rounds_them(tiny_config, tmp_path,
 def test_int8_is_smaller_close_and_names_its_difference(tiny_config, tmp_path, capsys, short_batches):
     # wide enough for the linear layers to be most of the file
     wide = {"encoder_embed_dim": 96, "encoder_head_dim": 24, "encoder_ff_interm_features": [384] * 4}
-    model = make(tmp_path / "model.pth", two_layers({**tiny_config, **wide}))
+    model = make(tmp_path / "model.pth", tiny_config, **wide)
     out = exported(model, "onnx", tmp_path / "model.int8.onnx", int8=True)
     printed = float(capsys.readouterr().out.split("PyTorch ")[1].split()[0])
     assert 1e-4 < printed < 1.0

@@ -13,11 +13,12 @@ import soundfile
 import torch
 
 import export
-import finetune_ctc
 from distillation.errors import UserError
 from exporting import verify
-from finetuning.ctc import CTCModule, FinetuneConfig
+from finetuning.config import FinetuneConfig, FinetuneRun
+from finetuning.ctc import CTCModule
 from finetuning.decoding import beam_decoder, greedy_decoder
+from finetuning.training import finetune
 from finetuning.transcripts import LengthBatches, SpeechDataset, Utterance, make_vocabulary, read_transcripts
 from wav2vec2 import load_model, save_model, wav2vec2_model
 from wav2vec2.checkpoint import load_checkpoint
@@ -70,9 +71,8 @@ def run(model: Path, tones: tuple[Path, Path], exp_dir: Path, beam_size: int = 0
         "train_extractor": True, **changes,
     }  # fmt: skip
     config = FinetuneConfig(**settings)
-    return finetune_ctc.run(
-        str(model), *tones, exp_dir, config, config.max_steps // 2, beam_size, "cpu", "32-true", 0, 0
-    )
+    settings = {"validate_every": config.max_steps // 2, "beam_size": beam_size, "accelerator": "cpu", "workers": 0}
+    return finetune(FinetuneRun(str(model), *tones, exp_dir, config, **settings))
 
 
 def test_tones_are_learnt_and_travel_to_transformers(random_model, tones, tmp_path, monkeypatch, modules_cache):

@@ -195,7 +195,7 @@ def write_speech(folder: Path, noise) -> None:
 
 
 @pytest.mark.slow
-def test_the_blocks_run(teacher_path, noise, tmp_path):
+def test_the_blocks_run(server, teacher_path, noise, tmp_path):
     """Python blocks of all pages, and what docs/use.md does on the command line, in one folder and in order."""
     pytest.importorskip("onnxscript")
     noise(tmp_path / "audio.wav", 1.5, 0)
@@ -217,8 +217,9 @@ def test_the_blocks_run(teacher_path, noise, tmp_path):
                         commands.append([*script, *words, *SHORTER[name].split()])
                         ran.append(name)
             for command in commands:
+                python = sys.executable if command[0] == "-c" else server.bin / "python"
                 result = subprocess.run(
-                    [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+                    [python, *command], cwd=tmp_path, env=environment, capture_output=True, text=True
                 )
                 assert result.returncode == 0, f"{page.name}:\n{text}\n\n{result.stdout}\n{result.stderr}"
     assert set(ran) == set(SHORTER)

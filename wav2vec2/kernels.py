@@ -177,8 +177,8 @@ def _linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 def keeps_channels_first(x: Tensor, num_macs: float) -> bool:
     """Whether :func:`conv1d` of ``x`` is fastest with the frames of a channel next to each other in memory.
 
-    It may be where float32 gradients follow: with the channels last, oneDNN's float32 backward pass takes twice as long
-    on some processors, and a fifth of the time on others. Lower precisions (also on a GPU, whose tensor cores want it
+    It may be where float32 gradients follow: with the channels last, oneDNN's float32 backward pass takes longer on
+    some processors, and a fraction of the time on others. Lower precisions (also on a GPU, whose tensor cores want it
     so) and float32 without gradients are faster with the channels of a frame together. A graph to be exported has the
     usual layout.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -126,15 +125,21 @@ def test_table_and_plot():
 # As a process
 
 
-def run(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.compare_methods", *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
-    assert result.returncode == code, result.stdout + result.stderr
-    return result
+@pytest.fixture
+def run(server):
+    """Runs the comparison as a process, whose stages go through the server too."""
+
+    def call(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [server.bin / "python", "-m", "benchmarks.compare_methods", *map(str, args)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+        assert result.returncode == code, result.stdout + result.stderr
+        return result
+
+    return call
 
 
 @pytest.mark.slow
-def test_two_methods_as_a_process(demo, tmp_path):
+def test_two_methods_as_a_process(run, demo, tmp_path):
     args = [
         "--demo",
         demo,
@@ -158,7 +163,7 @@ def test_two_methods_as_a_process(demo, tmp_path):
     assert "made with other settings; use another --out" in line
 
 
-def test_mistakes_are_one_line(demo, tmp_path):
+def test_mistakes_are_one_line(run, demo, tmp_path):
     assert (
         "no method 'hubert'; there are dphubert, slice" in run("--demo", demo, "--methods", "[hubert]", code=2).stderr
     )

@@ -182,10 +182,14 @@ def keeps_channels_first(x: Tensor, num_macs: float) -> bool:
     so) and float32 without gradients are faster with the channels of a frame together. A graph to be exported has the
     usual layout.
     """
-    if not takes("channels_last") or not computes_in_float32(x):
-        return not takes("channels_last")
-    if x.device.type != "cpu" or not torch.is_grad_enabled():
-        return x.device.type != "cpu"
+    if not takes("channels_last"):
+        return True
+    if not computes_in_float32(x):
+        return False
+    if x.device.type != "cpu":
+        return True
+    if not torch.is_grad_enabled():
+        return False
     return num_macs < MIN_MACS or not _chosen("channels_last_grad")
 
 

@@ -23,38 +23,41 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from evaluation.tables import markdown_table
 from tests.endurance.soak import ROOT, prepare
 
 END_SECONDS = 60
 
 
+def _living() -> Iterator[tuple[Path, int, int]]:
+    """Folder in /proc, parent and session of every process that is no zombie."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            state, parent, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if state != "Z":
+                yield folder, int(parent), int(session)
+
+
 def children(parent: int) -> list[int]:
     """Ranks that rank 0 has started, not its readers."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            environment = (folder / "environ").read_bytes().split(b"\0")
-            if int(fields[1]) == parent and fields[0] != "Z" and b"LOCAL_RANK=1" in environment:
+    for folder, its_parent, _ in _living():
+        with contextlib.suppress(OSError):
+            if its_parent == parent and b"LOCAL_RANK=1" in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
     return found
 
 
 def in_session(leader: int) -> list[int]:
     """Living processes of the run."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == leader and fields[0] != "Z":
-                found.append(int(folder.name))
-    return found
+    return [int(folder.name) for folder, _, session in _living() if session == leader]
 
 
 def kill_once(exp: Path, flags: dict[str, object], log: Path, delay: float) -> tuple[str, float, float, list[str]]:
@@ -116,9 +119,9 @@ def main() -> None:
           f"seed {options.seed}\n")  # fmt: skip
     columns = ("kills", "at the start", "in training", "seconds until rank 0 ended: median", "longest",
                "until the last process ended: longest", "wrong")  # fmt: skip
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    print(f"| {options.kills} | {wheres['start']} | {wheres['training']} | {statistics.median(taken):.1f} | "
-          f"{max(taken):.1f} | {max(lasts):.1f} | {len(wrong)} |")  # fmt: skip
+    seconds = (f"{value:.1f}" for value in (statistics.median(taken), max(taken), max(lasts)))
+    row = (str(options.kills), str(wheres["start"]), str(wheres["training"]), *seconds, str(len(wrong)))
+    print(markdown_table(columns, [row]))
     for text in wrong:
         print(text)
     shutil.rmtree(base)

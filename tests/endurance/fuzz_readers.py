@@ -42,6 +42,7 @@ from distillation.data.batching import Crop, MicroBatch
 from distillation.data.loaders import AudioDataset
 from distillation.data.manifest import Manifest, read_tsv
 from distillation.errors import UserError, command
+from evaluation.tables import markdown_table
 from tests.conftest import TINY, write_noise
 from tests.endurance import mutations
 from tests.released_students import TINY as STUDENTS
@@ -352,9 +353,8 @@ def main() -> None:
     rows.append(("all", *(sum(column) for column in list(zip(*rows))[1:])))
     print(f"{date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
           f"seed {options.seed}, {time.monotonic() - begin:.0f} s\n")  # fmt: skip
-    print("| file | mutated | read all the same | refused in one line | failed |\n|---|---|---|---|---|")
-    for row in rows:
-        print("| {} | {:,} | {:,} | {:,} | {} |".format(*row))
+    columns = ("file", "mutated", "read all the same", "refused in one line", "failed")
+    print(markdown_table(columns, [(name, *(f"{count:,}" for count in counts)) for name, *counts in rows]))
     print("\n".join(["", *failures]))
     if options.keep is None:
         shutil.rmtree(base)

@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from evaluation.tables import markdown_table
 from tests.conftest import TINY, write_noise
 from wav2vec2 import save_model, wav2vec2_model
 
@@ -199,9 +200,7 @@ def main() -> None:
     print(f"{date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
           f"seed {options.seed}, {(time.monotonic() - begin) / 60:.0f} min\n")  # fmt: skip
     columns = ["run", "kills", *KILLS, *WHERES, "runs finished", "equal, bit for bit"]
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |")
+    print(markdown_table(columns, [list(map(str, row)) for row in rows]))
     shutil.rmtree(base)
     sys.exit(not equal)
 

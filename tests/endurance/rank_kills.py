@@ -119,8 +119,8 @@ def main() -> None:
           f"seed {options.seed}\n")  # fmt: skip
     columns = ("kills", "at the start", "in training", "seconds until rank 0 ended: median", "longest",
                "until the last process ended: longest", "wrong")  # fmt: skip
-    seconds = (f"{value:.1f}" for value in (statistics.median(taken), max(taken), max(lasts)))
-    row = (str(options.kills), str(wheres["start"]), str(wheres["training"]), *seconds, str(len(wrong)))
+    times = (f"{value:.1f}" for value in (statistics.median(taken), max(taken), max(lasts)))
+    row = (str(options.kills), str(wheres["start"]), str(wheres["training"]), *times, str(len(wrong)))
     print(markdown_table(columns, [row]))
     for text in wrong:
         print(text)

@@ -54,7 +54,7 @@ def main():
     outputs = {}
     for i in range(int(batches["num_batches"])):
         for name, array in run(batches[f"waveforms{i}"], batches[f"lengths{i}"]).items():
-            outputs[f"{name}{i}"] = array
+            outputs[f"{name}/{i}"] = array
     foreign = {"onnx": {"torch", "transformers"}, "torch_export": {"transformers"}, "transformers": set()}[kind]
     if found := (foreign | {"wav2vec2", "distillation"}) & sys.modules.keys():
         raise SystemExit(f"needs {', '.join(sorted(found))}, which the format should not")

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,32 @@ def make_batches() -> list[tuple[np.ndarray, np.ndarray]]:
     return batches
 
 
+def run_exported(
+    kind: str, exported: Path, batches: list[tuple[np.ndarray, np.ndarray]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Outputs by name of one batch after another, from a fresh process in which only what the format needs is imported.
+
+    Raises:
+        UserError: the process fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder, "given.npz"), Path(folder, "made.npz")
+        arrays: dict[str, Any] = {"num_batches": np.array(len(batches))}
+        for i, (waveforms, lengths) in enumerate(batches):
+            arrays |= {f"waveforms{i}": waveforms, f"lengths{i}": lengths}
+        np.savez(given, **arrays)
+        environment = {**os.environ, "HF_MODULES_CACHE": folder, "HF_HUB_OFFLINE": "1"}
+        words = [sys.executable, "-I", RUNNER, kind, exported.resolve(), given, made]
+        process = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment, cwd=folder)
+        if process.returncode != 0:
+            reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            raise UserError(f"{exported}: does not run in a fresh process: {reason}")
+        with np.load(made) as results:  # reads an array when it is asked for
+            for i in range(len(batches)):
+                keys = [key for key in results if key.endswith(f"/{i}")]
+                yield {key.rpartition("/")[0]: results[key] for key in keys}
+
+
 def relative_difference(difference: Tensor, size: Tensor) -> Tensor:
     """A layer's largest difference over its largest value where that exceeds 1; NaN stays NaN.
 
@@ -94,40 +121,28 @@ def max_difference(outputs: ExportedOutputs, kind: str, exported: Path) -> tuple
     """
     worst = worst_share = 0.0
     batches = make_batches()
-    with tempfile.TemporaryDirectory() as folder:
-        given, made = Path(folder, "given.npz"), Path(folder, "made.npz")
-        arrays: dict[str, Any] = {"num_batches": np.array(len(batches))}
-        for i, (waveforms, lengths) in enumerate(batches):
-            arrays |= {f"waveforms{i}": waveforms, f"lengths{i}": lengths}
-        np.savez(given, **arrays)
-        environment = {**os.environ, "HF_MODULES_CACHE": folder, "HF_HUB_OFFLINE": "1"}
-        words = [sys.executable, "-I", RUNNER, kind, exported.resolve(), given, made]
-        result = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment, cwd=folder)
-        if result.returncode != 0:
-            reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-            raise UserError(f"{exported}: does not run in a fresh process: {reason}")
-        results = np.load(made)
-        for i, (waveforms, lengths) in enumerate(batches):
-            expected = dict(zip(outputs.names, outputs(torch.from_numpy(waveforms), torch.from_numpy(lengths))))
-            frames = expected.pop("frames")
-            if f"frames{i}" in results and results[f"frames{i}"].tolist() != frames.tolist():
-                raise UserError(f"{exported}: gives other numbers of frames than PyTorch for batch {BATCHES[i]} s")
-            for name, tensor in expected.items():
-                if f"{name}{i}" not in results:
-                    continue
-                found = torch.from_numpy(results[f"{name}{i}"])
-                if found.shape != tensor.shape or not found.isfinite().all():
-                    raise UserError(f"{exported}: {name} has another shape or values that are not finite")
-                valid = torch.arange(tensor.shape[-2])[None] < frames[:, None]
-                difference, size = (
-                    (values.abs().amax(-1) * valid).flatten(-2).amax(-1) for values in (found - tensor, tensor)
-                )  # [S], or of the last layer alone []
-                logger.info(
-                    "%s, %s s: max difference %.1e, of values up to %.1e",
-                    name, "/".join(f"{s:g}" for s in BATCHES[i]), difference.max(), size.max(),
-                )  # fmt: skip
-                worst = max(worst, difference.max().item())
-                worst_share = max(worst_share, relative_difference(difference, size).max().item())
+    results = run_exported(kind, exported, batches)
+    for seconds, (waveforms, lengths), result in zip(BATCHES, batches, results, strict=True):
+        expected = dict(zip(outputs.names, outputs(torch.from_numpy(waveforms), torch.from_numpy(lengths))))
+        frames = expected.pop("frames")
+        if "frames" in result and result["frames"].tolist() != frames.tolist():
+            raise UserError(f"{exported}: gives other numbers of frames than PyTorch for batch {seconds} s")
+        for name, tensor in expected.items():
+            if name not in result:
+                continue
+            found = torch.from_numpy(result[name])
+            if found.shape != tensor.shape or not found.isfinite().all():
+                raise UserError(f"{exported}: {name} has another shape or values that are not finite")
+            valid = torch.arange(tensor.shape[-2])[None] < frames[:, None]
+            difference, size = (
+                (values.abs().amax(-1) * valid).flatten(-2).amax(-1) for values in (found - tensor, tensor)
+            )  # [S], or of the last layer alone []
+            logger.info(
+                "%s, %s s: max difference %.1e, of values up to %.1e",
+                name, "/".join(f"{s:g}" for s in seconds), difference.max(), size.max(),
+            )  # fmt: skip
+            worst = max(worst, difference.max().item())
+            worst_share = max(worst_share, relative_difference(difference, size).max().item())
     return worst, worst_share
 
 

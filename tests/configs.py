@@ -1,5 +1,7 @@
 """The flat config of the tiny HuBERT that most tests run on."""
 
+from typing import Any
+
 from wav2vec2.architecture import HUBERT_BASE
 
 TINY = HUBERT_BASE | {
@@ -14,3 +16,9 @@ TINY = HUBERT_BASE | {
     "encoder_head_dim": 6,
     "encoder_ff_interm_features": [40] * 4,
 }
+
+
+def first_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
+    """The config with its first layers alone."""
+    cut = {k: v[:count] for k, v in config.items() if k.startswith("encoder") and isinstance(v, list)}
+    return {**config, **cut, "encoder_num_layers": count}

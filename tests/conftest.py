@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.export import ExportedProgram
 
+from exporting import graphs, verify
 from tests.client import Finished, Server
 from tests.configs import TINY
-from tests.helpers import ROOT, run_error, run_here, write_noise
+from tests.helpers import ROOT, run_error, run_exported_here, run_here, write_noise
 from wav2vec2 import save_model, wav2vec2_model
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -81,6 +84,31 @@ def modules_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
+
+
+@pytest.fixture
+def trace_once(monkeypatch):
+    """The graph of one model is the same in every file that has it."""
+    program, trace = None, graphs.trace
+
+    def cached(outputs: verify.ExportedOutputs) -> ExportedProgram:
+        nonlocal program
+        program = program or trace(outputs)
+        return program
+
+    monkeypatch.setattr(graphs, "trace", cached)
+
+
+@pytest.fixture
+def exported_here(monkeypatch, modules_cache):
+    """Exports are checked in this process, where the test is about something else."""
+    monkeypatch.setattr(verify, "run_exported", run_exported_here)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_trace_log():
+    """Torch traces exports in detail where its log has a handler, as pytest gives all logs that do not propagate."""
+    logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(scope="session")

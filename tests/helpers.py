@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.util
 import io
+import itertools
 import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+
+from exporting import verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,6 +100,14 @@ def tiny_hf(model_class: type[PreTrainedModel], config_class: type, **options: o
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + name.endswith("norm.weight"))
     return model
+
+
+def run_exported_here(kind: str, exported: Path, batches: list) -> Iterator[dict[str, np.ndarray]]:
+    """What verify.run_exported gives, without the start of a process; use the fixture ``exported_here``."""
+    spec = importlib.util.spec_from_file_location("runner", verify.RUNNER)
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    return itertools.starmap(getattr(runner, kind)(str(exported)), batches)
 
 
 # Scripts; as processes of their own: client.py

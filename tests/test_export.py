@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ import torch
 
 import export
 from distillation.errors import UserError
-from exporting import graphs, verify
+from exporting import verify
 from exporting.huggingface import remote_code
 from exporting.verify import ExportedOutputs, make_batches, require_agreement
+from tests.configs import first_layers
+from tests.helpers import run_exported_here
 from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
 
 ROOT = Path(__file__).parent.parent
-THIN = [(8, 10, 5), (12, 1, 1), *[(12, 3, 2)] * 4, (24, 1, 1), *[(24, 2, 2)] * 2]
 WAVLM = {
     "encoder_num_heads": None,
     "encoder_head_dim": None,
@@ -37,23 +37,19 @@ MASKS = {
     "encoder_prune_attention_layer": True,
     "encoder_prune_feed_forward_layer": True,
 }
+THIN = {"extractor_conv_layer_config": [(8, 10, 5), (12, 1, 1), *[(12, 3, 2)] * 4, (24, 1, 1), *[(24, 2, 2)] * 2],
+        "encoder_use_projection": False}  # fmt: skip
+MAP_REUSE = {"encoder_reuse_attention": [False, True] * 2, "encoder_layer_drop": 0.0}
+LARGE = {"extractor_mode": "layer_norm", "encoder_layer_norm_first": True, "normalize_waveform": True}
 KINDS: dict[str, dict[str, Any]] = {
-    "pruned": MASKS,
-    "wavlm": {**WAVLM, **MASKS},
-    "large": {"extractor_mode": "layer_norm", "encoder_layer_norm_first": True, "normalize_waveform": True},
-    "thin": {"extractor_conv_layer_config": THIN, "encoder_use_projection": False},
-    "map_reuse": {"encoder_reuse_attention": [False, True] * 2, "encoder_layer_drop": 0.0},
-    "time_reduction": {"encoder_time_reduction": 2},
-}
-ONE_LAYER = {
-    "encoder_num_layers": 1,
-    "encoder_use_attention": [True],
-    "encoder_use_feed_forward": [True],
-    "encoder_num_heads": [4],
-    "encoder_ff_interm_features": [40],
+    "DPHuBERT": MASKS,
+    "DPWavLM": {**WAVLM, **MASKS},
+    "DPHuBERT of Large": {**LARGE, **MASKS},
+    "ARMHuBERT": {**THIN, **MAP_REUSE},
+    "FitHuBERT": {**THIN, "encoder_time_reduction": 2},
 }
 # all that is special about students and WavLM in one model
-EVERYTHING = {**WAVLM, **MASKS, **KINDS["thin"], **KINDS["map_reuse"], **KINDS["time_reduction"]}
+EVERYTHING = {**WAVLM, **MASKS, **THIN, **MAP_REUSE, "encoder_time_reduction": 2}
 ALL_BATCHES = verify.BATCHES
 VOCABULARY = ["<pad>", "|", "A", "B", "C"]
 needs_onnx = pytest.mark.skipif(
@@ -81,17 +77,9 @@ def exported(model: Path, to: str, out: Path, last: bool = False, int8: bool = F
     return out
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_trace_log():
-    """Torch's structured trace costs more than the export itself where a test captures it."""
-    logging.getLogger("torch.__trace").propagate = False
-    yield
-    logging.getLogger("torch.__trace").propagate = True
-
-
 @pytest.fixture(scope="module")
 def short_batches():
-    """Check exports on short audio alone, where the test is about something else."""
+    """Exports are checked on short audio alone, where the test is about something else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "BATCHES", [[0.05], [0.05, 0.4]])
         yield
@@ -101,15 +89,17 @@ def short_batches():
 def hf_folder(tmp_path_factory, tiny_config, modules_cache, short_batches) -> Path:
     """A pruned model for transformers."""
     folder = tmp_path_factory.mktemp("hf")
-    return exported(make(folder / "model.pth", tiny_config, **KINDS["pruned"]), "hf", folder / "pruned_hf")
+    return exported(make(folder / "model.pth", tiny_config, **MASKS), "hf", folder / "pruned_hf")
 
 
 @pytest.fixture(scope="module")
 def ctc_folder(tmp_path_factory, tiny_config, modules_cache, short_batches) -> Path:
     """A fine-tuned model for transformers, beside its .pth."""
     folder = tmp_path_factory.mktemp("ctc")
-    changes = {**KINDS["large"], "aux_num_out": len(VOCABULARY), "encoder_layer_drop": 0.0}
-    return exported(make(folder / "model.pth", tiny_config, **changes), "hf", folder / "ctc_hf")
+    changes = {**LARGE, "aux_num_out": len(VOCABULARY), "encoder_layer_drop": 0.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "run_exported", run_exported_here)
+        return exported(make(folder / "model.pth", tiny_config, **changes), "hf", folder / "ctc_hf")
 
 
 def waveforms() -> list[np.ndarray]:
@@ -250,7 +240,7 @@ def test_ctc_loss_of_padded_rows_is_that_of_each_alone(ctc_folder):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-3)
 
 
-def test_model_card(tiny_config, hf_folder, tmp_path, short_batches):
+def test_model_card(tiny_config, hf_folder, tmp_path, exported_here, short_batches):
     card = (hf_folder / "README.md").read_text()
     assert "## Results" not in card and 'from_pretrained("pruned_hf"' in card
     assert f"{sum(p.numel() for p in load_model(hf_folder).parameters()):,} parameters" in card
@@ -262,23 +252,10 @@ def test_model_card(tiny_config, hf_folder, tmp_path, short_batches):
     assert "| teacher | 12,345 | 2.50 G | 0.0123 | -0.500 |" in card and "Held out: 4 utterances." in card
 
 
-@pytest.fixture
-def trace_once(monkeypatch):
-    """The graph of a model is the same for torch.export and ONNX."""
-    program, trace = None, graphs.trace
-
-    def cached(outputs: ExportedOutputs) -> Any:
-        nonlocal program
-        program = program or trace(outputs)
-        return program
-
-    monkeypatch.setattr(graphs, "trace", cached)
-
-
 @needs_onnx
 def test_everything_at_once_in_one_graph(trace_once, tiny_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verify, "BATCHES", ALL_BATCHES)
-    model = make(tmp_path / "model.pth", two_layers({**tiny_config, **EVERYTHING}), aux_num_out=5)
+    model = make(tmp_path / "model.pth", first_layers({**tiny_config, **EVERYTHING}, 2), aux_num_out=5)
     for to in ("torch-export", "onnx"):
         exported(model, to, tmp_path / f"out{export.SUFFIXES[to]}", last=True)
         printed = float(capsys.readouterr().out.split("PyTorch ")[1].split()[0])
@@ -286,20 +263,14 @@ def test_everything_at_once_in_one_graph(trace_once, tiny_config, tmp_path, caps
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pth", "out.onnx", "out.pt2"]
 
 
-def two_layers(config: dict[str, Any]) -> dict[str, Any]:
-    """A config cut to two layers, which are traced in half the time."""
-    cut = {k: v[:2] for k, v in config.items() if k.startswith("encoder") and isinstance(v, list)}
-    return {**config, **cut, "encoder_num_layers": 2}
-
-
 @needs_onnx
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_in_every_format(trace_once, kind, tiny_config, tmp_path, monkeypatch):
+def test_every_kind_in_every_format(trace_once, exported_here, kind, tiny_config, tmp_path, monkeypatch):
     """On long audio where it is not part of everything at once."""
-    batches = ALL_BATCHES if kind == "large" else [batch for batch in ALL_BATCHES if max(batch) < 10]
+    batches = ALL_BATCHES if "Large" in kind else [batch for batch in ALL_BATCHES if max(batch) < 10]
     monkeypatch.setattr(verify, "BATCHES", batches)
-    model = make(tmp_path / "model.pth", two_layers({**tiny_config, **KINDS[kind]}))
+    model = make(tmp_path / "model.pth", first_layers({**tiny_config, **KINDS[kind]}, 2))
     for to in ("torch-export", "onnx", "hf"):
         exported(model, to, tmp_path / f"out{export.SUFFIXES[to]}")
 
@@ -307,7 +278,7 @@ def test_every_kind_in_every_format(trace_once, kind, tiny_config, tmp_path, mon
 @needs_onnx
 def test_large_values_are_compared_as_float32_rounds_them(tiny_config, tmp_path, short_batches, capsys):
     """Inner layers of large pre-norm models reach thousands, where two orders of one sum differ by more than 1e-4."""
-    path = make(tmp_path / "model.pth", two_layers({**tiny_config, **KINDS["large"]}))
+    path = make(tmp_path / "model.pth", first_layers({**tiny_config, **LARGE}, 1))
     model = load_model(path)
     model.encoder.transformer.layers[0].feed_forward.output_dense.weight.data *= 1e4
     save_model(path, model)
@@ -318,8 +289,8 @@ def test_large_values_are_compared_as_float32_rounds_them(tiny_config, tmp_path,
 @needs_onnx
 def test_int8_is_smaller_close_and_names_its_difference(tiny_config, tmp_path, capsys, short_batches):
     # wide enough for the linear layers to be most of the file
-    wide = {"encoder_embed_dim": 96, "encoder_head_dim": 24, "encoder_ff_interm_features": [384] * 4}
-    model = make(tmp_path / "model.pth", tiny_config, **wide)
+    wide = {"encoder_embed_dim": 96, "encoder_head_dim": 24, "encoder_ff_interm_features": [1024] * 4}
+    model = make(tmp_path / "model.pth", first_layers({**tiny_config, **wide}, 2))
     out = exported(model, "onnx", tmp_path / "model.int8.onnx", int8=True)
     printed = float(capsys.readouterr().out.split("PyTorch ")[1].split()[0])
     assert 1e-4 < printed < 1.0
@@ -328,7 +299,7 @@ def test_int8_is_smaller_close_and_names_its_difference(tiny_config, tmp_path, c
 
 
 def test_safetensors(tiny_config, tmp_path):
-    model = make(tmp_path / "model.pth", tiny_config, **KINDS["wavlm"])
+    model = make(tmp_path / "model.pth", tiny_config, **KINDS["DPWavLM"])
     export.run(model, "safetensors", None, False, None, None)
     waveform = torch.randn(1, 4000)
     ours, theirs = load_model(tmp_path / "model.safetensors"), load_model(model)
@@ -336,7 +307,7 @@ def test_safetensors(tiny_config, tmp_path):
     torch.testing.assert_close(ours(waveform)[0], theirs(waveform)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_what_differs_is_not_kept(hf_folder, tiny_config, tmp_path, monkeypatch):
+def test_what_differs_is_not_kept(hf_folder, exported_here, tiny_config, tmp_path, monkeypatch):
     model = load_model(hf_folder)
     model.encoder.transformer.layers[-1].final_layer_norm.bias.data[0] += 2e-2
     outputs = ExportedOutputs(model, last=False)
@@ -344,7 +315,7 @@ def test_what_differs_is_not_kept(hf_folder, tiny_config, tmp_path, monkeypatch)
         require_agreement(outputs, "transformers", hf_folder)
     monkeypatch.setattr(verify, "TOLERANCE", -1.0)
     monkeypatch.setattr(verify, "BATCHES", [[0.05]])
-    path = make(tmp_path / "model.pth", tiny_config, **ONE_LAYER)
+    path = make(tmp_path / "model.pth", first_layers(tiny_config, 1))
     with pytest.raises(UserError, match="not kept"):
         exported(path, "hf", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]

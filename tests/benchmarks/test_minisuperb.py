@@ -21,7 +21,7 @@ from demo.frame_probe import accuracy, linear_probe
 from demo.labels import IGNORE, read_split
 from distillation.errors import UserError
 from exporting import verify
-from tests.configs import TINY
+from tests.configs import TINY, first_layers
 from wav2vec2 import save_model, wav2vec2_model
 
 # Probes
@@ -185,8 +185,9 @@ def test_a_run(small, tmp_path, capsys):
         evaluate.run(tmp_path)
 
 
-def test_formats_side_by_side(small, tmp_path, monkeypatch, capsys):
+def test_formats_side_by_side(trace_once, small, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
+    save_model(small / "final.pth", wav2vec2_model(**first_layers(TINY, 1)))
     monkeypatch.setattr(verify, "BATCHES", [[0.05, 0.4]])
     formats.run(small, tmp_path / "out", rounds=1, steps=4, threads=1)
     rows = json.loads((tmp_path / "out" / "formats.json").read_text())

@@ -62,14 +62,14 @@ class Finished:
 class Process:
     """A running script."""
 
-    def __init__(self, server: Server, argv: list[str], fault: tuple | None) -> None:
+    def __init__(self, server: Server, argv: list[str], fault: tuple | None, python: Path) -> None:
         server.count += 1
         self.logs = [server.folder / f"{server.count}.{name}" for name in ("out", "err")]
         with self.logs[0].open("w") as out, self.logs[1].open("w") as err:
             files = [out.fileno(), err.fileno()]
             environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
             self.connection = Connection(
-                server.socket, files, argv=argv, cwd=str(ROOT), environ=environ, executable=sys.executable, fault=fault
+                server.socket, files, argv=argv, cwd=str(ROOT), environ=environ, executable=str(python), fault=fault
             )
         self.pid = self.connection.pid
 
@@ -130,10 +130,10 @@ exec "{sys.executable}" "$@"
         self.process.communicate()  # closes its stdin
         self.temporary.cleanup()
 
-    def start(self, script: str, *args: object, fault: tuple | None = None) -> Process:
-        """Start a script of the repository, or ``-m`` with a module."""
+    def start(self, script: str, *args: object, fault: tuple | None = None, python: Path | None = None) -> Process:
+        """Start a script of the repository, or ``-m`` with a module; ``python`` runs the processes that it starts."""
         name = script if script == "-m" else str(ROOT / script)
-        return Process(self, [name, *map(str, args)], fault)
+        return Process(self, [name, *map(str, args)], fault, python or self.bin / "python")
 
     def run(self, script: str, *args: object, fault: tuple | None = None, code: int = 0) -> Finished:
         """Run it; on another exit code than ``code`` show what it printed."""

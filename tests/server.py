@@ -3,8 +3,8 @@
     python -m tests.server SOCKET
 
 Every connection is one process: a line of JSON goes there, with the files for stdout and stderr passed along; its
-process id and, when it has ended, its exit code, negative for a signal, come back as lines. The server ends when its
-stdin is closed. A request holds
+process id and, when it has ended, its exit code, negative for a signal, come back as lines. A process whose connection
+closes is killed: the client stands for it. The server ends when its stdin is closed. A request holds
 
     argv: a script or "-m" and a module, and arguments
     cwd, environ, executable: as the process shall see them; the last is what it starts other Pythons with
@@ -120,15 +120,19 @@ def child(request: dict[str, Any], files: list[int]) -> None:
 
 
 def handle(connection: socket.socket) -> None:
-    """Start a process, wait for it."""
+    """Start a process, wait for it; kill it when whoever asked for it is gone."""
     data, files, *_ = socket.recv_fds(connection, 2**20, 2)
     while not data.endswith(b"\n"):
         data += connection.recv(2**20)
     pid = os.fork()
     if pid == 0:
         child(json.loads(data), files)
-    with contextlib.suppress(BrokenPipeError):  # nobody waits for it
+    with contextlib.suppress(BrokenPipeError):
         connection.sendall(b"%d\n" % pid)
+        ended = os.pidfd_open(pid)
+        ready, _, _ = select.select([ended, connection], [], [])
+        if ended not in ready:
+            os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
 

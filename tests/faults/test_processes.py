@@ -25,15 +25,25 @@ def start(*command: object, log: Path) -> subprocess.Popen:
         )  # fmt: skip
 
 
-def ranks(exp: Path) -> list[int]:
-    """Processes of a run, the oldest first."""
+def processes_of(log: Path) -> list[int]:
+    """Those that print into a file, readers of audio included; the oldest first."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            if str(exp).encode() in words and any(word.endswith(b"distill.py") for word in words[:3]):
+            if (folder / "fd" / "1").readlink() == log:
                 found.append(int(folder.name))
     return sorted(found)
+
+
+def launched(log: Path) -> list[int]:
+    """Ranks that a launcher has started, and their readers; the oldest first."""
+    found = []
+    for pid in processes_of(log):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if any(word.endswith(b"distill.py") for word in words):
+                found.append(pid)
+    return found
 
 
 def wait_for(path: Path, log: Path) -> None:
@@ -51,14 +61,16 @@ def test_two_processes(server, tiny_flags, tmp_path):
     reference = server.start("distill.py", *flags, "--exp_dir", tmp_path / "reference")
     for victim, code in ((1, 1), (0, -signal.SIGKILL), (None, 75)):
         before = last.stat().st_mtime_ns if last.exists() else 0
-        run = server.start("distill.py", *flags, "--exp_dir", exp)
+        # when rank 0 is killed, rank 1 must be a child of its own, which sees that its parent is gone
+        python = Path(sys.executable) if victim == 0 else None
+        run = server.start("distill.py", *flags, "--exp_dir", exp, python=python)
         run.until(lambda: last.exists() and last.stat().st_mtime_ns != before)  # noqa: B023
         begin = time.monotonic()
-        other, *_ = ranks(exp)  # then its reader; rank 0 was not started by its command line
+        other, *_ = launched(run.logs[0])
         os.kill(other if victim == 1 else run.pid, signal.SIGTERM if victim is None else signal.SIGKILL)
         finished = run.wait()
         assert finished.code == code, finished.output
-        run.until(lambda: not ranks(exp))
+        run.until(lambda: not processes_of(run.logs[0]))  # noqa: B023
         assert time.monotonic() - begin < 60
         message = run.finished().error
         assert any(reason in message for reason in REASONS[victim])
@@ -83,15 +95,16 @@ def test_torchrun(tiny_flags, tmp_path, victim):
     flags = [*tiny_flags, "--trainer.devices", 2, "--optim.max_steps", 500, "--exp_dir", exp]
     run = start(*torchrun, "distill.py", *flags, log=log)
     wait_for(exp / "ckpts/last.ckpt", log)
-    workers = [pid for pid in ranks(exp) if pid != run.pid]
     of_rank = {}
-    for pid in workers:
+    for pid in launched(log):
+        if pid == run.pid:
+            continue
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         of_rank.update({int(word[5:]): pid for word in environment if word.startswith(b"RANK=")})
     begin = time.monotonic()
     os.kill(of_rank[victim], signal.SIGKILL)
     assert run.wait(60) == 1
-    while ranks(exp):
+    while processes_of(log):
         assert time.monotonic() - begin < 60
         time.sleep(0.1)
     assert "SIGKILL" in log.read_text() or "connection to another process" in log.read_text()

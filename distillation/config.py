@@ -4,11 +4,13 @@ A recipe names another as its ``base`` and holds only what differs. Flags overri
 """
 
 import dataclasses
+import functools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+import jsonargparse
 import torch
 
 from distillation.commandline import make_parser, one_line, parse_arguments
@@ -140,9 +142,7 @@ def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[
     Raises:
         UserError: an unknown recipe, key or value.
     """
-    parser = make_parser(description, default_env=False)
-    parser.add_argument("--config", action="config", help="Recipe, one of conf/*.yaml or your own.")
-    parser.add_class_arguments(Recipe, fail_untyped=True)
+    parser = _recipe_parser(description)
     argv, recipes = _expand_bases(sys.argv[1:] if argv is None else argv)
     try:
         namespace = parse_arguments(parser, argv)
@@ -164,6 +164,14 @@ def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[
         raise UserError("a section of the recipe is null or a single value: give its settings") from None
     _require_values(recipe)
     return recipe, resolved
+
+
+@functools.cache  # reads the docstrings of every setting
+def _recipe_parser(description: str) -> jsonargparse.ArgumentParser:
+    parser = make_parser(description, default_env=False)
+    parser.add_argument("--config", action="config", help="Recipe, one of conf/*.yaml or your own.")
+    parser.add_class_arguments(Recipe, fail_untyped=True)
+    return parser
 
 
 def _require_values(settings: Any, prefix: str = "") -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import importlib
 import io
 import json
@@ -143,6 +144,8 @@ def main() -> None:
         importlib.import_module(name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "threads do not survive a fork"
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")  # -m of what is imported already
+    gc.collect()
+    gc.freeze()  # what is imported stays, and stays shared between the forks
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(sys.argv[1])
     listener.listen()

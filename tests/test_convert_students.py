@@ -59,6 +59,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path: Path) -> None:
     """Without fairseq, s3prl or Lightning imported; and the warning where the released function is not the paper's."""
     write("armhubert")

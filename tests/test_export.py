@@ -252,6 +252,7 @@ def test_model_card(tiny_config, hf_folder, tmp_path, exported_here, short_batch
     assert "| teacher | 12,345 | 2.50 G | 0.0123 | -0.500 |" in card and "Held out: 4 utterances." in card
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_everything_at_once_in_one_graph(trace_once, tiny_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verify, "BATCHES", ALL_BATCHES)
@@ -275,6 +276,7 @@ def test_every_kind_in_every_format(trace_once, exported_here, kind, tiny_config
         exported(model, to, tmp_path / f"out{export.SUFFIXES[to]}")
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_large_values_are_compared_as_float32_rounds_them(tiny_config, tmp_path, short_batches, capsys):
     """Inner layers of large pre-norm models reach thousands, where two orders of one sum differ by more than 1e-4."""
@@ -286,6 +288,7 @@ def test_large_values_are_compared_as_float32_rounds_them(tiny_config, tmp_path,
     assert float(capsys.readouterr().out.split()[4]) > 1e-4
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_int8_is_smaller_close_and_names_its_difference(tiny_config, tmp_path, capsys, short_batches):
     # wide enough for the linear layers to be most of the file

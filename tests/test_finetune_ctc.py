@@ -75,6 +75,7 @@ def run(model: Path, tones: tuple[Path, Path], exp_dir: Path, beam_size: int = 0
     return finetune(FinetuneRun(str(model), *tones, exp_dir, config, **settings))
 
 
+@pytest.mark.slow
 def test_tones_are_learnt_and_travel_to_transformers(random_model, tones, tmp_path, monkeypatch, exported_here):
     results = run(random_model, tones, tmp_path / "exp")
     assert results["wer"] < 30 and results["cer"] < 10  # without a word written both are 100

@@ -217,6 +217,7 @@ def test_command_line_mistakes(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_as_a_program(tmp_path):
     for k in range(3):
         write(tmp_path / "data" / f"{k}.flac")

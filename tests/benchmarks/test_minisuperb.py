@@ -153,6 +153,7 @@ def test_intervals():
 # As a whole
 
 
+@pytest.mark.slow
 def test_a_run(small, tmp_path, capsys):
     run = tmp_path / "compare" / "slice" / "seed1"
     run.mkdir(parents=True)
@@ -185,6 +186,7 @@ def test_a_run(small, tmp_path, capsys):
         evaluate.run(tmp_path)
 
 
+@pytest.mark.slow
 def test_formats_side_by_side(trace_once, small, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
     save_model(small / "final.pth", wav2vec2_model(**first_layers(TINY, 1)))

@@ -60,6 +60,7 @@ def test_shipped_teacher_has_depth():
     assert max(words) - words[0] >= 20
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(corpus, tmp_path, monkeypatch):
     log = train_teacher(corpus, tmp_path / "work", tmp_path / "whole", TINY)
     assert [stage["curve"][-1]["step"] for stage in log["stages"].values()] == [2, 2, 2]

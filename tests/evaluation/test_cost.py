@@ -47,6 +47,7 @@ def test_masks_are_no_parameters(tiny_config, tmp_path):
     assert cost_of_file("m", tmp_path / "m.pth").num_params == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_peak_memory_counts_weights_and_activations(tiny_config, tmp_path):
     wide = {**tiny_config, "encoder_ff_interm_features": [40_000] * 4}

@@ -164,6 +164,7 @@ def test_libriphone(tmp_path, noise):
         make(1, "small")
 
 
+@pytest.mark.slow
 def test_without_s3prl_one_line():
     code = "import sys; sys.modules['pandas'] = None; from evaluation.s3prl_upstream import main; main()"
     result = subprocess.run([sys.executable, "-c", code, "s3prl.main"], capture_output=True, text=True, cwd=ROOT)

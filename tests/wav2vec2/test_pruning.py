@@ -449,8 +449,8 @@ def test_removed_heads_of_layer_0_leave_the_position_bias(tiny):
 @pytest.mark.parametrize(
     "architecture, units",
     [
-        ("hubert_base", ("conv", "head", "interm")),
-        ("wavlm_large", tuple(UNITS)),
+        pytest.param("hubert_base", ("conv", "head", "interm"), marks=pytest.mark.slow),
+        pytest.param("wavlm_large", tuple(UNITS), marks=pytest.mark.slow),
         ("wavlm_base", ("head",)),
         ("hubert_large", ("attlayer", "ffnlayer")),
     ],

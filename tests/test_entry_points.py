@@ -75,6 +75,7 @@ def spins(printed: str) -> set[str]:
     return set(re.findall(r"GOMP_SPINCOUNT = '(\w+)'", printed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["distill.py", "report.py", "extract_features.py"])
 def test_help_of_scripts(script):
     result = start("-c", LOADED, script, "--help")
@@ -90,6 +91,7 @@ def test_modules_of_packages(package):
     assert first.startswith("import distillation")
 
 
+@pytest.mark.slow
 def test_without_the_setting_they_would_spin():
     assert spins(start("-c", "import torch").stderr) not in (set(), {"0"})
     assert spins(start("-m", "evaluation.cost", "--help").stderr) == {"0"}

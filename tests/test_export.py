@@ -77,6 +77,13 @@ def exported(model: Path, to: str, out: Path, last: bool = False, int8: bool = F
     return out
 
 
+def transformers_folder(model: Path, out: Path) -> Path:
+    """A folder for transformers, checked as the fixture ``exported_here`` does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "run_exported", run_exported_here)
+        return exported(model, "hf", out)
+
+
 @pytest.fixture(scope="module")
 def short_batches():
     """Exports are checked on short audio alone, where the test is about something else."""
@@ -89,7 +96,7 @@ def short_batches():
 def hf_folder(tmp_path_factory, tiny_config, modules_cache, short_batches) -> Path:
     """A pruned model for transformers."""
     folder = tmp_path_factory.mktemp("hf")
-    return exported(make(folder / "model.pth", tiny_config, **MASKS), "hf", folder / "pruned_hf")
+    return transformers_folder(make(folder / "model.pth", tiny_config, **MASKS), folder / "pruned_hf")
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +104,7 @@ def ctc_folder(tmp_path_factory, tiny_config, modules_cache, short_batches) -> P
     """A fine-tuned model for transformers, beside its .pth."""
     folder = tmp_path_factory.mktemp("ctc")
     changes = {**LARGE, "aux_num_out": len(VOCABULARY), "encoder_layer_drop": 0.0}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "run_exported", run_exported_here)
-        return exported(make(folder / "model.pth", tiny_config, **changes), "hf", folder / "ctc_hf")
+    return transformers_folder(make(folder / "model.pth", tiny_config, **changes), folder / "ctc_hf")
 
 
 def waveforms() -> list[np.ndarray]:
@@ -254,14 +259,14 @@ def test_model_card(tiny_config, hf_folder, tmp_path, exported_here, short_batch
 
 @pytest.mark.slow
 @needs_onnx
-def test_everything_at_once_in_one_graph(trace_once, tiny_config, tmp_path, capsys, monkeypatch):
+def test_everything_at_once_in_fresh_processes(trace_once, tiny_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verify, "BATCHES", ALL_BATCHES)
     model = make(tmp_path / "model.pth", first_layers({**tiny_config, **EVERYTHING}, 2), aux_num_out=5)
-    for to in ("torch-export", "onnx"):
-        exported(model, to, tmp_path / f"out{export.SUFFIXES[to]}", last=True)
+    for to in ("torch-export", "onnx", "hf"):
+        exported(model, to, tmp_path / f"out{export.SUFFIXES[to]}", last=to != "hf")
         printed = float(capsys.readouterr().out.split("PyTorch ")[1].split()[0])
         assert 0 <= printed <= 1e-4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pth", "out.onnx", "out.pt2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pth", "out.hf", "out.onnx", "out.pt2"]
 
 
 @needs_onnx

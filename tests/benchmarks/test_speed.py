@@ -101,6 +101,7 @@ def test_largest_batch(limit):
     assert len(tried) == len(set(tried)) <= 10
 
 
+@pytest.mark.slow
 def test_training_rows(monkeypatch, tmp_path):
     config = {**TINY, "encoder_num_layers": 12}
     for key in ("encoder_use_attention", "encoder_use_feed_forward", "encoder_num_heads", "encoder_ff_interm_features"):
@@ -159,6 +160,7 @@ def test_phases_of_a_step():
     assert all(seconds > 0 for seconds in step.watch.seconds.values())
 
 
+@pytest.mark.slow
 def test_gpu_at_a_tiny_size_on_the_cpu():
     result = gpu.measure(TINY, "cpu", 1.0, 1)
     assert json.loads(json.dumps(result))["hours"]["step 1"] > 0

@@ -49,7 +49,7 @@ def usual_losses():
     return {}
 
 
-@pytest.mark.parametrize("form", [*FASTER, "all"])
+@pytest.mark.parametrize("form", ["all", *(pytest.param(form, marks=pytest.mark.slow) for form in FASTER)])
 @pytest.mark.parametrize("mode", ["group_norm", "layer_norm"])
 def test_losses_of_fifty_steps(tiny_config, batches, usual_losses, monkeypatch, form, mode):
     no_dropout = {name: 0.0 for name in tiny_config if name.endswith("dropout")}

@@ -127,6 +127,7 @@ def test_mistakes(world, teacher_path, tmp_path):
         superb.read_metric("nothing", "test per", 1, Path("log.txt"))
 
 
+@pytest.mark.slow
 def test_the_script_explains_itself(tmp_path):
     environment = {
         **os.environ,

@@ -186,6 +186,7 @@ def test_truncated_files_are_refused(tiny, tmp_path):
         assert refusal(path).startswith("truncated or not a torch file")
 
 
+@pytest.mark.slow
 def test_a_huge_config_allocates_nothing(tiny, tmp_path):
     model = tiny("hubert_base")
     state, path = model.state_dict(), tmp_path / "model.pth"

@@ -10,6 +10,7 @@ if [ "${1:-}" = --quick ]; then
     shift
 fi
 setup requirements/dev.txt
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same files
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 ruff check .
 ruff format --check .

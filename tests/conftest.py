@@ -34,8 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -cost[item.path])
 
 
-def pytest_collection_finish() -> None:
-    """Spare the garbage collector all modules: it would go through them again and again."""
+@pytest.fixture(scope="module", autouse=True)
+def _freeze() -> None:
+    """Spare the garbage collector what is imported: it would go through all of it again and again."""
     gc.collect()
     gc.freeze()
 
@@ -108,7 +109,7 @@ def trace_once(monkeypatch):
 
 @pytest.fixture
 def exported_here(monkeypatch, modules_cache):
-    """Exports are checked in this process, where the test is about something else."""
+    """Exports are checked in this process; in fresh ones by the commands of docs/use.md, which the tests run."""
     monkeypatch.setattr(verify, "run_exported", run_exported_here)
 
 

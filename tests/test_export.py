@@ -259,7 +259,7 @@ def test_model_card(tiny_config, hf_folder, tmp_path, exported_here, short_batch
 
 @pytest.mark.slow
 @needs_onnx
-def test_everything_at_once_in_fresh_processes(trace_once, tiny_config, tmp_path, capsys, monkeypatch):
+def test_everything_at_once(trace_once, exported_here, tiny_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verify, "BATCHES", ALL_BATCHES)
     model = make(tmp_path / "model.pth", first_layers({**tiny_config, **EVERYTHING}, 2), aux_num_out=5)
     for to in ("torch-export", "onnx", "hf"):

@@ -1,4 +1,4 @@
-"""The shell recipes on models with random weights, one of the published size: 4 updates of each step on the CPU."""
+"""The shell recipes on models with random weights, one of the published size: 2 updates of each step on the CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ MODELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_recipe(server, name, corpus, tmp_path):
-    python = server.bin / "cold" if name == "run_dphubert.sh" else server.bin
+    full_size = name == "run_dphubert.sh"
+    python = server.bin / "cold" if full_size else server.bin
     kind, config, flags = MODELS[name]
     torch.manual_seed(0)
     model = kind(config)
@@ -54,14 +55,14 @@ def test_recipe(server, name, corpus, tmp_path):
         "data.seconds_per_batch": 2,
         "data.valid_seconds_per_batch": 8,
         "data.num_workers": 0,
-        "optim.max_steps": 4,
-        "pruning.warmup_steps": 2,
-        "final.max_steps": 4,
+        "optim.max_steps": 2,
+        "pruning.warmup_steps": 1,
+        "final.max_steps": 2,
         "trainer.accelerator": "cpu",
         "trainer.precision": "32-true",
         "trainer.batches_per_update": 1,
-        "trainer.log_every": 2,
-        "trainer.validate_every": 4,
+        "trainer.log_every": 1,
+        "trainer.validate_every": 2,
         **flags,
     }
     script, *recipe = name.split()
@@ -84,8 +85,10 @@ def test_recipe(server, name, corpus, tmp_path):
     assert all(torch.isfinite(state).all() for state in hidden)
     assert (exp / "report.html").stat().st_size > 10_000
 
+    if full_size:
+        return
     stamp = final.stat().st_mtime_ns
-    run_shell(script, *args, python=python, **variables)  # again: nothing is left to do
+    run_shell(script, *args, python=python, **variables)  # again: nothing is left to do but the report
     assert final.stat().st_mtime_ns == stamp
 
 

@@ -39,8 +39,8 @@ def train(config, batches) -> list[float]:
 @pytest.fixture(scope="module")
 def batches():
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([4000, 3000])
-    waveforms = [0.1 * torch.randn(2, 4000, generator=generator) for _ in range(50)]
+    lengths = torch.tensor([2400, 1800])
+    waveforms = [0.1 * torch.randn(2, 2400, generator=generator) for _ in range(50)]
     return [(w, lengths if i % 2 else None) for i, w in enumerate(waveforms)]
 
 

@@ -142,7 +142,7 @@ def test_vanished_mount(server, corpus, tsv_dir, tiny_flags, tmp_path):
     root, exp = tmp_path / "corpus", tmp_path / "run"
     shutil.copytree(corpus, root)
     copy_lists(tsv_dir, root, tmp_path)
-    flags = [*tiny_flags, "--data.tsv_dir", tmp_path, "--exp_dir", exp, "--optim.max_steps", 40]
+    flags = [*tiny_flags, "--data.tsv_dir", tmp_path, "--exp_dir", exp, "--optim.max_steps", 24]
     run = server.start("distill.py", *flags)
     run.until((exp / "ckpts/last.ckpt").exists)
     root.rename(tmp_path / "elsewhere")

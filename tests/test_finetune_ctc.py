@@ -114,6 +114,7 @@ def test_the_freeze_trains_the_output_layer_alone(random_model, tones, tmp_path)
     assert learning == {"aux.weight", "aux.bias"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes(random_model, tones, tmp_path):
     run(random_model, tones, tmp_path, max_steps=8, freeze_steps=2)
     steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "metrics.csv").open())]
@@ -131,6 +132,7 @@ def test_a_stopped_run_resumes(random_model, tones, tmp_path):
         run(tmp_path / "other.pth", tones, tmp_path, max_steps=16, freeze_steps=2)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one(random_model, tones, tmp_path, monkeypatch):
     settings = {"max_steps": 8, "freeze_steps": 2, "seconds_per_batch": 12.0}  # validates and saves after 4
     model = load_model(random_model)

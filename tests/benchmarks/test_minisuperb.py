@@ -105,6 +105,7 @@ def corpus(tmp_path_factory):
     return out, settings
 
 
+@pytest.mark.slow
 def test_abx_of_words(corpus):
     utterances = read_split(corpus[0], "train-clean-100")
     triples, speakers = draw_triples(utterances, 60)
@@ -125,6 +126,7 @@ def test_abx_of_words(corpus):
     assert abx_right(blind, triples).mean() == 0.5
 
 
+@pytest.mark.slow
 def test_sentences_of_training_are_known_without_making_a_corpus(corpus):
     assert set(training_sentences(corpus[1])) == {u.text for u in read_split(corpus[0], "train-clean-100")}
     assert not set(training_sentences(corpus[1])) & {u.text for u in read_split(corpus[0], "dev-clean")}

@@ -144,6 +144,7 @@ def test_phone_information():
     assert phone_information([torch.tensor([1, 1, 1, 1, 0])], [phones]) == pytest.approx(0)
 
 
+@pytest.mark.slow
 def test_linear_probe():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(4000) % 4

@@ -64,6 +64,7 @@ def test_a_bug_keeps_its_traceback(error):
         main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [("UserError('bad.tsv: no')", 2, "error: bad.tsv: no"), ("KeyError('x')", 1, "KeyError: 'x'")],

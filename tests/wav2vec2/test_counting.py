@@ -41,6 +41,7 @@ def test_certain_masks_count_what_pruning_leaves(tiny, architecture, units):
         assert model.get_num_params().item() == pytest.approx(counted(model), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["wavlm_base", "hubert_base"])
 def test_any_subset_of_heads_may_go(tiny, architecture):
     model = tiny(architecture, ("head",))
@@ -58,6 +59,7 @@ def test_any_subset_of_heads_may_go(tiny, architecture):
             torch.testing.assert_close(states[-1], pruned_states[-1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["hubert_base", "wavlm_large"])
 def test_expectation_is_the_mean_over_samples(tiny, flags, architecture):
     model = tiny(architecture, tuple(flags))

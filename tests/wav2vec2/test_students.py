@@ -87,6 +87,7 @@ def test_the_masked_model_is_the_pruned_model(tiny, architecture, changes):
             assert model.get_num_macs([500, 333]).round() == pruned.get_num_macs([500, 333])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "changes"), CASES)
 def test_expected_count_is_the_mean_over_samples(tiny, architecture, changes):
     model = tiny(architecture, UNITS, **changes)

@@ -106,23 +106,40 @@ prepare_recipe() {
     [ -f "$teacher" ] || python convert_hubert_from_hf.py --model "$(setting teacher_id "$@")" --out "$teacher"
 }
 
-# two_step_recipe SCRIPT DEFAULT_RECIPE DATA_DIR [RECIPE] [FLAGS...]: everything from audio to final.pth and a report.
+# whole_recipe AUDIO_DIR RECIPE [FLAGS...]: everything from audio to final.pth and a report. What is finished is not repeated.
+whole_recipe() {
+    local audio recipe=conf/$2.yaml exp final
+    audio=$(cd "$CALLER_DIR" && realpath -m -- "$1")
+    [ -d "$audio" ] || die "$audio: no such folder"
+    [ -f "$recipe" ] || die "$recipe: no such recipe; there are $(cd conf && echo *.yaml)"
+    shift 2
+    setup requirements.txt
+    prepare_recipe "$audio" "$recipe" "$@"
+    exp=$(setting exp_dir "$recipe" "$@")
+    if [ "$(setting pruning.units "$recipe" "$@")" = "[]" ]; then
+        final=$exp/final.pth
+        if [ ! -f "$final" ] || [ "$exp/ckpts/last.ckpt" -nt "$final" ]; then
+            fit_batch "$recipe" "$exp" "$@"
+            stage python distill.py --config "$recipe" "$@" "${BATCH[@]}"
+        fi
+    else
+        two_steps "$recipe" "$exp" "$@"
+        final=$exp/final/final.pth
+    fi
+    [ "$exp/report.html" -nt "$final" ] || python report.py "$exp"
+    echo "Done: $final, $exp/report.html"
+}
+
+# two_step_recipe SCRIPT DEFAULT_RECIPE AUDIO_DIR [RECIPE] [FLAGS...]
 two_step_recipe() {
-    local script=$1 recipe=$2 data exp
+    local script=$1 recipe=$2 audio
     shift 2
     case "${1:-}" in -h | --help) usage "$script"; exit 0 ;; "") usage "$script" >&2; exit 2 ;; esac
-    data=$(cd "$CALLER_DIR" && realpath -m -- "$1")
+    audio=$1
     shift
     if [ $# -gt 0 ] && [[ $1 != --* ]]; then
         recipe=$1
         shift
     fi
-    [ -d "$data" ] || die "$data: no such folder"
-    [ -f "conf/$recipe.yaml" ] || die "conf/$recipe.yaml: no such recipe; there are $(cd conf && echo *.yaml)"
-    setup requirements.txt
-    prepare_recipe "$data" "conf/$recipe.yaml" "$@"
-    exp=$(setting exp_dir "conf/$recipe.yaml" "$@")
-    two_steps "conf/$recipe.yaml" "$exp" "$@"
-    python report.py "$exp"
-    echo "Done: $exp/final/final.pth, $exp/report.html"
+    whole_recipe "$audio" "$recipe" "$@"
 }

@@ -14,7 +14,6 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
-import platform
 import random
 import shutil
 import sys
@@ -23,7 +22,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +41,9 @@ from distillation.data.loaders import AudioDataset
 from distillation.data.manifest import Manifest, read_tsv
 from distillation.errors import UserError, command
 from evaluation.tables import markdown_table
-from tests.conftest import TINY, write_noise
+from tests.configs import TINY
 from tests.endurance import mutations
+from tests.helpers import machine, write_noise
 from tests.released_students import TINY as STUDENTS
 from tests.released_students import lightning, settings_file, student_state
 from tests.wav2vec2.test_importers_fairseq import layout_args, teacher
@@ -351,8 +350,7 @@ def main() -> None:
         rows.append((name, share, counts["read"], counts["refused"], counts["failed"]))
         failures += failed
     rows.append(("all", *(sum(column) for column in list(zip(*rows))[1:])))
-    print(f"{date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
-          f"seed {options.seed}, {time.monotonic() - begin:.0f} s\n")  # fmt: skip
+    print(f"{machine()}, seed {options.seed}, {time.monotonic() - begin:.0f} s\n")
     columns = ("file", "mutated", "read all the same", "refused in one line", "failed")
     print(markdown_table(columns, [(name, *(f"{count:,}" for count in counts)) for name, *counts in rows]))
     print("\n".join(["", *failures]))

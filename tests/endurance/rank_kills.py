@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import random
 import shutil
 import signal
@@ -24,14 +23,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from evaluation.tables import markdown_table
 from tests.endurance.soak import ROOT, prepare
+from tests.helpers import machine
 
 END_SECONDS = 60
 
@@ -115,8 +113,7 @@ def main() -> None:
         taken.append(seconds)
         lasts.append(last)
         wrong += found
-    print(f"{date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
-          f"seed {options.seed}\n")  # fmt: skip
+    print(f"{machine()}, seed {options.seed}\n")
     columns = ("kills", "at the start", "in training", "seconds until rank 0 ended: median", "longest",
                "until the last process ended: longest", "wrong")  # fmt: skip
     times = (f"{value:.1f}" for value in (statistics.median(taken), max(taken), max(lasts)))

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import csv
 import os
-import platform
 import random
 import shlex
 import shutil
@@ -24,14 +23,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import date
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from evaluation.tables import markdown_table
-from tests.conftest import TINY, write_noise
+from tests.configs import TINY
+from tests.helpers import machine, write_noise
 from wav2vec2 import save_model, wav2vec2_model
 
 ROOT = Path(__file__).parents[2]
@@ -197,8 +196,7 @@ def main() -> None:
         row, same = soak(mode, options.kills, flags, base, random.Random(f"{options.seed} {mode}"))
         rows.append(row)
         equal &= same
-    print(f"{date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
-          f"seed {options.seed}, {(time.monotonic() - begin) / 60:.0f} min\n")  # fmt: skip
+    print(f"{machine()}, seed {options.seed}, {(time.monotonic() - begin) / 60:.0f} min\n")
     columns = ["run", "kills", *KILLS, *WHERES, "runs finished", "equal, bit for bit"]
     print(markdown_table(columns, [list(map(str, row)) for row in rows]))
     shutil.rmtree(base)

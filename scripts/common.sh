@@ -132,14 +132,12 @@ whole_recipe() {
 
 # two_step_recipe SCRIPT DEFAULT_RECIPE AUDIO_DIR [RECIPE] [FLAGS...]
 two_step_recipe() {
-    local script=$1 recipe=$2 audio
+    local script=$1 default=$2
     shift 2
     case "${1:-}" in -h | --help) usage "$script"; exit 0 ;; "") usage "$script" >&2; exit 2 ;; esac
-    audio=$1
-    shift
-    if [ $# -gt 0 ] && [[ $1 != --* ]]; then
-        recipe=$1
-        shift
+    if [ $# -gt 1 ] && [[ $2 != --* ]]; then
+        whole_recipe "$@"
+    else
+        whole_recipe "$1" "$default" "${@:2}"
     fi
-    whole_recipe "$audio" "$recipe" "$@"
 }

@@ -98,6 +98,7 @@ def test_resumed_equals_uninterrupted(corpus, tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_user_errors(corpus, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"corpus\.json is missing: make the corpus"):
         train_teacher(tmp_path, tmp_path / "work", tmp_path / "out", TINY)

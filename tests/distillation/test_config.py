@@ -50,6 +50,7 @@ def test_flags_override_recipes_and_keep_the_rest():
     assert recipe.final is None
 
 
+@pytest.mark.slow
 def test_resolved_recipe_round_trips(tmp_path):
     for path in CONF.glob("*.yaml"):
         recipe, resolved = parse_recipe(["--config", str(path), "--seed", "7"])

@@ -11,6 +11,7 @@ from docs.tables import DOCS, PAGES, recipes, renewed
 from evaluation.superb_score import COLUMNS, PUBLISHED, overall_score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_are_up_to_date(page):
     assert renewed(page) == (DOCS / page).read_text(encoding="utf-8"), "run python -m docs.tables"

@@ -34,6 +34,11 @@ CASES = [
     for name, changes in STUDENTS.items()
 ]
 
+# where a case takes long: every day all that is special at once, each alone when there is time
+LONG_CASES = [
+    pytest.param(*case.values, id=case.id, marks=() if case.id.endswith("all") else pytest.mark.slow) for case in CASES
+]
+
 
 @pytest.mark.parametrize(("architecture", "changes"), CASES)
 def test_file_round_trip(tiny, tmp_path, architecture, changes):
@@ -68,7 +73,7 @@ def test_padded_rows_equal_the_rows_alone(tiny, architecture, changes):
             torch.testing.assert_close(state[row, :count], expected[0], atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("architecture", "changes"), CASES)
+@pytest.mark.parametrize(("architecture", "changes"), LONG_CASES)
 def test_the_masked_model_is_the_pruned_model(tiny, architecture, changes):
     model = tiny(architecture, UNITS, **changes)
     waveforms, lengths = torch.randn(2, 500), torch.tensor([500, 333])
@@ -87,8 +92,7 @@ def test_the_masked_model_is_the_pruned_model(tiny, architecture, changes):
             assert model.get_num_macs([500, 333]).round() == pruned.get_num_macs([500, 333])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "changes"), CASES)
+@pytest.mark.parametrize(("architecture", "changes"), LONG_CASES)
 def test_expected_count_is_the_mean_over_samples(tiny, architecture, changes):
     model = tiny(architecture, UNITS, **changes)
     masks = list(model.masks().values())

@@ -267,16 +267,20 @@ def save_resolved(resolved: str, exp_dir: Path) -> None:
 
 @command
 def main() -> None:
-    """Print one value of a recipe: ``python -m distillation.config --config conf/X.yaml data.train``."""
-    *argv, key = sys.argv[1:] or ["--help"]
-    if key in ("-h", "--help"):
-        raise UserError("usage: python -m distillation.config --config conf/X.yaml data.train")
-    value: object = parse_recipe(argv)[0]
-    for name in key.split("."):
-        if not dataclasses.is_dataclass(value) or name not in (f.name for f in dataclasses.fields(value)):
-            raise UserError(f"{key}: no such setting")
-        value = getattr(value, name)
-    print(value)
+    """Print values, a line each: ``python -m distillation.config --config conf/X.yaml data.train,seed``."""
+    *argv, keys = sys.argv[1:] or ["--help"]
+    if keys in ("-h", "--help"):
+        raise UserError("usage: python -m distillation.config --config conf/X.yaml data.train,seed")
+    recipe, _ = parse_recipe(argv)
+    values = []
+    for key in keys.split(","):
+        value: object = recipe
+        for name in key.split("."):
+            if not dataclasses.is_dataclass(value) or name not in (f.name for f in dataclasses.fields(value)):
+                raise UserError(f"{key}: no such setting")
+            value = getattr(value, name)
+        values.append(value)
+    print(*values, sep="\n")
 
 
 if __name__ == "__main__":

@@ -59,11 +59,6 @@ requeue() {
     exit "$1"
 }
 
-# setting KEY RECIPE FLAGS...: a resolved value of a recipe.
-setting() {
-    python -m distillation.config --config "$2" "${@:3}" "$1"
-}
-
 # fit_batch RECIPE EXP_DIR FLAGS...: sets BATCH. With FIT_BATCH=1 these flags cut the update into the largest
 # micro-batches that the GPUs can train on, found once per EXP_DIR.
 fit_batch() {
@@ -88,12 +83,9 @@ two_steps() {
     fi
 }
 
-# prepare_recipe DATA_DIR RECIPE.yaml FLAGS...: utterance lists and the converted teacher, what is missing of them.
+# prepare_recipe AUDIO_DIR LISTS TRAIN TEACHER TEACHER_ID: utterance lists and the converted teacher, what is missing of them.
 prepare_recipe() {
-    local audio=$1 lists train teacher root
-    shift
-    lists=$(setting data.tsv_dir "$@")
-    train=$lists/$(setting data.train "$@")
+    local audio=$1 lists=$2 train=$2/$3 teacher=$4 root
     if [ ! -f "$train" ] || [ ! -f "$lists/valid.tsv" ]; then
         python prepare_data.py --data "$audio" --out "$lists"
         [ -f "$train" ] || die "$audio gives no $train; for audio other than LibriSpeech add --data.train train.tsv"
@@ -102,21 +94,22 @@ prepare_recipe() {
     case $root in "$(realpath -- "$audio")" | "$(realpath -m -- "$audio/LibriSpeech")") ;; *)
         die "$train lists audio of $root, not of $audio: remove $lists, or name another folder with --data.tsv_dir" ;;
     esac
-    teacher=$(setting teacher_ckpt "$@")
-    [ -f "$teacher" ] || python convert_hubert_from_hf.py --model "$(setting teacher_id "$@")" --out "$teacher"
+    [ -f "$teacher" ] || python convert_hubert_from_hf.py --model "$5" --out "$teacher"
 }
 
 # whole_recipe AUDIO_DIR RECIPE [FLAGS...]: everything from audio to final.pth and a report. What is finished is not repeated.
 whole_recipe() {
-    local audio recipe=conf/$2.yaml exp final
+    local audio recipe=conf/$2.yaml settings lists train teacher teacher_id exp units final
     audio=$(cd "$CALLER_DIR" && realpath -m -- "$1")
     [ -d "$audio" ] || die "$audio: no such folder"
     [ -f "$recipe" ] || die "$recipe: no such recipe; there are $(cd conf && echo *.yaml)"
     shift 2
     setup requirements.txt
-    prepare_recipe "$audio" "$recipe" "$@"
-    exp=$(setting exp_dir "$recipe" "$@")
-    if [ "$(setting pruning.units "$recipe" "$@")" = "[]" ]; then
+    settings=data.tsv_dir,data.train,teacher_ckpt,teacher_id,exp_dir,pruning.units
+    settings=$(python -m distillation.config --config "$recipe" "$@" "$settings") # once: it imports torch
+    { read -r lists; read -r train; read -r teacher; read -r teacher_id; read -r exp; read -r units; } <<<"$settings"
+    prepare_recipe "$audio" "$lists" "$train" "$teacher" "$teacher_id"
+    if [ "$units" = "[]" ]; then
         final=$exp/final.pth
         if [ ! -f "$final" ] || [ "$exp/ckpts/last.ckpt" -nt "$final" ]; then
             fit_batch "$recipe" "$exp" "$@"

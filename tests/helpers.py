@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib.util
 import io
 import itertools
 import os
@@ -22,7 +21,7 @@ import pytest
 import soundfile
 import torch
 
-from exporting import verify
+from exporting import runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,11 +108,11 @@ def tiny_hf(model_class: type[PreTrainedModel], config_class: type, **options: o
     return model
 
 
+# Exports
+
+
 def run_exported_here(kind: str, exported: Path, batches: list) -> Iterator[dict[str, np.ndarray]]:
     """What verify.run_exported gives, without the start of a process; use the fixture ``exported_here``."""
-    spec = importlib.util.spec_from_file_location("runner", verify.RUNNER)
-    runner = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(runner)
     return itertools.starmap(getattr(runner, kind)(str(exported)), batches)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import subprocess
@@ -12,8 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "lightning.py")
-HEAVY = ("pytorch_lightning", "transformers", "matplotlib")
 PACKAGES = ("evaluation", "exporting", "finetuning", "demo", "benchmarks")
 LOADED = """
 import runpy, sys
@@ -24,42 +21,6 @@ except SystemExit as stop:
 finally:
     print("LOADED", sorted({"pytorch_lightning", "transformers", "matplotlib"} & sys.modules.keys()))
 """
-
-
-def imports(path: Path) -> list[str]:
-    """Modules that a file imports when it is imported itself, in order."""
-    names = []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                base = ".".join([*path.relative_to(ROOT).parent.parts, *([base] if base else [])])
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return names
-
-
-def file_of(module: str) -> Path | None:
-    path = ROOT.joinpath(*module.split("."))
-    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_what_scripts_import_at_their_start(script):
-    """The setting of threads before torch, and nothing that takes seconds besides torch."""
-    first = [name.partition(".")[0] for name in imports(ROOT / script)]
-    heavy = {"torch", "torchaudio", *HEAVY} & set(first)
-    assert not heavy, f"{script} imports {heavy} by itself: distillation must come before torch"
-    waiting, seen = [ROOT / script], set()
-    while waiting:
-        path = waiting.pop()
-        for name in imports(path):
-            assert name.partition(".")[0] not in HEAVY, f"{script} imports {name}, by {path.relative_to(ROOT)}"
-            file = file_of(name)
-            if file is not None and file not in seen:
-                seen.add(file)
-                waiting.append(file)
 
 
 def start(*words: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The house: imports point down, run in no circle, and the model package needs torch alone."""
+"""The house: imports point down, run in no circle, cost commands little, and the model package needs torch alone."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ ROWS = [
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 PACKAGES = [name for name in ROW if (ROOT / name).is_dir()]
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.name != "lightning.py")
+HEAVY = ("pytorch_lightning", "transformers", "matplotlib")
 
 
 def files() -> dict[str, Path]:
@@ -35,19 +37,25 @@ def files() -> dict[str, Path]:
 FILES = files()
 
 
-def imported(module: str) -> set[str]:
-    """Modules of this repository that a file names in an import, wherever it stands: in functions and for types too."""
+def named(module: str, at_start: bool = False) -> set[str]:
+    """Modules that a file names in imports, wherever they stand, or in those that run when it is imported itself."""
     path = FILES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in tree.body if at_start else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return {name for name in names if name in FILES} | {n for n in names if n.partition(".")[0] == "tests"}
+    return names
+
+
+def imported(module: str) -> set[str]:
+    """Modules of this repository that a file names in an import: in functions and for types too."""
+    return {name for name in named(module) if name in FILES or name.partition(".")[0] == "tests"}
 
 
 def row(module: str) -> int:
@@ -99,6 +107,21 @@ def test_the_model_package_imports_torch_alone():
             assert {name.partition(".")[0] for name in names} <= allowed, f"{module} imports {names}"
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_scripts_import_at_their_start(script):
+    """The setting of threads before torch, and nothing that takes seconds besides torch."""
+    heavy = {"torch", "torchaudio", *HEAVY} & {name.partition(".")[0] for name in named(script, at_start=True)}
+    assert not heavy, f"{script} imports {heavy} by itself: distillation must come before torch"
+    waiting, seen = [script], {script}
+    while waiting:
+        module = waiting.pop()
+        for name in named(module, at_start=True):
+            assert name.partition(".")[0] not in HEAVY, f"{script} imports {name}, by {module}"
+            if name in FILES and name not in seen:
+                seen.add(name)
+                waiting.append(name)
+
+
 def test_the_walk_sees_what_it_looks_for(tmp_path, monkeypatch):
     """Relative ones, those inside functions, and those for types alone."""
     (tmp_path / "x.py").write_text(
@@ -109,3 +132,4 @@ def test_the_walk_sees_what_it_looks_for(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(FILES, "wav2vec2.x", tmp_path / "x.py")
     assert imported("wav2vec2.x") == {"lightning", "wav2vec2.model", "distillation.config", "tests", "tests.helpers"}
+    assert named("wav2vec2.x", at_start=True) == {"typing", "typing.TYPE_CHECKING"}

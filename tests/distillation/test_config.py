@@ -64,11 +64,11 @@ def test_values_for_the_shell(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*words, "data.tsv_dir,optim.max_steps,pruning.units"])
     main()
     assert capsys.readouterr().out == "my lists\n50000\n['conv', 'head', 'interm']\n"
-    monkeypatch.setattr("sys.argv", [*words, "seed,data.trian"])
+    monkeypatch.setattr("sys.argv", [*words, "seed,data.tsv"])
     with pytest.raises(SystemExit) as stop:
         main()
     printed = capsys.readouterr()
-    assert stop.value.code == 2 and "error: data.trian: no such setting" in printed.err and not printed.out
+    assert stop.value.code == 2 and "error: data.tsv: no such setting" in printed.err and not printed.out
 
 
 def test_chain(tmp_path):

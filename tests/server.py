@@ -128,13 +128,14 @@ def handle(connection: socket.socket) -> None:
     pid = os.fork()
     if pid == 0:
         child(json.loads(data), files)
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(ConnectionError):
         connection.sendall(b"%d\n" % pid)
-        ended = os.pidfd_open(pid)
-        ready, _, _ = select.select([ended, connection], [], [])
-        if ended not in ready:
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
+    ended = os.pidfd_open(pid)
+    ready, _, _ = select.select([ended, connection], [], [])
+    if ended not in ready:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(ConnectionError):
         connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,6 +53,21 @@ def wait_for(path: Path, log: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
+
+
+def test_no_process_without_its_client(server, tmp_path):
+    """The server of the tests kills it, also where the client is gone before it knows which process it asked for."""
+    script, log = tmp_path / "sleep.py", tmp_path / "log"
+    script.write_text("import time; time.sleep(600)")
+    request = {"argv": [str(script)], "cwd": str(tmp_path), "environ": {}, "executable": sys.executable, "fault": None}
+    with socket.socket(socket.AF_UNIX) as client, log.open("w") as file:
+        client.connect(server.socket)
+        socket.send_fds(client, [json.dumps(request).encode() + b"\n"], [file.fileno()] * 2)
+    time.sleep(0.5)  # for its start
+    deadline = time.monotonic() + 20
+    while processes_of(log):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_two_processes(server, tiny_flags, tmp_path):

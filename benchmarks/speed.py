@@ -12,8 +12,6 @@ Prints a table, writes speed.json and speed.svg.
 """
 
 import copy
-import os
-import platform
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -34,7 +32,7 @@ from distillation.commandline import command_of
 from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError
 from distillation.sparsity import make_prunable
-from evaluation.tables import markdown_table
+from evaluation.tables import machine, markdown_table
 from evaluation.timing import in_turns
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE, WAVLM_BASE
@@ -326,8 +324,7 @@ def run(
         rows += inference_rows(rounds, peaks)
     if "forms" in only:
         rows += form_rows(rounds)
-    print(f"{date.today()}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, "
-          f"Python {platform.python_version()}; matmul peak {peaks[None] / 1e9:.0f} GMAC/s float32, "
+    print(f"{machine()}, {threads} threads; matmul peak {peaks[None] / 1e9:.0f} GMAC/s float32, "
           f"{peaks[BF16] / 1e9:.0f} bfloat16\n")  # fmt: skip
     apart = ("phases", "forms")
     tables = [

@@ -85,7 +85,7 @@ two_steps() {
 
 # prepare_recipe AUDIO_DIR LISTS TRAIN TEACHER TEACHER_ID: utterance lists and the converted teacher, what is missing of them.
 prepare_recipe() {
-    local audio=$1 lists=$2 train=$2/$3 teacher=$4 root
+    local audio=$1 lists=$2 train=$2/$3 teacher=$4 teacher_id=$5 root
     if [ ! -f "$train" ] || [ ! -f "$lists/valid.tsv" ]; then
         python prepare_data.py --data "$audio" --out "$lists"
         [ -f "$train" ] || die "$audio gives no $train; for audio other than LibriSpeech add --data.train train.tsv"
@@ -94,7 +94,7 @@ prepare_recipe() {
     case $root in "$(realpath -- "$audio")" | "$(realpath -m -- "$audio/LibriSpeech")") ;; *)
         die "$train lists audio of $root, not of $audio: remove $lists, or name another folder with --data.tsv_dir" ;;
     esac
-    [ -f "$teacher" ] || python convert_hubert_from_hf.py --model "$5" --out "$teacher"
+    [ -f "$teacher" ] || python convert_hubert_from_hf.py --model "$teacher_id" --out "$teacher"
 }
 
 # whole_recipe AUDIO_DIR RECIPE [FLAGS...]: everything from audio to final.pth and a report. What is finished is not repeated.

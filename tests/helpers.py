@@ -7,12 +7,10 @@ import csv
 import io
 import itertools
 import os
-import platform
 import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,11 +50,6 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert_same_tensors(weights(a / "ckpts/last.ckpt"), weights(b / "ckpts/last.ckpt"))
     assert metrics(a) == metrics(b)
     assert not [path.name for path in b.rglob(".*") if path.is_file()], "a lock or temporary file is left"
-
-
-def machine() -> str:
-    """What figures come from: the date, cores and versions."""
-    return f"{date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 # Audio

@@ -18,11 +18,10 @@ import convert_from_checkpoint
 from distillation.objectives import ObjectiveConfig, Objectives
 from distillation.objectives.hint import Hint
 from distillation.objectives.masking import Masking
+from tests.helpers import ROOT
 from tests.released_students import TINY, lightning, released_states, settings_file, student_state
 from wav2vec2 import load_model, wav2vec2_model
 from wav2vec2.checkpoint import load_checkpoint
-
-ROOT = Path(__file__).parents[1]
 
 Run = Callable[..., str]
 

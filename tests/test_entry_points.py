@@ -6,11 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
+
 PACKAGES = ("evaluation", "exporting", "finetuning", "demo", "benchmarks")
 LOADED = """
 import runpy, sys

@@ -18,10 +18,9 @@ from exporting import verify
 from exporting.huggingface import remote_code
 from exporting.verify import ExportedOutputs, make_batches, require_agreement
 from tests.configs import first_layers
-from tests.helpers import run_exported_here
+from tests.helpers import ROOT, run_exported_here
 from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
 
-ROOT = Path(__file__).parent.parent
 WAVLM = {
     "encoder_num_heads": None,
     "encoder_head_dim": None,

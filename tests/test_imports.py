@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
+
 # a package may import those that stand in a lower row, and itself
 ROWS = [
     ["wav2vec2"],

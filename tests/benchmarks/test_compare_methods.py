@@ -18,9 +18,8 @@ from benchmarks.plots import as_svg
 from distillation.config import parse_recipe
 from distillation.objectives import Objectives
 from distillation.students import CopiedLayers, StudentConfig, build_student
+from tests.helpers import ROOT
 from wav2vec2 import load_model, save_model, wav2vec2_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,13 @@ import errno
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from distillation.errors import PeerLost, Stopped, UserError, command
+from tests.helpers import ROOT
 from wav2vec2 import CheckpointError
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

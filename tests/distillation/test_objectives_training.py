@@ -16,7 +16,7 @@ from distillation.objectives.layer_to_layer import LayerToLayer, PredictionLayer
 from distillation.objectives.masking import Masking
 from distillation.objectives.spans import SpanConfig, draw_spans
 from distillation.objectives.temporal_relation import TemporalRelation
-from wav2vec2 import wav2vec2_model
+from wav2vec2.checkpoint import add_masks
 
 CONFIGS = {
     "layer_to_layer": LayerToLayer.Config(layers=[[0], [2, 4]]),
@@ -52,9 +52,7 @@ def test_any_objective_trains_any_student(make_student, teacher, batch, name, ki
     if pruned:
         flags = {key: True for key in ("extractor_prune_conv_channels", "encoder_prune_attention_heads",
                                        "encoder_prune_feed_forward_intermediate")}  # fmt: skip
-        masked = wav2vec2_model(**{**student.config, **flags}).double()
-        masked.load_state_dict(student.state_dict(), strict=False)
-        student = masked
+        student = add_masks(student, **flags).double()
     student.train().requires_grad_(True)
     student.feature_extractor.dummy_weight.requires_grad_(False)
     objectives = Objectives(config, student, teacher).double().train()

@@ -19,9 +19,9 @@ import pytest
 
 from distillation.config import parse_recipe
 from tests.configs import TINY, first_layers
+from tests.helpers import ROOT
 from wav2vec2 import save_model, wav2vec2_model
 
-ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "demo" / "teacher" / "README.md"]
 # what the blocks of docs/use.md shall run, shortened

@@ -40,10 +40,10 @@ from distillation.data.batching import Crop, MicroBatch
 from distillation.data.loaders import AudioDataset
 from distillation.data.manifest import Manifest, read_tsv
 from distillation.errors import UserError, command
-from evaluation.tables import markdown_table
+from evaluation.tables import machine, markdown_table
 from tests.configs import TINY
 from tests.endurance import mutations
-from tests.helpers import machine, write_noise
+from tests.helpers import write_noise
 from tests.released_students import TINY as STUDENTS
 from tests.released_students import lightning, settings_file, student_state
 from tests.wav2vec2.test_importers_fairseq import layout_args, teacher

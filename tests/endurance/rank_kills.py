@@ -27,9 +27,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from evaluation.tables import markdown_table
-from tests.endurance.soak import ROOT, prepare
-from tests.helpers import machine
+from evaluation.tables import machine, markdown_table
+from tests.endurance.soak import prepare
+from tests.helpers import ROOT
 
 END_SECONDS = 60
 

@@ -28,12 +28,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from evaluation.tables import markdown_table
+from evaluation.tables import machine, markdown_table
 from tests.configs import TINY
-from tests.helpers import machine, write_noise
+from tests.helpers import ROOT, write_noise
 from wav2vec2 import save_model, wav2vec2_model
 
-ROOT = Path(__file__).parents[2]
 MODES = {
     "plain": {"data.num_workers": 0},
     "readers": {"data.num_workers": 2},

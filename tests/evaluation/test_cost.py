@@ -13,8 +13,6 @@ from wav2vec2 import prune, save_model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.checkpoint import add_masks
 
-ROOT = Path(__file__).parent.parent.parent
-
 
 def test_superb_protocol_gives_the_published_macs(tiny_config):
     assert len(SUPERB_SAMPLES) == 32 and sum(SUPERB_SAMPLES) / 16000 == pytest.approx(224.86, abs=1e-9)

@@ -15,9 +15,9 @@ from evaluation import s3prl_compat as compat
 from evaluation.s3prl_libriphone import LibriPhoneDataset
 from evaluation.s3prl_upstream import UpstreamExpert, entry
 from tests.configs import TINY
+from tests.helpers import ROOT
 from wav2vec2 import load_model, save_model, wav2vec2_model
 
-ROOT = Path(__file__).parents[2]
 KINDS = {
     "plain": {},
     "time reduction": {"encoder_time_reduction": 2},

@@ -15,9 +15,9 @@ import torch
 from distillation.errors import UserError
 from evaluation import superb
 from evaluation.superb_score import COLUMNS, leaderboard_score, overall_score, published, read_results, table
+from tests.helpers import ROOT
 from wav2vec2 import load_model, save_model
 
-ROOT = Path(__file__).parents[2]
 # what stands in for run_downstream: it leaves the checkpoints that the tasks test and prints their metrics
 PROGRAM = """
 import json, os, pathlib, sys

@@ -64,18 +64,24 @@ METHODS = {
     "dphubert": Method("DPHuBERT", LAYERS),
     "slice": Method("uniform slice", LAYERS, "slice"),
     "distilhubert": Method(
-        "DistilHuBERT", {"prediction_layer": {"layers": [2, 4, 6], "gelu": False, "cos_type": "log_sig"}}, "layers"
+        "DistilHuBERT",
+        {
+            "prediction_layer": {"layers": [2, 4, 6], "heads": "two_linear", "cos_type": "log_sig"},
+            "extractor_gradient": 0.1,
+        },
+        "layers",
     ),
     "fithubert": Method("FitHuBERT", {"hint": {}}, "thin", 480 / 480, (("time_reduction", 2),)),
     "maskhubert": Method("MaskHuBERT", MASK, "thin", 640 / 480),
     "armhubert": Method(
-        "ARMHuBERT", {**MASK, "scale_gradients": True}, "thin", 864 / 480, (("reuse_attention", True),)
+        "ARMHuBERT", {**MASK, "scale_gradients": "released"}, "thin", 864 / 480, (("reuse_attention", "released"),)
     ),
     "starhubert": Method("STaRHuBERT", {"temporal_relation": {}}, "thin", 976 / 432),
     "dphubert_star": Method("DPHuBERT + STaR", STAR),
     "dphubert_mask": Method("DPHuBERT + masking", MASK),
     "dphubert_both": Method("DPHuBERT, layers and STaR", {**LAYERS, **STAR}),
 }
+DISTILHUBERT = CopiedLayers(norms="released")
 DEFAULT = ["dphubert", "slice", "distilhubert", "fithubert", "starhubert", "dphubert_star"]
 
 
@@ -177,7 +183,7 @@ def recipe_of(method: Method, teacher: Wav2Vec2Model, budget: int, seed: int, co
     if method.student == "slice":
         recipe["student"] = {"slice": {"num_params": budget}}
     elif method.student == "layers":
-        recipe["student"] = {"layers": asdict(CopiedLayers())}
+        recipe["student"] = {"layers": asdict(DISTILHUBERT)}
     else:
         recipe["student"] = {"thin": asdict(fit_thin(method, teacher, budget))}
     return recipe
@@ -262,7 +268,7 @@ def compare(comparison: Comparison) -> None:
     comparison = replace(comparison, demo=demo)
     torch.manual_seed(0)
     teacher = load_model(demo / "teacher.pth")
-    budget = num_params or used_params(build_student(StudentConfig(layers=CopiedLayers()), teacher))
+    budget = num_params or used_params(build_student(StudentConfig(layers=DISTILHUBERT), teacher))
     if num_params and any(METHODS[name].student == "layers" for name in methods):
         raise UserError("--num_params: DistilHuBERT has the size of two teacher layers; leave it out of --methods")
     logger.info("teacher: %s parameters, budget of the students: %s", f"{used_params(teacher):,}", f"{budget:,}")

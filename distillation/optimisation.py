@@ -35,7 +35,10 @@ class OptimConfig:
     eps: float = 1e-8
     """AdamW epsilon."""
     weight_decay: float = 0.0
-    """AdamW weight decay of weights; biases and norm parameters have none."""
+    """AdamW weight decay of what decays."""
+    decays: Literal["matrices", "all_but_biases"] = "matrices"
+    """What decays: parameters of at least two dimensions, or also the weights of norms and the mask embedding, as in
+    the released code of the fixed students."""
     clip: float | None = 10.0
     """Largest norm of the whole gradient; null for no clipping."""
 
@@ -88,7 +91,7 @@ def param_groups(module: nn.Module, lagrangian: Lagrangian | None, optim: OptimC
             continue
         if name.endswith("log_alpha"):
             masks.append(p)
-        elif p.dim() < 2:
+        elif "bias" in name.rpartition(".")[2] or (p.dim() < 2 and optim.decays == "matrices"):
             plain.append(p)
         else:
             decayed.append(p)

@@ -6,6 +6,7 @@ Shapes: C channels of the extractor, D Transformer width.
 
 import copy
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,9 @@ class ThinStudent:
     """Groups of the positional convolution."""
     time_reduction: int = 1
     """Frames merged into one before the first layer; 1 for none."""
-    reuse_attention: bool = False
-    """Every second layer reuses the attention map of the layer before it, and has no queries and keys."""
+    reuse_attention: Literal["released", "paper"] | None = None
+    """Every second layer reuses the attention map of the layer before it, and has no queries and keys: as it is
+    (paper), or put through a second softmax (released). There is no dropout on reused maps."""
     dropout: float = 0.1
     """After attention, FFN activation, FFN and positional convolution, and on the attention weights."""
     input_dropout: float = 0.05
@@ -67,6 +69,13 @@ class CopiedLayers:
 
     layers: list[int] = field(default_factory=lambda: [1, 2])
     """Teacher layers to copy, counted from 1, in ascending order."""
+    norms: Literal["teacher", "released"] = "teacher"
+    """Norms around the layers: the teacher's, or as in the released DistilHuBERT: none before the feature projection,
+    and a fresh one after the positional convolution."""
+    ffn_dropout: float | None = None
+    """After the FFN activation; null for the teacher's."""
+    input_dropout: float | None = None
+    """After the feature projection; null for the teacher's."""
 
 
 @dataclass
@@ -161,8 +170,10 @@ def _thin(config: ThinStudent, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
         flat["encoder_use_projection"] = False
     if config.time_reduction > 1:
         flat["encoder_time_reduction"] = config.time_reduction
-    if config.reuse_attention:
+    if config.reuse_attention is not None:
         flat["encoder_reuse_attention"] = [i % 2 == 1 for i in range(config.num_layers)]
+    if config.reuse_attention == "released":
+        flat["encoder_reuse_softmax"] = True
     model = wav2vec2_model(**flat)
     initialize(model)
     return model
@@ -193,9 +204,18 @@ def _copied_layers(config: CopiedLayers, teacher: Wav2Vec2Model) -> Wav2Vec2Mode
         if isinstance(value, list) and len(value) == teacher.num_layers and name.startswith("encoder_"):
             flat[name] = [value[layer - 1] for layer in chosen]
     flat["encoder_num_layers"] = len(chosen)
+    for key, rate in (("ff_interm", config.ffn_dropout), ("projection", config.input_dropout)):
+        if rate is not None:
+            flat[f"encoder_{key}_dropout"] = rate
+    norms: tuple[str, ...] = ()
+    if config.norms == "released":
+        flat["encoder_projection_layer_norm"] = False
+        norms = ("encoder.feature_projection.layer_norm.", "encoder.transformer.layer_norm.")
     prefix = "encoder.transformer.layers."
     state: dict[str, Tensor] = {}
     for name, tensor in teacher.state_dict().items():
+        if name.startswith(norms):
+            continue
         if not name.startswith(prefix):
             state[name] = tensor
             continue
@@ -206,7 +226,8 @@ def _copied_layers(config: CopiedLayers, teacher: Wav2Vec2Model) -> Wav2Vec2Mode
     if isinstance(first, WavLMSelfAttention) and first.rel_attn_embed is not None:  # serves whichever layer is first
         state[f"{prefix}0.attention.rel_attn_embed.weight"] = first.rel_attn_embed.weight
     model = wav2vec2_model(**flat)
-    model.load_state_dict(state)
+    fresh = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(norms)}
+    model.load_state_dict(state | fresh)
     return model
 
 

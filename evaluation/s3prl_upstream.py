@@ -4,24 +4,50 @@
     python -m evaluation.s3prl_upstream s3prl.main SuperbKS --build_upstream.name dphubert \
         --build_upstream.path_or_url final.pth ...
 
-The first argument is the module to run, the others are its own. Needs requirements/s3prl.txt.
+The first argument is the module to run, the others are its own. Needs requirements/s3prl.txt. The name of the upstream
+says which states s3prl is given, whatever the model: see ``UPSTREAMS``.
 """
 
+import functools
 import importlib.util
+import re
 import runpy
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from distillation.errors import UserError, command
-from wav2vec2 import CheckpointError, prune
+from distillation.objectives.heads import LayerHead
+from wav2vec2 import CheckpointError, Wav2Vec2Model, prune
 from wav2vec2.checkpoint import load_checkpoint
 
-NAMES = ("dphubert", "dpwavlm", "compressed")  # one expert serves all; the name shows in s3prl's logs
+
+@dataclass(frozen=True)
+class States:
+    """Which states an upstream gives as ``hidden_states``."""
+
+    first: Literal["features", "layer_input"] | None = "features"
+    """Before the layers: the feature projection, or what layer 1 sees; None for nothing."""
+    layers: Literal["layers", "heads"] = "layers"
+    """The L layers, or these through the heads of training."""
+    final_norm: bool = False
+    """Put the last layer of pre-norm (Large) models through the final norm."""
+
+
+OURS, LAYERS, HEADS = States(), States(first=None), States(first=None, layers="heads")
+UPSTREAMS = {
+    # L + 1 states, as the released DPHuBERT and this toolkit: 13 of a model of 12 layers
+    "dphubert": OURS, "dpwavlm": OURS, "compressed": OURS,
+    # as the experts released with these students: 12, without the Transformer's input; of some their heads
+    "fithubert": LAYERS, "starhubert": LAYERS, "maskhubert": HEADS, "armhubert": HEADS, "armwavlm": HEADS,
+    # as s3prl's own experts for HuBERT, wav2vec 2.0 and WavLM: reproduces its baselines with a converted teacher
+    "baseline": States(first="layer_input", final_norm=True),
+}  # fmt: skip
 
 
 class UpstreamExpert(nn.Module):
@@ -29,10 +55,14 @@ class UpstreamExpert(nn.Module):
 
     Args:
         ckpt: model file, folder or hub id, as for ``load_model``.
+        states: which to give.
         kwargs: what s3prl passes to upstreams; unused.
+
+    Raises:
+        UserError: no file is named, or it lacks the heads that are to be given.
     """
 
-    def __init__(self, ckpt: str, **kwargs: Any) -> None:
+    def __init__(self, ckpt: str, states: States = OURS, **kwargs: Any) -> None:
         super().__init__()
         if not ckpt:
             raise UserError("-k (run_downstream) or --build_upstream.path_or_url (recipes): name the model file")
@@ -40,57 +70,80 @@ class UpstreamExpert(nn.Module):
         # the masked network is the pruned one, and a run that trains it must not draw masks
         self.model = prune(checkpoint.model)[0] if checkpoint.model.masks() else checkpoint.model
         self.model.eval()
-        self.heads = feature_heads(checkpoint.heads, self.model.embed_dim, self.model.num_layers)
+        self.states = states
+        self.heads = feature_heads(checkpoint.heads, self.model)
+        if states.layers == "heads" and not len(self.heads):
+            raise UserError(
+                f"{ckpt}: holds no heads for all of its layers, whose outputs this upstream gives: use -u dphubert"
+            )
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples per frame."""
         return self.model.feature_extractor.frame_shift
 
     def forward(self, wavs: list[Tensor]) -> dict[str, Any]:
-        """Waveforms [N] of unequal lengths -> ``hidden_states``: L + 1 tensors [B, T, D], and ``heads`` if there are.
+        """Waveforms [N] of unequal lengths -> ``hidden_states``, [B, T, D] each, and ``heads`` if the file holds them.
 
         After the last valid frame of a row comes that frame again: s3prl cuts rows at N / 320, which may be one more.
-        ``heads`` are the projections to the teacher's width that training has left in the file, for students whose
-        published features they are (MaskHuBERT, ARMHuBERT): select them with ``-s heads``.
+        ``heads`` are the projections to the teacher's width that training has left in the file, [B, T, E] each.
         """
         shortest = self.model.feature_extractor.receptive_field
         lengths = torch.tensor([max(len(wav), shortest) for wav in wavs], device=wavs[0].device)
         waveforms = pad_sequence([wav.float() for wav in wavs], batch_first=True)
         missing = int(lengths.max()) - waveforms.shape[1]
         waveforms = nn.functional.pad(waveforms, (0, max(0, missing)))
-        states, frames = self.model.extract_features(waveforms, lengths)
+        output, frames = self.model.run(waveforms, lengths)
         assert frames is not None
-        index = torch.arange(states[0].shape[1], device=frames.device)[None].minimum(frames[:, None] - 1)
-        states = [state.gather(1, index[..., None].expand(-1, -1, state.shape[-1])) for state in states]
-        result: dict[str, Any] = {"hidden_states": states, "last_hidden_state": states[-1]}
-        if len(self.heads):
-            result["heads"] = [head(state) for head, state in zip(self.heads, states[1:], strict=True)]
-        return result
+        transformer, num_frames = self.model.encoder.transformer, output.features.shape[1]
+
+        def filled(state: Tensor, valid: Tensor) -> Tensor:
+            index = torch.arange(num_frames, device=valid.device)[None].minimum(valid[:, None] - 1)
+            return state.gather(1, index[..., None].expand(-1, -1, state.shape[-1]))
+
+        def held(state: Tensor) -> Tensor:
+            return filled(transformer.hold(state, num_frames, frames), frames)
+
+        # heads make as many frames as they were reduced from; what time reduction has lost is the frame before again
+        covered = frames.minimum((frames // transformer.reduction * transformer.reduction).clamp(min=1))
+        heads = [filled(head(x, num_frames), covered) for head, x in zip(self.heads, output.layers)]
+        layers = heads if self.states.layers == "heads" else list(map(held, output.layers))
+        if self.states.final_norm and transformer.layer_norm_first:
+            layers[-1] = transformer.layer_norm(layers[-1])
+        if self.states.first is not None:
+            layers.insert(
+                0, held(output.layer_input) if self.states.first == "layer_input" else filled(output.features, frames)
+            )
+        result: dict[str, Any] = {"hidden_states": layers, "last_hidden_state": layers[-1]}
+        return result | {"heads": heads} if heads else result
 
 
-def feature_heads(heads: dict[str, Tensor], width: int, num_layers: int) -> nn.ModuleList:
-    """The stored heads if there is one linear map per layer, in their order; else none."""
-    found = []
-    for name in heads:
-        weight, bias = heads[name], heads.get(name.removesuffix("weight") + "bias")
-        if name.endswith("weight") and weight.dim() == 2 and weight.shape[1] == width and bias is not None:
-            linear = nn.Linear(width, len(weight))
-            linear.load_state_dict({"weight": weight, "bias": bias})
-            found.append(linear)
-    return nn.ModuleList(found if len(found) == num_layers else [])
+def feature_heads(heads: dict[str, Tensor], model: Wav2Vec2Model) -> nn.ModuleList:
+    """The stored heads of all layers in their order, as the objectives ``hint`` and ``masking`` make them; else none."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in heads.items():
+        if match := re.fullmatch(r"(?:.*\.)?(\d+)\.((?:linear|upsampler)\.(?:weight|bias))", name):
+            found.setdefault(int(match[1]), {})[match[2]] = tensor
+    if found.keys() != set(range(model.num_layers)):
+        return nn.ModuleList()
+    made = []
+    for _, state in sorted(found.items()):
+        head = LayerHead(model.embed_dim, len(state["linear.bias"]), model.encoder.transformer.reduction)
+        head.load_state_dict(state)
+        made.append(head)
+    return nn.ModuleList(made)
 
 
 def register() -> None:
     """Make the names known to s3prl."""
     from s3prl import hub
 
-    for name in NAMES:
-        setattr(hub, name, entry)
+    for name in UPSTREAMS:
+        setattr(hub, name, functools.partial(entry, name))
 
 
-def entry(ckpt: str | None = None, **kwargs: Any) -> UpstreamExpert:
-    """What s3prl calls for ``-u dphubert``; keyword arguments as s3prl passes them."""
-    return UpstreamExpert(ckpt or "", **kwargs)
+def entry(name: str, ckpt: str | None = None, **kwargs: Any) -> UpstreamExpert:
+    """What s3prl calls for ``-u NAME``; keyword arguments as s3prl passes them."""
+    return UpstreamExpert(ckpt or "", UPSTREAMS[name], **kwargs)
 
 
 @command

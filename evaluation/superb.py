@@ -1,6 +1,6 @@
 """The ten tasks of SUPERB on one model, by s3prl's run_downstream with the published settings; run again to resume.
 
-    S3PRL=/path/to/s3prl scripts/superb.sh final.pth DATA_ROOT [PR KS ...] --out DIR [--device cuda] [-s heads]
+    S3PRL=/path/to/s3prl scripts/superb.sh final.pth DATA_ROOT [PR KS ...] --out DIR [--device cuda] [-u armhubert]
 
 S3PRL is a checkout of s3prl 0.4.18: the package on PyPI lacks the tasks' configs and lexicons. DATA_ROOT holds, or
 links to, the corpora as s3prl's SUPERB guide prepares them:
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from distillation.training.lock import run_lock
+from evaluation.s3prl_upstream import UPSTREAMS
 from wav2vec2 import load_model
 from wav2vec2.checkpoint import fingerprint, write_text
 
@@ -71,7 +72,7 @@ class Superb:
     out: Path
     checkout: Path
     device: str
-    features: str
+    upstream: str
 
     def run(self, log: Path, *words: object, program: tuple[str, ...] | None = None) -> str:
         """Run a program in the checkout and return what it printed; also kept in ``log``.
@@ -100,8 +101,8 @@ class Superb:
         if (exp / "trained").is_file():
             return
         config = [] if task.config is None else ["-c", task.config]
-        self.run(exp / "train.log", "-m", "train", "-a", "-p", exp, "-u", "dphubert", "-k", self.model, "-s",
-                 self.features, "-d", task.downstream, *config, "-o", self.overrides(task, more), "--device",
+        self.run(exp / "train.log", "-m", "train", "-a", "-p", exp, "-u", self.upstream, "-k", self.model, "-d",
+                 task.downstream, *config, "-o", self.overrides(task, more), "--device",
                  self.device)  # fmt: skip
         (exp / "trained").touch()
 
@@ -182,7 +183,7 @@ def query_by_example(superb: Superb, task: Task, exp: Path) -> Results:
         folder, log = exp / f"layer{layer}_{split}", exp / f"layer{layer}_{split}.score.log"
         if not (folder / "done").is_file():
             superb.run(
-                folder / "log.txt", "-m", "evaluate", "-t", split, "-u", "dphubert", "-k", superb.model, "-l", layer,
+                folder / "log.txt", "-m", "evaluate", "-t", split, "-u", superb.upstream, "-k", superb.model, "-l", layer,
                 "-d", task.downstream, "-p", folder, "-o", settings, "--device", superb.device,
             )  # fmt: skip
             (folder / "done").touch()
@@ -190,7 +191,7 @@ def query_by_example(superb: Superb, task: Task, exp: Path) -> Results:
                              program=("bash", str(scorer / "score-TWV-Cnxe.sh")))  # fmt: skip
         return read_metric(printed, *task.metrics["QbE"], log)
 
-    layers = range(load_model(superb.model).num_layers + 1)
+    layers = range(load_model(superb.model).num_layers + (UPSTREAMS[superb.upstream].first is not None))
     return {"QbE": score(max(layers, key=lambda layer: score(layer, "dev")), "eval")}
 
 
@@ -203,7 +204,7 @@ def run(superb: Superb, tasks: list[str]) -> Path:
     """Run the tasks that results.json lacks; its path."""
     if unknown := [task for task in tasks if task not in TASKS]:
         raise UserError(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
-    measured = {"model": fingerprint(load_model(superb.model)), "features": superb.features}  # is there a model?
+    measured = {"model": fingerprint(load_model(superb.model)), "upstream": superb.upstream}  # is there a model?
     if not superb.data.is_dir():
         raise UserError(f"{superb.data}: no such folder")
     if not (superb.checkout / "s3prl" / "run_downstream.py").is_file():
@@ -215,7 +216,7 @@ def run(superb: Superb, tasks: list[str]) -> Path:
         if not owner.is_file():
             write_text(owner, json.dumps(measured, indent=1) + "\n")
         elif read_json(owner) != measured:
-            raise UserError(f"{out}: holds the results of another model or of other features: use another --out")
+            raise UserError(f"{out}: holds the results of another model or upstream: use another --out")
         results: Results = read_json(results_path) if results_path.is_file() else {}
         for name in tqdm(tasks or list(TASKS), "SUPERB", unit="task"):
             task = TASKS[name]
@@ -239,12 +240,14 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=[], help=f"Any of {' '.join(TASKS)}; all by default.")
     parser.add_argument("--out", type=Path, required=True, help="Folder of this model's runs and results.")
     parser.add_argument("--device", type=str, default="cuda", help="Of torch.")
-    text = "heads for students whose published features are their heads (MaskHuBERT, ARMHuBERT)."
-    parser.add_argument("-s", "--features", type=str, default="hidden_states", help=text)
+    text = f"Which states the tasks get, one of {', '.join(UPSTREAMS)}; see docs/superb.md."
+    parser.add_argument("-u", "--upstream", type=str, default="dphubert", help=text)
     flags = parse_arguments(parser)
+    if flags.upstream not in UPSTREAMS:
+        raise UserError(f"--upstream {flags.upstream}: choose one of {', '.join(UPSTREAMS)}")
     checkout = Path(os.environ.get("S3PRL", "s3prl")).resolve()
     superb = Superb(
-        flags.model.resolve(), flags.data.resolve(), flags.out.resolve(), checkout, flags.device, flags.features
+        flags.model.resolve(), flags.data.resolve(), flags.out.resolve(), checkout, flags.device, flags.upstream
     )
     path = run(superb, flags.tasks)
     print(f"-> {path}; python -m evaluation.superb_score {path}")

@@ -12,7 +12,9 @@ import yaml
 from distillation.build import starting_student
 from distillation.config import parse_recipe, recipe_chain
 from distillation.objectives import Objectives
+from distillation.optimisation import lr_factor, param_groups
 from distillation.students import backbone_params
+from evaluation.cost import SUPERB_SAMPLES
 from tests.helpers import ROOT
 from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
@@ -29,10 +31,11 @@ PUBLISHED = {
     "armhubert_s_100h": (5e-3, 200, 6, 2 * 3, 0.4),
     "armwavlm_s_960h": (5e-3, 100, 18, 2 * 4, 0.8),
     "armwavlm_s_100h": (5e-3, 200, 6, 2 * 3, 0.4),
-    "starhubert": (1e-3, 200, 6, 2 * 3, None),
-    "starhubert_l": (1e-3, 200, 6, 2 * 3, None),
-    "starhubert_s": (1e-3, 200, 6, 2 * 3, None),
-    "starhubert_xs": (1e-3, 200, 6, 2 * 3, None),
+    "starhubert": (1e-3, 100, 18, 2 * 4, None),
+    "starhubert_100h": (1e-3, 200, 6, 2 * 3, None),
+    "starhubert_l": (1e-3, 100, 18, 2 * 4, None),
+    "starhubert_s": (1e-3, 100, 18, 2 * 4, None),
+    "starhubert_xs": (1e-3, 100, 18, 2 * 4, None),
 }
 NEW = ["dphubert_star", "dphubert_mask", "dpwavlm_star"]
 # backbone, and all heads
@@ -46,7 +49,9 @@ SIZES = {
     "fithubert": (None, 31_629_632),
     "fitw2v2": (None, 31_629_632),
     "starhubert": (22_308_592, 22_308_592),
-    "starhubert_l": (26_630_752, 26_630_752),
+    "starhubert_100h": (22_308_592, 22_308_592),
+    "starhubert_l": (26_626_672, 26_626_672),
+    "distilhubert": (23_491_200, 23_491_200 + 3_543_552),
 }
 
 
@@ -91,10 +96,15 @@ def test_size_with_the_last_head_only(built, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("starhubert_s", 14.10), ("starhubert_xs", 9.39), ("distilhubert", 23.49)]
+    ("name", "millions"), [("starhubert_l", 26.63), ("starhubert_s", 14.10), ("starhubert_xs", 9.39)]
 )
 def test_sizes_known_to_two_decimals(built, name, millions):
     assert round(backbone_params(built(name)[0]) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(("name", "giga"), [("starhubert", 463.5), ("starhubert_l", 511.9)])
+def test_published_macs(built, name, giga):
+    assert round(built(name)[0].get_num_macs(SUPERB_SAMPLES).item() / 1e9, 1) == giga
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -104,16 +114,19 @@ def test_published_settings(name):
     assert (recipe.optim.lr, recipe.optim.max_epochs) == (lr, epochs)
     assert (recipe.data.utterances_per_batch, recipe.trainer.batches_per_update) == (utterances, batches)
     assert (recipe.optim.betas, recipe.optim.eps, recipe.optim.weight_decay) == ((0.9, 0.98), 1e-6, 0.01)
+    assert recipe.optim.decays == "all_but_biases"
     assert recipe.optim.clip is None and recipe.optim.warmup_ratio == 0.05 and recipe.final is None
     assert recipe.optim.schedule == ("cosine" if name.startswith("star") else "linear")
-    assert recipe.data.train == ("train100.tsv" if "100h" in name or name.startswith("star") else "train960.tsv")
+    assert recipe.data.train == ("train100.tsv" if "100h" in name else "train960.tsv")
     assert not recipe.data.crop and not recipe.pruning.units
     masking = recipe.objective.masking
     assert (masking.probability if masking else None) == probability
     assert masking is None or (masking.span, masking.min_space, masking.last, masking.hint) == (10, 1, 1.0, 0.1)
-    assert recipe.objective.scale_gradients == name.startswith("arm")
+    assert masking is None or (masking.spans, masking.min_spans) == ("released", 2)
+    released = "released" if name.startswith("arm") else None
+    assert recipe.objective.scale_gradients == released and recipe.objective.extractor_gradient == 1
     thin = recipe.student.thin
-    assert thin.reuse_attention == name.startswith("arm") and (thin.time_reduction == 2) == name.startswith("fit")
+    assert thin.reuse_attention == released and (thin.time_reduction == 2) == name.startswith("fit")
     assert (thin.dropout, thin.input_dropout, thin.num_layers) == (0.1, 0.05, 12)
     assert thin.heads == (8 if name.startswith("star") else 12)
 
@@ -128,10 +141,41 @@ def test_published_settings_of_distilhubert():
         0.07,
         5,
     )
-    assert recipe.data.utterances_per_batch * recipe.trainer.batches_per_update == 24
+    assert (optim.betas, optim.eps, optim.weight_decay, optim.decays) == ((0.9, 0.98), 1e-6, 0.01, "all_but_biases")
+    data = recipe.data
+    assert data.utterances_per_batch * recipe.trainer.batches_per_update == 24
+    assert (data.max_frames, data.long, data.crop) == (250_000, "crop", False)
     prediction = recipe.objective.prediction_layer
-    assert (prediction.layers, prediction.gelu, prediction.cos_type) == ([4, 8, 12], False, "log_sig")
+    assert (prediction.layers, prediction.heads, prediction.cos_type) == ([4, 8, 12], "two_linear", "log_sig")
     assert (prediction.l1, prediction.l2, prediction.cos) == (1, 0, 1)
+    assert recipe.objective.extractor_gradient == 0.1
+
+
+def test_the_released_student_of_distilhubert(built, hubert_base):
+    """Copied but for the norms around its layers: none before the projection, and a fresh one."""
+    student, _ = built("distilhubert")
+    assert student.encoder.feature_projection.layer_norm is None
+    norm = student.encoder.transformer.layer_norm
+    assert (norm.weight == 1).all() and not norm.bias.any()
+    ours, theirs = student.state_dict(), hubert_base.state_dict()
+    for name in ours.keys() - {"encoder.transformer.layer_norm.weight", "encoder.transformer.layer_norm.bias"}:
+        assert torch.equal(ours[name], theirs[name])
+    rates = ("encoder_projection_dropout", "encoder_attention_dropout", "encoder_ff_interm_dropout", "encoder_dropout")
+    assert [student.config[rate] for rate in rates] == [0.0, 0.1, 0.1, 0.1]
+
+
+def test_what_decays_in_armhubert(built):
+    """All but biases: 28 one-dimensional tensors, those of norms and the mask embedding; its decay adds up to e^-9.8."""
+    student, objectives = built("armhubert_960h")
+    student.feature_extractor.dummy_weight.requires_grad_(False)
+    optim = parse("armhubert_960h").optim
+    decayed, plain = param_groups(torch.nn.ModuleDict({"s": student, "o": objectives}), None, optim)
+    vectors = [p for p in decayed["params"] if p.dim() == 1]
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0) and len(vectors) == 28
+    assert sum(p.numel() for p in vectors) == 25 * 480 + 480 + 480 + 128  # norms of layers, encoder and projection
+    utterances, steps = 281_241, 200 * (281_241 // 18 + 1) // 8
+    folds = sum(0.01 * optim.lr * lr_factor(step, round(0.05 * steps), steps, "linear") for step in range(steps))
+    assert utterances // 18 * 200 // 8 == pytest.approx(steps, rel=1e-3) and folds == pytest.approx(9.8, abs=0.05)
 
 
 @pytest.mark.parametrize("name", NEW)

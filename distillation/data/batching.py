@@ -38,8 +38,9 @@ class DataConfig:
     """Shortest utterance used, in samples; shorter ones are dropped."""
     max_frames: int = 250000
     """Longest utterance used as it is, in samples."""
-    long: Literal["drop", "split"] = "drop"
-    """What happens to utterances over max_frames: dropped as published, or split into equal pieces."""
+    long: Literal["drop", "split", "crop"] = "drop"
+    """What happens to utterances over max_frames: dropped as published, split into equal pieces, or cropped to
+    max_frames at a random place in every epoch (DistilHuBERT)."""
     num_buckets: int = 1000
     """Utterances are sorted into this many equally wide ranges of length and shuffled inside each."""
     seconds_per_batch: float = 160.0
@@ -101,6 +102,7 @@ class Selection:
     index: np.ndarray
     start: np.ndarray
     num_frames: np.ndarray
+    spare: np.ndarray  # samples by which a piece may start later
     summary: str
 
 
@@ -112,8 +114,8 @@ def select_utterances(manifest: Manifest, config: DataConfig) -> Selection:
     """
     frames = manifest.num_frames
     short, long = frames < config.min_frames, frames > config.max_frames
-    used = ~short if config.long == "split" else ~short & ~long
-    pieces = np.where(used, -(-frames // config.max_frames), 0)
+    used = ~short & ~long if config.long == "drop" else ~short
+    pieces = np.where(used, -(-frames // config.max_frames) if config.long == "split" else 1, 0)
     index = np.repeat(np.arange(len(frames)), pieces)
     # Piece k of n runs from floor(k * frames / n): equal to within one sample, without gap or overlap.
     k = np.arange(len(index)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -130,12 +132,13 @@ def select_utterances(manifest: Manifest, config: DataConfig) -> Selection:
             f"none of the {len(frames)} utterances under {manifest.root} is {limits} long (they are {seconds}): "
             "set --data.min_frames, --data.max_frames or --data.long"
         )
-    fate = f"split into {int(pieces[long].sum())} pieces" if config.long == "split" else "dropped"
+    fates = {"drop": "dropped", "split": f"split into {int(pieces[long].sum())} pieces", "crop": "cropped"}
     summary = (
         f"utterances of {limits}: kept {amount(used & ~long)}, shorter dropped {amount(short)}, "
-        f"longer {fate} {amount(long)}"
+        f"longer {fates[config.long]} {amount(long)}"
     )
-    return Selection(index, start, end - start, summary)
+    num_frames = np.minimum(end - start, config.max_frames)
+    return Selection(index, start, num_frames, end - start - num_frames, summary)
 
 
 def plan_epoch(selection: Selection, config: DataConfig, seed: int, epoch: int) -> list[list[Crop]]:
@@ -150,6 +153,8 @@ def plan_epoch(selection: Selection, config: DataConfig, seed: int, epoch: int) 
     """
     order, bounds, random = _pack_epoch(selection, config, seed, epoch)
     frames, start = selection.num_frames[order], selection.start[order]
+    if selection.spare.any():
+        start = start + random.integers(0, selection.spare[order], endpoint=True)
     if config.crop:
         kept = np.repeat(np.minimum.reduceat(frames, bounds[:-1]), np.diff(bounds))
         start = start + random.integers(0, frames - kept, endpoint=True)

@@ -1,11 +1,13 @@
 """The objectives: what the student is trained towards. A new one is one file and one row in each table below."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from distillation.errors import UserError
+from distillation.errors import UserError, require
 from distillation.objectives.base import Objective, Passes, Teacher
 from distillation.objectives.hint import Hint
 from distillation.objectives.layer_to_layer import LayerToLayer, PredictionLayer
@@ -41,8 +43,14 @@ class ObjectiveConfig:
     """All layers with masked frames, ARMHuBERT and MaskHuBERT."""
     temporal_relation: TemporalRelation.Config | None = None
     """How frames relate to each other, STaRHuBERT."""
-    scale_gradients: bool = False
-    """Average the gradients of the layers above instead of summing them, ARMHuBERT's layer-gradient scaling."""
+    scale_gradients: Literal["released", "paper"] | None = None
+    """ARMHuBERT's layer-gradient scaling, as its released code has it or as its paper does: there the gradients of the
+    layers above are averaged instead of summed."""
+    extractor_gradient: float = 1.0
+    """Factor of the gradient that reaches the student's conv layers (DistilHuBERT: 0.1)."""
+
+    def __post_init__(self) -> None:
+        require(self, "objective.", "be at least 0", lambda value: 0 <= value < math.inf, "extractor_gradient")
 
 
 @dataclass
@@ -87,8 +95,9 @@ class Objectives(nn.Module):
         keep_maps = any(part.keeps_maps for part in parts)
         self.teacher_options = PassOptions(max(part.teacher_layers for part in parts), keep_maps=keep_maps)
         self.student_options = PassOptions(
-            self.student_layers, keep_maps=keep_maps, scale_gradients=config.scale_gradients, recompute=recompute
-        )
+            self.student_layers, keep_maps=keep_maps, scale_gradients=config.scale_gradients,
+            extractor_gradient=config.extractor_gradient, recompute=recompute,
+        )  # fmt: skip
         if student.encoder.transformer.upsampler is not None:  # DDP waits for every trainable parameter
             student.encoder.transformer.upsampler.requires_grad_(any(part.uses_upsampler for part in parts))
 

@@ -1,12 +1,14 @@
 """What an objective is, and the forward passes it may ask for.
 
-Shapes: B batch, T frames (T' in the layers of a time-reduced student), D student width, E teacher width, L layers.
+Shapes: B batch, T frames that are compared (T' in the layers of a time-reduced student), D student width, E teacher
+width, L layers. T are all frames of the audio but those at the end that a time-reduced student loses.
 """
 
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distillation.errors import UserError
@@ -44,10 +46,10 @@ class Teacher:
             lower = self.dtype != torch.float32
             context = torch.autocast(waveforms.device.type, dtype=self.dtype if lower else None, enabled=lower)
         with context:
-            output, _ = self.model.run(waveforms, lengths, options)
+            output, frames = self.model.run(waveforms, lengths, options)
         transformer, num_frames = self.model.encoder.transformer, output.features.shape[1]
-        output.layers = [transformer.hold(state, num_frames) for state in output.layers]
-        output.layer_input = transformer.hold(output.layer_input, num_frames)
+        output.layers = [transformer.hold(state, num_frames, frames) for state in output.layers]
+        output.layer_input = transformer.hold(output.layer_input, num_frames, frames)
         return output
 
 
@@ -85,8 +87,14 @@ class Passes:
     def teacher_output(self) -> HiddenStates:
         """Everything from the teacher's pass, all with T frames. No gradient."""
         if self._teacher_output is None:
-            self._teacher_output = self._teacher(self.waveforms, self.lengths, self._teacher_options)
+            self._teacher_output = self._run_teacher(self._teacher_options)
         return self._teacher_output
+
+    def _run_teacher(self, options: PassOptions) -> HiddenStates:
+        output, num_frames = self._teacher(self.waveforms, self.lengths, options), self.num_frames
+        output.features, output.layer_input = output.features[:, :num_frames], output.layer_input[:, :num_frames]
+        output.layers = [state[:, :num_frames] for state in output.layers]
+        return output
 
     def teacher(self) -> list[Tensor]:
         """Teacher states [B, T, E], index 0 the Transformer's input. No gradient."""
@@ -105,7 +113,7 @@ class Passes:
         """Student states [B, T, D], index 0 the Transformer's input; layers are upsampled where they are reduced."""
         if self._student_states is None:
             output = self.student_output()
-            self._student_states = [output.features, *map(self.upsampled, output.layers)]
+            self._student_states = [output.features[:, : self.num_frames], *map(self.upsampled, output.layers)]
         return self._student_states
 
     def upsampled(self, state: Tensor) -> Tensor:
@@ -122,23 +130,28 @@ class Passes:
         Returns:
             The teacher's output and the student's.
         """
+        lost = int(self._student.output_length(torch.tensor([self.waveforms.shape[1]]))) - self.num_frames
+        masked = F.pad(masked, (0, lost))
         teacher_options, student_options = (
             dataclasses.replace(options, masked=masked, mask_embedding=embedding, keep_maps=False)
             for options, embedding in ((self._teacher_options, None), (self._student_options, student_embedding))
         )
-        teacher = self._teacher(self.waveforms, self.lengths, teacher_options)
         student, _ = self._student.run(self.waveforms, self.lengths, student_options, self._gates)
-        return teacher, student
+        return self._run_teacher(teacher_options), student
 
     @property
     def num_frames(self) -> int:
         """T."""
-        samples = torch.tensor([self.waveforms.shape[1]])
-        return int(self._student.output_length(samples))
+        return int(self._compared(torch.tensor([self.waveforms.shape[1]])))
 
     def frame_lengths(self) -> Tensor | None:
         """Valid frames [B]; None when nothing is padded."""
-        return None if self.lengths is None else self._student.output_length(self.lengths)
+        return None if self.lengths is None else self._compared(self.lengths)
+
+    def _compared(self, lengths: Tensor) -> Tensor:
+        """Frames [B] of samples [B] without those at the end that time reduction loses."""
+        frames, factor = self._student.output_length(lengths), self._student.encoder.transformer.reduction
+        return frames.minimum((frames // factor * factor).clamp(min=factor))
 
     def valid(self) -> Tensor | None:
         """Bool [B, T]: frames that are no padding; None when all are."""

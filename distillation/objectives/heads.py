@@ -2,8 +2,6 @@
 
 from torch import Tensor, nn
 
-from wav2vec2 import Wav2Vec2Model
-
 
 def identity_linear(in_features: int, out_features: int) -> nn.Linear:
     """Linear map that starts as the identity; on unequal widths, of the leading coordinates."""
@@ -17,16 +15,18 @@ class LayerHead(nn.Module):
     """Linear map of one student layer to the teacher's width; first back to T frames if the student is time-reduced.
 
     Starts as the identity where the widths are equal (the student may be a copy), else at random as published.
+
+    Args:
+        width: D.
+        teacher_width: E.
+        reduction: frames that the student merges into one; 1 for none.
     """
 
-    def __init__(self, student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> None:
+    def __init__(self, width: int, teacher_width: int, reduction: int) -> None:
         super().__init__()
-        width, factor = student.embed_dim, student.encoder.transformer.reduction
-        self.upsampler = nn.ConvTranspose1d(width, width, factor, factor) if factor > 1 else None
-        if width == teacher.embed_dim:
-            self.linear = identity_linear(width, width)
-        else:
-            self.linear = nn.Linear(width, teacher.embed_dim)
+        self.upsampler = nn.ConvTranspose1d(width, width, reduction, reduction) if reduction > 1 else None
+        same = width == teacher_width
+        self.linear = identity_linear(width, width) if same else nn.Linear(width, teacher_width)
 
     def forward(self, state: Tensor, num_frames: int) -> Tensor:
         """[B, T', D] -> [B, T, E]."""

@@ -37,7 +37,8 @@ class LayerwiseHeads(Objective):
         super().__init__()
         self.layers = match_layers(config.layers, student, teacher)
         self.student_layers, self.teacher_layers = self.layers[-1]
-        self.heads = nn.ModuleList(LayerHead(student, teacher) for _ in self.layers)
+        reduction = student.encoder.transformer.reduction
+        self.heads = nn.ModuleList(LayerHead(student.embed_dim, teacher.embed_dim, reduction) for _ in self.layers)
         for head in self.heads:
             weight = config.last if head is self.heads[-1] else config.hint
             head.requires_grad_(weight != 0)  # a term that is only logged trains nothing

@@ -101,8 +101,9 @@ class LayerToLayer(Objective):
 class PredictionLayer(Objective):
     """Every target is predicted from the last student layer by its own head.
 
-    DPHuBERT's ablation has linear + GELU (Table 2, "predlayer"), DistilHuBERT linear heads
-    (https://arxiv.org/abs/2110.01900, section 2.2; its loss is ``cos_type: log_sig``).
+    DPHuBERT's ablation has linear + GELU (Table 2, "predlayer"). DistilHuBERT's paper speaks of prediction heads
+    (https://arxiv.org/abs/2110.01900, section 2.2); in its released code there is a GELU between two linear maps, and
+    the loss is ``cos_type: log_sig``.
     """
 
     terms_look_alike = True
@@ -114,8 +115,9 @@ class PredictionLayer(Objective):
         layers: list[int] = field(default_factory=lambda: [0, 4, 8, 12])
         """Teacher layers to predict."""
 
-        gelu: bool = True
-        """GELU after each linear map."""
+        heads: Literal["linear_gelu", "two_linear", "linear"] = "linear_gelu"
+        """Per layer a linear map with GELU after it (DPHuBERT's ablation), two linear maps with GELU between them
+        (DistilHuBERT as released), or a linear map alone."""
 
     def __init__(self, config: PredictionLayer.Config, student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> None:
         super().__init__()
@@ -125,8 +127,14 @@ class PredictionLayer(Objective):
         check_layers(config.layers, teacher.num_layers, "teacher")
         self.teacher_layers, self.student_layers = max(config.layers), student.num_layers
         self.weights = config.as_terms()
+        inputs, outputs = student.embed_dim, teacher.embed_dim
         self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(student.embed_dim, teacher.embed_dim), nn.GELU() if config.gelu else nn.Identity())
+            # the first maps are those of one wide linear layer, cut up: 768 -> 3 x 768 in the released DistilHuBERT
+            nn.Sequential(nn.Linear(inputs, inputs), nn.GELU(), nn.Linear(inputs, outputs))
+            if config.heads == "two_linear"
+            else nn.Sequential(
+                nn.Linear(inputs, outputs), nn.GELU() if config.heads == "linear_gelu" else nn.Identity()
+            )
             for _ in config.layers
         )
 

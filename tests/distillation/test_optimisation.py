@@ -70,6 +70,40 @@ def test_groups(tiny_config):
     assert not any(p is student.feature_extractor.dummy_weight for p in grouped)
 
 
+def test_what_decays_as_released(tiny_config):
+    """The released filter looks for "bias" in the name: weights of norms decay too, and the mask embedding."""
+    module = nn.ModuleDict({"student": wav2vec2_model(**tiny_config), "objective": nn.Module()})
+    module["objective"].mask_embedding = nn.Parameter(torch.ones(3))
+    decayed, plain = param_groups(module, None, OptimConfig(weight_decay=0.01, decays="all_but_biases"))
+    names = {p: name for name, p in module.named_parameters()}
+    assert all("bias" in names[p] for p in plain["params"]) and not any("bias" in names[p] for p in decayed["params"])
+    vectors = {names[p].removeprefix("student.") for p in decayed["params"] if p.dim() == 1}
+    layers = {f"encoder.transformer.layers.{i}.{norm}" for i in range(4) for norm in ("layer_norm", "final_layer_norm")}
+    others = {"encoder.transformer.layer_norm", "encoder.feature_projection.layer_norm",
+              "feature_extractor.conv_layers.0.layer_norm"}  # fmt: skip
+    assert vectors == {f"{name}.weight" for name in layers | others} | {"objective.mask_embedding"}
+    by_dimension = param_groups(module, None, OptimConfig(weight_decay=0.01))
+    assert not any(p.dim() < 2 for p in by_dimension[0]["params"])
+
+
+def test_ten_updates_of_decay_by_hand():
+    """With a gradient of 0 an update leaves what decay leaves: p (1 - rate x 0.01), at the rate of each update."""
+    module = nn.Module()
+    module.norm, module.bias = nn.LayerNorm(4), nn.Parameter(torch.full((2,), 3.0))
+    optim = OptimConfig(max_steps=10, lr=5.0, warmup_steps=2, weight_decay=0.01, decays="all_but_biases")
+    optimizer = torch.optim.AdamW(param_groups(module, None, optim), betas=(0.9, 0.98), eps=1e-6)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, 2, 10, "linear"))
+    rates = [2.5, 5, 5, 35 / 8, 30 / 8, 25 / 8, 20 / 8, 15 / 8, 10 / 8, 5 / 8]
+    expected = 1.0
+    for rate in rates:
+        for p in module.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step(), schedule.step()
+        expected *= 1 - rate * 0.01
+        torch.testing.assert_close(module.norm.weight.detach(), torch.full((4,), expected))
+    assert (module.bias == 3).all() and expected == pytest.approx(0.7366, abs=1e-4)
+
+
 def test_masks_without_a_lagrangian_are_refused(tiny_config):
     student = make_prunable(wav2vec2_model(**tiny_config), PruningConfig())
     with pytest.raises(AssertionError, match="in no group"):

@@ -56,12 +56,14 @@ def test_by_default_a_student_is_a_copy(teacher):
 
 def test_thin_students_follow_their_config(teacher):
     sizes = {"num_layers": 3, "heads": 4, "ffn": 20, "channels": [6, 8, 12], "pos_conv_kernel": 8, "pos_conv_groups": 4}
-    thin = ThinStudent(width=32, time_reduction=2, reuse_attention=True, **sizes)
+    thin = ThinStudent(width=32, time_reduction=2, reuse_attention="released", **sizes)
     student = build_student(StudentConfig(thin=thin), teacher)
     found = architecture(student.config)
     assert (found.conv, found.heads, found.interm) == ([6, 8, 8, 8, 8, 8, 12, 12, 12], [4] * 3, [20] * 3)
     assert student.embed_dim == 32 and student.encoder.feature_projection.projection is not None
-    assert [layer.attention.reuse for layer in student.encoder.transformer.layers] == [False, True, False]
+    assert [layer.attention.reuse for layer in student.encoder.transformer.layers] == [None, "softmax", None]
+    paper = build_student(StudentConfig(thin=ThinStudent(width=32, reuse_attention="paper", **sizes)), teacher)
+    assert [layer.attention.reuse for layer in paper.encoder.transformer.layers] == [None, "map", None]
     assert student.encoder.transformer.reduction == 2
     check_frame_rate(student, teacher, "student")
     same_width = build_student(StudentConfig(thin=ThinStudent(width=12, **sizes)), teacher)
@@ -119,6 +121,24 @@ def test_copied_layers_are_the_teachers(teacher, wavlm, kind, chosen):
         assert torch.allclose(states(student)[2], states(teacher)[2], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["hubert", "wavlm"])
+def test_copied_layers_between_the_norms_of_the_released_distilhubert(teacher, wavlm, kind):
+    teacher = teacher if kind == "hubert" else wavlm
+    config = CopiedLayers([1, 2], norms="released", ffn_dropout=0.3, input_dropout=0.2)
+    student = build_student(StudentConfig(layers=config), teacher).double()
+    assert (student.config["encoder_ff_interm_dropout"], student.config["encoder_projection_dropout"]) == (0.3, 0.2)
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    fresh = {f"encoder.transformer.layer_norm.{kind}" for kind in ("weight", "bias")}
+    gone = {f"encoder.feature_projection.layer_norm.{kind}" for kind in ("weight", "bias")}
+    assert not gone & ours.keys() and all(torch.equal(ours[n], theirs[n].double()) for n in ours.keys() - fresh)
+    norm = student.encoder.transformer.layer_norm
+    assert (norm.weight == 1).all() and not norm.bias.any()
+    waveforms = torch.randn(2, 3000, dtype=torch.float64)
+    conv, _ = teacher.double().feature_extractor(waveforms, None, {})
+    projection = teacher.encoder.feature_projection.projection
+    torch.testing.assert_close(student.eval().extract_features(waveforms)[0][0], projection(conv))
+
+
 @pytest.mark.parametrize("layers", [[], [0], [5], [2, 1], [1, 1]])
 def test_layers_that_cannot_be_copied(teacher, layers):
     with pytest.raises(UserError, match=r"student.layers.layers is .*: name teacher layers in ascending order, 1 to 4"):
@@ -170,9 +190,10 @@ STUDENTS = {
     "thin": StudentConfig(thin=ThinStudent(width=12, heads=4, ffn=20, channels=[6, 8, 12], pos_conv_groups=4)),
     "reduced": StudentConfig(thin=ThinStudent(num_layers=4, width=16, heads=2, channels=[6, 8, 12], time_reduction=2)),
     "reusing": StudentConfig(
-        thin=ThinStudent(num_layers=4, width=16, heads=2, channels=[6, 8, 12], reuse_attention=True)
+        thin=ThinStudent(num_layers=4, width=16, heads=2, channels=[6, 8, 12], reuse_attention="released")
     ),
     "layers": StudentConfig(layers=CopiedLayers([2, 4])),
+    "layers without a norm": StudentConfig(layers=CopiedLayers([1, 2], norms="released")),
     "slice": StudentConfig(slice=UniformSlice(20_000)),
 }
 

@@ -10,18 +10,30 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import HubertConfig, HubertModel
 
+from distillation.errors import UserError
 from evaluation import s3prl_compat as compat
 from evaluation.s3prl_libriphone import LibriPhoneDataset
 from evaluation.s3prl_upstream import UpstreamExpert, entry
 from tests.configs import TINY
-from tests.helpers import ROOT
+from tests.helpers import HF_BASE, HF_LARGE, ROOT, tiny_hf
+from tests.released_students import TINY as TINY_STUDENTS
+from tests.released_students import lightning, released_heads, released_states, settings_file, student_state
 from wav2vec2 import load_model, save_model, wav2vec2_model
+from wav2vec2.checkpoint import model_from_state
+from wav2vec2.importers import import_huggingface, import_student
 
 KINDS = {
     "plain": {},
     "time reduction": {"encoder_time_reduction": 2},
     "map reuse": {"encoder_reuse_attention": [False, True] * 2, "encoder_layer_drop": 0.0},
+    "second softmax": {
+        "encoder_reuse_attention": [False, True] * 2,
+        "encoder_reuse_softmax": True,
+        "encoder_layer_drop": 0.0,
+    },
+    "no norm": {"encoder_projection_layer_norm": False},
     "masked": {"encoder_prune_attention_heads": True, "encoder_prune_feed_forward_intermediate": True},
 }
 
@@ -32,7 +44,7 @@ def expert(tmp_path: Path, **changes) -> UpstreamExpert:
     for mask in model.masks().values():
         torch.nn.init.normal_(mask.log_alpha, 0.0, 2.0)
     save_model(tmp_path / "final.pth", model)
-    return entry(str(tmp_path / "final.pth"), model_config=None, refresh=False)
+    return entry("dphubert", str(tmp_path / "final.pth"), model_config=None, refresh=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,24 +84,79 @@ def test_clips_shorter_than_the_receptive_field(tmp_path):
     assert states[0].shape == (2, 1, 24) and states[-1].isfinite().all()
 
 
-def test_heads_are_offered_where_there_is_one_per_layer(tmp_path):
-    torch.manual_seed(0)
-    heads = {}
-    for i in range(4):
-        heads |= {
-            f"masking.heads.{i}.linear.weight": torch.randn(40, 24),
-            f"masking.heads.{i}.linear.bias": torch.randn(40),
-        }
-    save_model(tmp_path / "arm.pth", wav2vec2_model(**TINY), heads)
-    upstream = entry(str(tmp_path / "arm.pth"))
+def released(name: str, tmp_path: Path) -> tuple[dict, dict]:
+    """An imported student in ``final.pth``; its tensors and settings there."""
+    settings = TINY_STUDENTS[name]
+    tensors = student_state(settings)
+    found = import_student(lightning(tensors), settings_file(settings))
+    save_model(tmp_path / "final.pth", model_from_state(found.config, found.state_dict, name), found.heads)
+    return {key: tensor.double() for key, tensor in tensors.items()}, settings
+
+
+@pytest.mark.parametrize("num_frames", [12, 13])
+@pytest.mark.parametrize(
+    ("name", "upstream"),
+    [("fithubert", "fithubert"), ("starhubert", "starhubert"), ("maskhubert", "maskhubert"), ("armhubert", "armhubert"),
+     ("armwavlm", "armwavlm")],
+)  # fmt: skip
+def test_the_released_experts_states(name, upstream, num_frames, tmp_path):
+    """As many as layers: these, or their heads where those were published; FitHuBERT's held at the full rate."""
+    tensors, settings = released(name, tmp_path)
+    wav = torch.randn(400 + 320 * (num_frames - 1))
+    layers = released_states(tensors, settings, wav[None].double())[1:]
+    heads = released_heads(tensors, layers) if name != "starhubert" else []
     with torch.no_grad():
-        result = upstream([torch.randn(4000)])
-    assert len(result["heads"]) == 4
-    for i, found in enumerate(result["heads"]):
-        expected = result["hidden_states"][i + 1] @ heads[f"masking.heads.{i}.linear.weight"].t()
-        torch.testing.assert_close(found, expected + heads[f"masking.heads.{i}.linear.bias"])
-    save_model(tmp_path / "dp.pth", wav2vec2_model(**TINY), dict(list(heads.items())[:4]))  # two heads, four layers
-    assert "heads" not in entry(str(tmp_path / "dp.pth"))([torch.randn(4000)])
+        result = entry(upstream, str(tmp_path / "final.pth"))([wav])
+    if name == "fithubert":
+        layers = [layer.repeat_interleave(2, 1) for layer in layers]
+    expected = layers if name in ("fithubert", "starhubert") else heads
+    assert len(result["hidden_states"]) == len(expected) == settings["encoder_layers"]
+    for states, reference in ((result["hidden_states"], expected), (result.get("heads", []), heads)):
+        for ours, theirs in zip(states, reference, strict=True):
+            covered = theirs.shape[1]  # an odd last frame is lost there, and the one before again here
+            assert ours.shape[1] == num_frames and covered == num_frames - (num_frames % 2 and name == "fithubert")
+            torch.testing.assert_close(ours[:, :covered].double(), theirs, atol=1e-4, rtol=1e-4)
+            assert (ours[:, covered:] == ours[:, covered - 1 : covered]).all()
+    assert result["last_hidden_state"] is result["hidden_states"][-1]
+
+
+@pytest.mark.parametrize("name", ["fithubert", "maskhubert"])
+def test_heads_of_a_padded_row_are_those_of_the_row_alone(name, tmp_path):
+    released(name, tmp_path)
+    upstream = entry("dphubert", str(tmp_path / "final.pth"))
+    wavs = [torch.randn(n) for n in (8000, 400 + 320 * 12, 700, 400)]
+    with torch.no_grad():
+        padded = upstream(wavs)["heads"]
+        for row, wav in enumerate(wavs):
+            for ours, alone in zip(padded, upstream([wav])["heads"], strict=True):
+                torch.testing.assert_close(ours[row, : alone.shape[1]], alone[0], atol=2e-5, rtol=1e-4)
+                assert (ours[row, alone.shape[1] :] == ours[row, alone.shape[1] - 1]).all()
+
+
+def test_files_without_the_heads_of_all_layers(tmp_path):
+    save_model(tmp_path / "dp.pth", wav2vec2_model(**TINY), {"0.linear.weight": torch.randn(40, 24)})
+    assert "heads" not in entry("dphubert", str(tmp_path / "dp.pth"))([torch.randn(4000)])
+    with pytest.raises(UserError, match=r"dp.pth: holds no heads for all of its layers, .*: use -u dphubert"):
+        entry("armhubert", str(tmp_path / "dp.pth"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("large", [False, True])
+def test_the_baseline_is_what_s3prl_gives_of_a_teacher(large, tmp_path):
+    """The input of every layer, and the encoder's output: after the positional convolution, and the final norm."""
+    torch.manual_seed(0)
+    options = HF_LARGE if large else HF_BASE
+    original = tiny_hf(HubertModel, HubertConfig, **options)
+    found = import_huggingface(original.config.to_dict(), original.state_dict(), normalize_waveform=False)
+    save_model(tmp_path / "teacher.pth", model_from_state(found.config, found.state_dict, "x"))
+    states: list[torch.Tensor] = []
+    for layer in original.encoder.layers:
+        layer.register_forward_pre_hook(lambda module, args: states.append(args[0].clone()))
+    wav = torch.randn(5000)
+    last = original(wav[None]).last_hidden_state
+    ours = entry("baseline", str(tmp_path / "teacher.pth"))([wav])["hidden_states"]
+    for state, expected in zip(ours, [*states, last], strict=True):
+        torch.testing.assert_close(state, expected, atol=2e-5, rtol=1e-4)
 
 
 # Stand-ins

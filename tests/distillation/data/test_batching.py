@@ -72,6 +72,27 @@ def test_split_covers_every_sample_once_within_the_limits():
     assert not (selection.index < 10).any()
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_long_utterances_are_cropped_anywhere_and_anew(padded):
+    """Where a stretch of a long one starts is drawn from the first to the last that fits, in every epoch."""
+    config = DataConfig(long="crop", min_frames=400, max_frames=800, utterances_per_batch=3, crop=not padded)
+    frames = [399, 400, 700, 800, 803, 5000]
+    selection = select_utterances(manifest_of(frames), config)
+    assert selection.index.tolist() == [1, 2, 3, 4, 5] and selection.spare.tolist() == [0, 0, 0, 3, 4200]
+    starts = {i: set() for i in selection.index.tolist()}
+    for epoch in range(200):
+        for crop in itertools.chain(*plan_epoch(selection, config, seed=0, epoch=epoch)):
+            assert crop.num_frames == min(frames[crop.index], 800) if padded else crop.num_frames <= 800
+            assert 0 <= crop.start and crop.start + crop.num_frames <= frames[crop.index]
+            starts[crop.index].add(crop.start)
+    if padded:
+        assert starts[4] == {0, 1, 2, 3} and all(starts[i] == {0} for i in (1, 2, 3))
+    assert len(starts[5]) > 150 and min(starts[5]) < 100 and max(starts[5]) > 4100
+    (batch,) = ValidationBatches(selection, config).batches
+    assert all(crop.start == 0 and crop.num_frames <= 800 for crop in batch.crops)
+    assert selection.summary.endswith("longer cropped 2 (0.00 h)")
+
+
 def test_summary_counts_by_hand():
     frames = [16000, 32000, 240000, 320000, 640000]
     summary = select_utterances(manifest_of(frames), DataConfig()).summary

@@ -1,12 +1,14 @@
 """Write a model in another format, and run it there against PyTorch before it is kept.
 
-    python export.py final.pth --to hf [--out DIR]             for transformers, with its own code
+    python export.py final.pth --to hf [--native] [--out DIR]  for transformers, with its own code
     python export.py final.pth --to onnx [--last] [--quantize int8] [--out FILE]
     python export.py final.pth --to torch-export [--last] [--out FILE]
     python export.py final.pth --to safetensors [--out FILE]
 
 Whatever differs from PyTorch by more than 1e-4 (of a layer's largest value where that exceeds 1), between 0.05 s and
 35 s, padded or not, is not kept; int8 is reported. A safetensors file must hold the same weights bit for bit.
+--native writes HubertModel or WavLMModel of transformers, without code; one with a group norm is compared unpadded
+alone, since padding changes what transformers computes there.
 """
 
 import json
@@ -23,13 +25,21 @@ SUFFIXES = {"hf": ".hf", "onnx": ".onnx", "torch-export": ".pt2", "safetensors":
 
 
 def run(
-    model: Path, to: str, out: Path | None, last: bool, quantize: Literal["int8"] | None, report: Path | None
+    model: Path,
+    to: str,
+    out: Path | None,
+    last: bool,
+    quantize: Literal["int8"] | None,
+    report: Path | None,
+    native: bool = False,
 ) -> None:
     """Export; the arguments are the flags."""
     if quantize and to != "onnx":
         raise UserError(f"--quantize {quantize}: only with --to onnx")
     if last and to not in ("onnx", "torch-export"):
         raise UserError(f"--last: only with --to onnx or torch-export; {to} keeps every layer")
+    if native and to != "hf":
+        raise UserError("--native: only with --to hf")
     out = out or model.with_suffix((f".{quantize}" if quantize else "") + SUFFIXES[to])
     if to != "hf" and out.suffix != SUFFIXES[to]:
         raise UserError(f"--out {out}: its name must end in {SUFFIXES[to]}")
@@ -37,6 +47,8 @@ def run(
     network = checkpoint.model
     if network.masks():  # the masked network is the pruned one, and other formats have no masks
         network = prune(network)[0].eval()
+        network.mask_embedding = checkpoint.model.mask_embedding
+    words = ""
     if to == "safetensors":
         save_model(out, network, checkpoint.heads, **checkpoint.extra)
         if fingerprint(load_model(out)) != fingerprint(network):
@@ -47,12 +59,13 @@ def run(
         from exporting.huggingface import export_huggingface
 
         vocabulary = _vocabulary(model, network, checkpoint.extra)
-        difference = export_huggingface(network, out, vocabulary, model, _read_report(model, report))
+        difference, kind = export_huggingface(network, out, vocabulary, model, _read_report(model, report), native)
+        words = f" ({kind})"
     else:
         from exporting.graphs import export_graph
 
         difference = export_graph(ExportedOutputs(network, last), to, out, quantize is not None)
-    print(f"max difference from PyTorch {difference:.1e} -> {out}")
+    print(f"max difference from PyTorch {difference:.1e} -> {out}{words}")
 
 
 def _vocabulary(path: Path, model: Wav2Vec2Model, extra: dict[str, Any]) -> list[str] | None:
@@ -90,6 +103,7 @@ def main() -> None:
     parser.add_argument("--last", action="store_true", help="Give the last layer alone, not all L + 1 states.")
     parser.add_argument("--quantize", choices=["int8"], help="Linear layers in 8 bits, inputs scaled as they come.")
     parser.add_argument("--report", type=Path | None, help="Fills the model card. (default: report.json of the run)")
+    parser.add_argument("--native", action="store_true", help="With --to hf: transformers' own class, no code.")
     run(**vars(parse_arguments(parser)))
 
 

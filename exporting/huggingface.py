@@ -1,4 +1,7 @@
-"""A folder that transformers loads: weights, config, feature extractor, the model's own code, and a model card."""
+"""A folder that transformers loads: weights, config, feature extractor, a model card, and the model's own code.
+
+The code is left out where transformers' own class is wanted, which a model of equal layers may have.
+"""
 
 import json
 import re
@@ -7,10 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+
 from distillation.errors import UserError
 from exporting.card import model_card
 from exporting.configuration_compressed_speech import CompressedSpeechConfig
 from exporting.modeling_compressed_speech import CompressedSpeechForCTC, CompressedSpeechModel
+from exporting.native import NativeOutputs, native_model, require_native, takes_padding
 from exporting.verify import ExportedOutputs, require_agreement
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.transformer import torch_spelling
@@ -21,8 +27,13 @@ WORD_DELIMITER = "|"
 
 
 def export_huggingface(
-    model: Wav2Vec2Model, out: Path, vocabulary: list[str] | None, source: Path, report: dict[str, Any] | None
-) -> float:
+    model: Wav2Vec2Model,
+    out: Path,
+    vocabulary: list[str] | None,
+    source: Path,
+    report: dict[str, Any] | None,
+    native: bool,
+) -> tuple[float, str]:
     """Write the folder and run it in a fresh process against PyTorch.
 
     Args:
@@ -31,35 +42,50 @@ def export_huggingface(
         vocabulary: what each output of ``aux`` stands for, blank first and "|" between words; None without a head.
         source: file the model came from, named in the card.
         report: content of its report.json.
+        native: use transformers' own class; where padding changes what that computes, it is run without.
 
     Returns:
-        The largest difference.
+        The largest difference, and what the folder is, in words.
 
     Raises:
-        UserError: ``out`` is not empty, or the result differs by more than ``verify.TOLERANCE``; nothing is left.
+        UserError: ``out`` is not empty, transformers has no class for the model, or the result differs by more than
+            ``verify.TOLERANCE``; nothing is left.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists; name a new folder")
+    if native:
+        require_native(model, source)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         temporary.chmod(0o755)
-        _write(model, temporary, vocabulary)
+        if native:
+            whole, padded = native_model(model, len(vocabulary) if vocabulary else None), not takes_padding(model)
+            words = f"{type(whole).__name__} of transformers" + ("" if padded else "; exact only without padding")
+        else:
+            whole, padded = _own_model(model, vocabulary), True
+            words = "with its own code: trust_remote_code=True"
+            for name, text in remote_code().items():
+                (temporary / name).write_text(text, encoding="utf-8")
+        _write(whole, temporary, vocabulary, normalize=native and bool(model.normalize_waveform))
         (temporary / "README.md").write_text(
-            model_card(model, out.name, vocabulary is not None, source, report), "utf-8"
+            model_card(model, out.name, vocabulary is not None, source, report, native, padded), "utf-8"
         )
-        difference = require_agreement(ExportedOutputs(model, last=False), "transformers", temporary)
+        for file in temporary.iterdir():  # some of transformers' files come readable for their owner alone
+            file.chmod(0o644)
+        outputs = NativeOutputs(model) if native else ExportedOutputs(model, last=False)
+        kind = "transformers_native" if native else "transformers"
+        difference = require_agreement(outputs, kind, temporary, padded)
         if out.exists():
             out.rmdir()
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return difference
+    return difference, words
 
 
-def _write(model: Wav2Vec2Model, folder: Path, vocabulary: list[str] | None) -> None:
-    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
-
+def _own_model(model: Wav2Vec2Model, vocabulary: list[str] | None) -> PreTrainedModel:
+    """The model in the class that the folder brings."""
     flat = {**model.config, "aux_num_out": None}
     module = CODE[1]
     config = CompressedSpeechConfig(
@@ -83,9 +109,20 @@ def _write(model: Wav2Vec2Model, folder: Path, vocabulary: list[str] | None) -> 
         whole.lm_head.load_state_dict(model.aux.state_dict())
         base = whole.compressed_speech
     base.backbone.load_state_dict(backbone)
+    return whole
+
+
+def _write(whole: PreTrainedModel, folder: Path, vocabulary: list[str] | None, normalize: bool) -> None:
+    """Weights, config and what turns audio into inputs and outputs into text.
+
+    Args:
+        whole: the model.
+        folder: where to.
+        vocabulary: as for :func:`export_huggingface`.
+        normalize: normalise the waveform in the feature extractor; False where the model does it itself or not at all.
+    """
     whole.save_pretrained(folder)
-    # the waveform is normalised inside the model
-    extractor = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=normalize, return_attention_mask=True)
     extractor.save_pretrained(folder)
     if vocabulary is not None:
         (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
@@ -98,10 +135,6 @@ def _write(model: Wav2Vec2Model, folder: Path, vocabulary: list[str] | None) -> 
             word_delimiter_token=WORD_DELIMITER,
         )
         Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)
-    for name, text in remote_code().items():
-        (folder / name).write_text(text, encoding="utf-8")
-    for file in folder.iterdir():  # some of transformers' files come readable for their owner alone
-        file.chmod(0o644)
 
 
 def remote_code() -> dict[str, str]:

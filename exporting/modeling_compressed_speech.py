@@ -76,8 +76,9 @@ class CompressedSpeechModel(CompressedSpeechPreTrainedModel):
         lengths = None if attention_mask is None else attention_mask.sum(-1)
         transformer = self.backbone.encoder.transformer
         layer_drop = transformer.layer_drop if self.training else 0.0
-        output, _ = self.backbone.run(input_values, lengths, PassOptions(layer_drop=layer_drop))
-        states = (output.features, *(transformer.hold(x, output.features.shape[1]) for x in output.layers))
+        output, frames = self.backbone.run(input_values, lengths, PassOptions(layer_drop=layer_drop))
+        num_frames = output.features.shape[1]
+        states = (output.features, *(transformer.hold(state, num_frames, frames) for state in output.layers))
         last = transformer.layer_norm(states[-1]) if transformer.layer_norm_first else states[-1]
         result = BaseModelOutput(last_hidden_state=last, hidden_states=states if output_hidden_states else None)
         return result if _wants_dict(self.config, return_dict) else result.to_tuple()

@@ -31,31 +31,72 @@ def torch_export(path):
 def transformers(path):
     """Transformers with the code in the folder, its feature extractor included."""
     import torch
-    from transformers import AutoFeatureExtractor, AutoModel
+    from transformers import AutoModel
 
     model = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
-    extractor = AutoFeatureExtractor.from_pretrained(path)
+    extract = _extractor(path)
 
     def run(waveforms, lengths):
-        rows = [row[:length] for row, length in zip(waveforms, lengths)]
-        inputs = extractor(rows, sampling_rate=16000, padding=True, return_tensors="pt")
         with torch.no_grad():
-            states = model(**inputs, output_hidden_states=True).hidden_states
+            states = model(**extract(waveforms, lengths), output_hidden_states=True).hidden_states
         return {"hidden_states": torch.stack(states).numpy()}
 
     return run
 
 
+def transformers_native(path):
+    """Transformers' own class, with its head: the layers from 1 on, the last through the final layer norm."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCTC
+
+    has_head = AutoConfig.from_pretrained(path).architectures[0].endswith("ForCTC")
+    model = (AutoModelForCTC if has_head else AutoModel).from_pretrained(path).eval()
+    extract = _extractor(path)
+
+    def run(waveforms, lengths):
+        with torch.no_grad():
+            outputs = model.base_model(**extract(waveforms, lengths), output_hidden_states=True)
+            last = outputs.last_hidden_state
+            results = {"hidden_states": torch.stack([*outputs.hidden_states[1:-1], last])}
+            if has_head:
+                results["logits"] = model.lm_head(last)
+        return {name: result.numpy() for name, result in results.items()}
+
+    return run
+
+
+def _extractor(path):
+    """Makes a folder's inputs of waveforms [B, N] and lengths [B]."""
+    from transformers import AutoFeatureExtractor
+
+    extractor = AutoFeatureExtractor.from_pretrained(path)
+
+    def extract(waveforms, lengths):
+        rows = [row[:length] for row, length in zip(waveforms, lengths)]
+        return extractor(rows, sampling_rate=16000, padding=True, return_tensors="pt")
+
+    return extract
+
+
+# what runs a kind of model, and what that must do without
+KINDS = {
+    "onnx": (onnx, {"torch", "transformers"}),
+    "torch_export": (torch_export, {"transformers"}),
+    "transformers": (transformers, set()),
+    "transformers_native": (transformers_native, set()),
+}
+
+
 def main():
     """Run every batch of the input file."""
     kind, model, given, made = sys.argv[1:]
-    run = {"onnx": onnx, "torch_export": torch_export, "transformers": transformers}[kind](model)
+    make, foreign = KINDS[kind]
+    run = make(model)
     batches = np.load(given)
     outputs = {}
     for i in range(int(batches["num_batches"])):
         for name, array in run(batches[f"waveforms{i}"], batches[f"lengths{i}"]).items():
             outputs[f"{name}/{i}"] = array
-    foreign = {"onnx": {"torch", "transformers"}, "torch_export": {"transformers"}, "transformers": set()}[kind]
     if found := (foreign | {"wav2vec2", "distillation"}) & sys.modules.keys():
         raise SystemExit(f"needs {', '.join(sorted(found))}, which the format should not")
     np.savez(made, **outputs)

@@ -3,6 +3,7 @@
 Shapes: S states, B batch, T frames, D width.
 """
 
+import itertools
 import logging
 import os
 import subprocess
@@ -56,11 +57,15 @@ class ExportedOutputs(torch.nn.Module):
         return tuple(outputs)
 
 
-def make_batches() -> list[tuple[np.ndarray, np.ndarray]]:
-    """Waveforms [B, N] in float32 and lengths [B] in samples: low-passed noise of speech-like level."""
+def make_batches(padded: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Waveforms [B, N] in float32 and lengths [B] in samples: low-passed noise of speech-like level.
+
+    Args:
+        padded: some rows are shorter than others; otherwise the same durations come one at a time.
+    """
     random = np.random.default_rng(0)
     batches = []
-    for seconds in BATCHES:
+    for seconds in BATCHES if padded else [[s] for s in dict.fromkeys(itertools.chain(*BATCHES))]:
         lengths = np.array([round(s * SAMPLE_RATE) for s in seconds])
         waveforms = np.zeros((len(lengths), lengths.max()), np.float32)
         for row, length in zip(waveforms, lengths):
@@ -105,13 +110,14 @@ def relative_difference(difference: Tensor, size: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def max_difference(outputs: ExportedOutputs, kind: str, exported: Path) -> tuple[float, float]:
+def max_difference(outputs: ExportedOutputs, kind: str, exported: Path, padded: bool = True) -> tuple[float, float]:
     """Largest difference on valid frames, over every batch and output, between PyTorch and a fresh process.
 
     Args:
         outputs: the PyTorch model.
         kind: function of ``runner.py`` that runs the exported one.
         exported: file or folder.
+        padded: as for :func:`make_batches`; False for what computes something else in padded batches.
 
     Returns:
         The difference, and the largest :func:`relative_difference`.
@@ -120,9 +126,10 @@ def max_difference(outputs: ExportedOutputs, kind: str, exported: Path) -> tuple
         UserError: the process fails, or gives other shapes or lengths.
     """
     worst = worst_share = 0.0
-    batches = make_batches()
+    batches = make_batches(padded)
     results = run_exported(kind, exported, batches)
-    for seconds, (waveforms, lengths), result in zip(BATCHES, batches, results, strict=True):
+    for (waveforms, lengths), result in zip(batches, results, strict=True):
+        seconds = "/".join(f"{length / SAMPLE_RATE:g}" for length in lengths)
         expected = dict(zip(outputs.names, outputs(torch.from_numpy(waveforms), torch.from_numpy(lengths))))
         frames = expected.pop("frames")
         if "frames" in result and result["frames"].tolist() != frames.tolist():
@@ -139,16 +146,16 @@ def max_difference(outputs: ExportedOutputs, kind: str, exported: Path) -> tuple
             )  # [S], or of the last layer alone []
             logger.info(
                 "%s, %s s: max difference %.1e, of values up to %.1e",
-                name, "/".join(f"{s:g}" for s in seconds), difference.max(), size.max(),
+                name, seconds, difference.max(), size.max(),
             )  # fmt: skip
             worst = max(worst, difference.max().item())
             worst_share = max(worst_share, relative_difference(difference, size).max().item())
     return worst, worst_share
 
 
-def require_agreement(outputs: ExportedOutputs, kind: str, exported: Path) -> float:
-    """The largest difference; refuse what differs by more than TOLERANCE."""
-    difference, share = max_difference(outputs, kind, exported)
+def require_agreement(outputs: ExportedOutputs, kind: str, exported: Path, padded: bool = True) -> float:
+    """The largest difference; refuse what differs by more than TOLERANCE. Arguments as for :func:`max_difference`."""
+    difference, share = max_difference(outputs, kind, exported, padded)
     if not share <= TOLERANCE:
         raise UserError(
             f"{exported}: differs from PyTorch by {difference:.1e}, more than {TOLERANCE:g} (of a layer's largest "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +27,17 @@ class AttentionMap:
 
     weights: Tensor  # [B, h, T, T] before dropout; each row sums to 1
     heads: Gate | None
+    applied: Tensor  # [B, h, T, T]: what the block itself mixes its values with, before dropout
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention; q, k, v and output projections as in torchaudio, masks over heads and the block.
 
     With ``reuse`` the block has no queries and keys: it applies the map of an earlier block to its own values
-    (ARMHuBERT, https://arxiv.org/abs/2305.11685, section 2.1). The map is used as it is, without a second softmax. Its
-    heads are those of the block that computes it: one gate per head serves that block and all that reuse its map, and
-    where that block does not exist, neither do they.
+    (ARMHuBERT, https://arxiv.org/abs/2305.11685, section 2.1), without dropout on it. ``"map"`` uses the map as it is,
+    as the paper has it; ``"softmax"`` puts it through a second softmax over the valid frames, as the released code
+    does. Its heads are those of the block that computes it: one gate per head serves that block and all that reuse its
+    map, and where that block does not exist, neither do they.
 
     Args:
         embed_dim: D.
@@ -42,7 +45,7 @@ class SelfAttention(nn.Module):
         head_dim: E.
         dropout: on the attention weights.
         prunable: what gets gates.
-        reuse: take the attention map of an earlier block.
+        reuse: take the attention map of an earlier block, in which form; None to compute one.
     """
 
     def __init__(
@@ -52,13 +55,13 @@ class SelfAttention(nn.Module):
         head_dim: int,
         dropout: float,
         prunable: Prunable,
-        reuse: bool = False,
+        reuse: Literal["map", "softmax"] | None = None,
     ) -> None:
         super().__init__()
         self.remaining_heads = list(heads) if isinstance(heads, Sequence) else None
         num_heads = len(heads) if isinstance(heads, Sequence) else heads
         self.embed_dim, self.num_heads, self.head_dim, self.dropout = embed_dim, num_heads, head_dim, dropout
-        self.reuse = reuse
+        self.reuse: Literal["map", "softmax"] | None = reuse
         self.keep_map = False  # later blocks reuse the map of this one
         if num_heads > 0:
             if not reuse:
@@ -120,29 +123,37 @@ class SelfAttention(nn.Module):
         """
         if self.reuse:
             assert source is not None
-            heads = source.heads
+            source, heads = self._reused(source, valid), source.heads
         else:
             source, heads = None, gates.get(self.hard_concrete_for_heads)
         live = self.live_weights(heads, gates.get(self.hard_concrete_for_layer))
         batch, num_frames, _ = x.shape
-        p = self.dropout if self.training else 0.0
+        p = self.dropout if self.training and not self.reuse else 0.0
         v = self._project(x, live, "v_proj")
         mixed: Tensor | None = None
         if not self.reuse:
             q, k = self._project(x, live, "q_proj"), self._project(x, live, "k_proj")
             mask = self._attention_mask(x, valid, position_bias, heads)
             if keep_map or self.keep_map:
-                source = AttentionMap(attention_weights(q, k, mask), heads)
+                weights = attention_weights(q, k, mask)
+                source = AttentionMap(weights, heads, weights)
             else:  # fused: faster, but it does not return the map
                 mixed = attend(q, k, v, mask, p)
         if mixed is None:
             assert source is not None
-            mixed = dropout(source.weights, p).to(v.dtype) @ v
+            mixed = dropout(source.applied, p).to(v.dtype) @ v
         if torch.compiler.is_exporting():  # a graph must not depend on the memory layout that a kernel leaves
             x = torch.cat(mixed.unbind(1), dim=-1)
         else:
             x = mixed.transpose(1, 2).reshape(batch, num_frames, -1)
         return linear(x, live["out_proj.weight"], live["out_proj.bias"]), source
+
+    def _reused(self, source: AttentionMap, valid: Tensor | None) -> AttentionMap:
+        """An earlier block's map as this one applies it; what the blocks above get of it stays as it was."""
+        if self.reuse == "map":
+            return AttentionMap(source.weights, source.heads, source.weights)
+        scores = source.weights if valid is None else source.weights.masked_fill(~valid, -math.inf)
+        return AttentionMap(source.weights, source.heads, scores.softmax(-1))
 
     def _project(self, x: Tensor, live: dict[str, Tensor], name: str) -> Tensor:
         x = linear(x, live[f"{name}.weight"], live[f"{name}.bias"])

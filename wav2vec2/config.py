@@ -32,6 +32,10 @@ def check_config(config: dict[str, Any], is_wavlm: bool) -> None:
     for name in (f"encoder_{rate}" for rate in rates):
         if not 0 <= config[name] <= 1:
             raise ValueError(f"{name} must lie between 0 and 1, got {config[name]}")
+    if not 0 <= config["normalize_waveform"] <= 1:
+        raise ValueError(
+            f"normalize_waveform must be true, false or a small number, got {config['normalize_waveform']}"
+        )
     _check_students(config)
     if not is_wavlm:
         if min([config["encoder_head_dim"] - 1, *config["encoder_num_heads"]]) < 0:
@@ -53,6 +57,8 @@ def _check_students(config: dict[str, Any]) -> None:
     channels, width = config["extractor_conv_layer_config"][-1][0], config["encoder_embed_dim"]
     if config.get("encoder_use_projection") is False and channels != width:
         raise ValueError(f"without encoder_use_projection {channels} channels cannot feed a width of {width}")
+    if config.get("encoder_reuse_softmax") and config.get("encoder_reuse_attention") is None:
+        raise ValueError("encoder_reuse_softmax needs encoder_reuse_attention")
     if config.get("encoder_time_reduction", 1) < 1:
         raise ValueError(f"encoder_time_reduction must be at least 1, got {config['encoder_time_reduction']}")
     if config.get("encoder_reuse_attention") is None:

@@ -250,19 +250,23 @@ class FeatureExtractor(nn.Module):
 class FeatureProjection(nn.Module):
     """Layer norm over the live channels, linear map to the Transformer's width, dropout.
 
-    Thin students whose extractor is as wide as their Transformer have no linear map.
+    Thin students whose extractor is as wide as their Transformer have no linear map, DistilHuBERT has no norm.
     """
 
-    def __init__(self, in_features: int, out_features: int, dropout: float, linear: bool = True) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, dropout: float, linear: bool = True, norm: bool = True
+    ) -> None:
         super().__init__()
-        self.layer_norm = nn.LayerNorm(in_features)
+        self.layer_norm = nn.LayerNorm(in_features) if norm else None
         self.projection = nn.Linear(in_features, out_features) if linear else None
         self.dropout = Dropout(dropout)
 
     def live_weights(self, gate: Gate | None) -> dict[str, Tensor]:
         """What exists of the weights, by name, under the gate of the last conv layer."""
-        norm = self.layer_norm
-        live = {"layer_norm.weight": select(norm.weight, gate, 0), "layer_norm.bias": select(norm.bias, gate, 0)}
+        live: dict[str, Tensor] = {}
+        if self.layer_norm is not None:
+            live["layer_norm.weight"] = select(self.layer_norm.weight, gate, 0)
+            live["layer_norm.bias"] = select(self.layer_norm.bias, gate, 0)
         if self.projection is not None:
             live["projection.weight"] = select(self.projection.weight, gate, 1)
         return live
@@ -270,7 +274,8 @@ class FeatureProjection(nn.Module):
     def forward(self, x: Tensor, gate: Gate | None) -> Tensor:
         """[B, T, c] -> [B, T, D]."""
         live = self.live_weights(gate)
-        x = LiveNorm(live["layer_norm.weight"], live["layer_norm.bias"], self.layer_norm.eps).over_channels(x)
+        if self.layer_norm is not None:
+            x = LiveNorm(live["layer_norm.weight"], live["layer_norm.bias"], self.layer_norm.eps).over_channels(x)
         if self.projection is not None:
             x = linear(x, live["projection.weight"], self.projection.bias)
         return self.dropout(x)
@@ -278,7 +283,7 @@ class FeatureProjection(nn.Module):
     def num_params(self, num_in: Tensor | int) -> Tensor | int:
         """Parameters with ``num_in`` live channels."""
         width = 0 if self.projection is None else self.projection.out_features
-        return num_in * (2 + width) + width
+        return num_in * (2 * (self.layer_norm is not None) + width) + width
 
     def num_macs(self, frames: Tensor, num_in: Tensor | int) -> Tensor | int:
         """Multiply-accumulates of ``frames`` [B] with ``num_in`` live channels."""

@@ -6,7 +6,7 @@ Shapes: B batch, N samples at 16 kHz, T frames at 50 Hz, D Transformer width, L 
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,17 @@ from .embed import batches_by_length, check_waveforms, pad
 from .feature_extractor import ConvLayerBlock, FeatureExtractor, FeatureProjection, valid_frames
 from .hardconcrete import Alive, Gates, HardConcrete, Prunable, alive_probabilities, draw_gates
 from .kernels import traced
-from .passes import HiddenStates, PassOptions
+from .passes import HiddenStates, PassOptions, ScaleGradient
 from .transformer import ConvolutionalPositionalEmbedding, Encoder, EncoderLayer, FeedForward, Transformer
 
-NORMALIZE_EPS = 1e-7  # added to the waveform's variance, as transformers does; 1e-5 changes quiet audio
+RELEASED_EPS = 1e-5  # added to the variance of a waveform by fairseq, torchaudio and the released DPHuBERT
 # keys of the flat config that a HuBERT, a WavLM or an ordinary student does not have
 ABSENT = {
     "encoder_use_projection",
+    "encoder_projection_layer_norm",
     "encoder_time_reduction",
     "encoder_reuse_attention",
+    "encoder_reuse_softmax",
     "encoder_num_heads",
     "encoder_head_dim",
     "encoder_total_num_heads",
@@ -36,16 +38,16 @@ ABSENT = {
 }
 
 
-def normalize(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
+def normalize(waveforms: Tensor, lengths: Tensor | None, eps: float) -> Tensor:
     """Zero mean and unit variance per row [B, N] over its valid samples; padding stays zero."""
     if lengths is None:
         variance, mean = torch.var_mean(waveforms, dim=-1, correction=0, keepdim=True)
-        return (waveforms - mean) * torch.rsqrt(variance + NORMALIZE_EPS)
+        return (waveforms - mean) * torch.rsqrt(variance + eps)
     valid = valid_frames(lengths, waveforms.shape[-1]).to(waveforms.dtype)
     count = lengths.clamp(min=1)[:, None]
     mean = (waveforms * valid).sum(-1, keepdim=True) / count
     variance = ((waveforms - mean).square() * valid).sum(-1, keepdim=True) / count
-    return (waveforms - mean) * torch.rsqrt(variance + NORMALIZE_EPS) * valid
+    return (waveforms - mean) * torch.rsqrt(variance + eps) * valid
 
 
 class Wav2Vec2Model(nn.Module):
@@ -53,7 +55,7 @@ class Wav2Vec2Model(nn.Module):
 
     def __init__(
         self,
-        normalize_waveform: bool,
+        normalize_waveform: bool | float,
         feature_extractor: FeatureExtractor,
         encoder: Encoder,
         aux: nn.Linear | None,
@@ -112,7 +114,7 @@ class Wav2Vec2Model(nn.Module):
         """
         output, frames = self.run(waveforms, lengths, PassOptions(num_layers=num_layers), gates)
         num_frames = output.features.shape[1]
-        layers = [self.encoder.transformer.hold(state, num_frames) for state in output.layers]
+        layers = [self.encoder.transformer.hold(state, num_frames, frames) for state in output.layers]
         return [output.features, *layers], frames
 
     @torch.no_grad()
@@ -161,7 +163,7 @@ class Wav2Vec2Model(nn.Module):
         transformer = self.encoder.transformer
         layer_drop = transformer.layer_drop if self.training else 0.0
         output, frames = self.run(waveforms, lengths, PassOptions(layer_drop=layer_drop))
-        x = transformer.hold([output.features, *output.layers][-1], output.features.shape[1])
+        x = transformer.hold(output.layers[-1], output.features.shape[1], frames) if output.layers else output.features
         x = transformer.layer_norm(x) if transformer.layer_norm_first else x
         return x if self.aux is None else self.aux(x), frames
 
@@ -201,8 +203,11 @@ class Wav2Vec2Model(nn.Module):
         if gates is None:
             gates = self.draw_gates()
         if self.normalize_waveform:
-            waveforms = normalize(waveforms, lengths)
+            eps = RELEASED_EPS if self.normalize_waveform == True else self.normalize_waveform  # noqa: E712  or 1
+            waveforms = normalize(waveforms, lengths, eps)
         features, frames = self.feature_extractor(waveforms, lengths, gates)
+        if options.extractor_gradient != 1.0:
+            features = ScaleGradient.apply(features, options.extractor_gradient)
         gate_in = self.feature_extractor.conv_layers[-1].hard_concrete
         return self.encoder.hidden_states(features, frames, gates, gate_in, options), frames
 
@@ -267,15 +272,17 @@ def wav2vec2_model(
     encoder_layer_norm_first: bool,
     encoder_layer_drop: float,
     aux_num_out: int | None,
-    normalize_waveform: bool,
+    normalize_waveform: bool | float,
     extractor_prune_conv_channels: bool = False,
     encoder_prune_attention_heads: bool = False,
     encoder_prune_attention_layer: bool = False,
     encoder_prune_feed_forward_intermediate: bool = False,
     encoder_prune_feed_forward_layer: bool = False,
     encoder_use_projection: bool | None = None,
+    encoder_projection_layer_norm: bool | None = None,
     encoder_time_reduction: int | None = None,
     encoder_reuse_attention: Sequence[bool] | None = None,
+    encoder_reuse_softmax: bool | None = None,
 ) -> Wav2Vec2Model:
     """Build a model with random weights from a flat config, the ``config`` of a ``.pth`` file.
 
@@ -303,7 +310,8 @@ def wav2vec2_model(
         encoder_layer_norm_first: pre-norm (Large) or post-norm (Base).
         encoder_layer_drop: probability of skipping a layer in ``forward`` in training.
         aux_num_out: width of a linear output layer, or None.
-        normalize_waveform: zero mean and unit variance before the first layer.
+        normalize_waveform: zero mean and unit variance before the first layer; True adds 1e-5 to the variance, as
+            fairseq, torchaudio and the released files do, a number adds that one. Older readers take it for True.
         extractor_prune_conv_channels: mask the conv channels.
         encoder_prune_attention_heads: mask the heads.
         encoder_prune_attention_layer: mask whole attention blocks.
@@ -311,9 +319,11 @@ def wav2vec2_model(
         encoder_prune_feed_forward_layer: mask whole feed-forward blocks.
         encoder_use_projection: False for students without a linear map between extractor and Transformer, whose last
             conv layer is then not prunable.
+        encoder_projection_layer_norm: False for DistilHuBERT, which has no layer norm before the feature projection.
         encoder_time_reduction: students only, frames merged into one before the first layer.
         encoder_reuse_attention: students only, per layer whether it reuses the attention map of the nearest earlier
             layer that computes one.
+        encoder_reuse_softmax: put reused maps through a second softmax, as the released ARMHuBERT does.
 
     Raises:
         ValueError: a value out of range, or lists whose length is not ``encoder_num_layers``.
@@ -334,7 +344,9 @@ def wav2vec2_model(
     def attention(i: int) -> SelfAttention:
         width, dropout = encoder_embed_dim, encoder_attention_dropout
         prunable = Prunable(encoder_prune_attention_heads, encoder_prune_attention_layer)
-        reuse = encoder_reuse_attention is not None and encoder_reuse_attention[i]
+        reuse: Literal["map", "softmax"] | None = None
+        if encoder_reuse_attention is not None and encoder_reuse_attention[i]:
+            reuse = "softmax" if encoder_reuse_softmax else "map"
         if not is_wavlm:
             assert encoder_num_heads is not None and encoder_head_dim is not None
             return SelfAttention(width, encoder_num_heads[i], encoder_head_dim, dropout, prunable, reuse)
@@ -370,7 +382,8 @@ def wav2vec2_model(
         encoder_time_reduction or 1,
     )
     linear = encoder_use_projection is not False
-    projection = FeatureProjection(in_channels, encoder_embed_dim, encoder_projection_dropout, linear)
+    projection_norm = encoder_projection_layer_norm is not False
+    projection = FeatureProjection(in_channels, encoder_embed_dim, encoder_projection_dropout, linear, projection_norm)
     encoder = Encoder(projection, transformer)
     aux = None if aux_num_out is None else nn.Linear(encoder_embed_dim, aux_num_out)
     return Wav2Vec2Model(normalize_waveform, FeatureExtractor(conv_layers), encoder, aux, config)

@@ -16,7 +16,7 @@ from .counting import count_params
 from .feature_extractor import FeatureProjection, valid_frames
 from .hardconcrete import Alive, Gates, HardConcrete, Prunable, Pruned, num_live, probability_none, scale, select, touch
 from .kernels import Dropout, linear, wide_conv1d
-from .passes import HiddenStates, PassOptions, ScaleGradient
+from .passes import HiddenStates, PassOptions, ScaleGradient, layer_scales
 
 # names of weight norm's tensors here, in fairseq and in older torch, and in its parametrised form
 WEIGHT_NORM = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
@@ -195,7 +195,7 @@ class EncoderLayer(nn.Module):
             y, source = attention(inputs, valid, position_bias, gates, source, maps is not None)
             x = x + self.dropout(y)
         if maps is not None:
-            maps.append(source.weights.mean(1) if exists and source is not None else None)
+            maps.append(source.applied.mean(1) if exists and source is not None else None)
         if not norm_first:
             x = self.layer_norm(x)
         if self.feed_forward is None or not self.feed_forward.is_alive(gates):
@@ -218,8 +218,9 @@ class Transformer(nn.Module):
     """Positional convolution, layers, and one layer norm: before the layers (post-norm) or after them (pre-norm).
 
     With ``time_reduction`` a strided convolution shortens the frames before the first layer (FitHuBERT,
-    https://arxiv.org/abs/2207.00555, section 2.2). ``upsampler`` is the learned way back to T frames, for objectives
-    without one of their own; the released FitHuBERT holds one too.
+    https://arxiv.org/abs/2207.00555, section 2.2); frames at the end that do not fill a stride are lost, as in the
+    released code. ``upsampler`` is the learned way back to the full rate, for objectives without one of their own; the
+    released FitHuBERT holds one too.
     """
 
     def __init__(
@@ -299,36 +300,56 @@ class Transformer(nn.Module):
             else:
                 x = touch(x, layer)
             state = x
-            if options.scale_gradients:
-                above = len(layers) - i - 1
-                state = ScaleGradient.apply(x, 1 / (above + 1))
-                x = ScaleGradient.apply(x, above / (above + 1))
+            if options.scale_gradients is not None:
+                trunk, branch = layer_scales(options.scale_gradients, i + 1, len(layers))
+                state, x = ScaleGradient.apply(x, branch), ScaleGradient.apply(x, trunk)
             output.layers.append(state)
         return output
 
     def _reduce(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] -> [B, T', D], and the mask [B, 1, 1, T] -> [B, 1, 1, T'].
 
-        Short ends are filled with zeros, so that no frame is lost and a padded row equals the row alone.
+        A row with fewer frames than one stride, which the released code cannot run, is filled with zeros.
         """
         assert self.time_reduction is not None
         if valid is not None:
             x = x * valid[:, 0, 0, :, None].to(x.dtype)
         missing = -x.shape[1] % self.reduction
-        x = self.time_reduction(F.pad(x, (0, 0, 0, missing)).transpose(1, 2)).transpose(1, 2)
+        kept = self.reduced_length(x.shape[1])
+        x = self.time_reduction(F.pad(x, (0, 0, 0, missing)).transpose(1, 2)).transpose(1, 2)[:, :kept]
         if valid is not None:
-            valid = F.pad(valid, (0, missing)).unflatten(-1, (-1, self.reduction)).any(-1)
+            whole = F.pad(valid, (0, missing)).unflatten(-1, (-1, self.reduction)).all(-1)
+            valid = torch.cat([valid[..., :1], whole[..., 1:]], dim=-1)[..., :kept]
         return x, valid
 
+    def reduced_length(self, num_frames: int) -> int:
+        """T' of T > 0 frames."""
+        return num_frames if self.reduction == 1 else torch.sym_max(num_frames // self.reduction, 1)
+
     def upsample(self, state: Tensor, num_frames: int) -> Tensor:
-        """[B, T', D] -> [B, T, D] by the learned upsampler; unchanged without time reduction."""
+        """[B, T', D] -> the first T frames [B, T, D] of the learned upsampler; unchanged without time reduction."""
         if self.upsampler is None:
             return state
         return self.upsampler(state.transpose(1, 2)).transpose(1, 2)[:, :num_frames]
 
-    def hold(self, state: Tensor, num_frames: int) -> Tensor:
-        """[B, T', D] -> [B, T, D], each frame as often as time reduction has merged frames into it."""
-        return state if self.reduction == 1 else state.repeat_interleave(self.reduction, dim=1)[:, :num_frames]
+    def hold(self, state: Tensor, num_frames: int, lengths: Tensor | None) -> Tensor:
+        """[B, T', D] -> [B, T, D], each frame as often as time reduction has merged frames into it.
+
+        Frames that time reduction has lost get what the last before them has.
+
+        Args:
+            state: of a layer.
+            num_frames: T.
+            lengths: [B] valid frames of the T; None when nothing is padded.
+        """
+        if self.reduction == 1:
+            return state
+        index = torch.arange(num_frames, device=state.device) // self.reduction
+        if lengths is None:
+            return state.index_select(1, index.clamp(max=state.shape[1] - 1))
+        last = (lengths // self.reduction - 1).clamp(min=0)
+        index = index[None].minimum(last[:, None])
+        return state.gather(1, index[..., None].expand(-1, -1, state.shape[-1]))
 
     def pruned(self, gates: Gates) -> list[Pruned]:
         """What is left of each layer's blocks."""
@@ -362,7 +383,7 @@ class Transformer(nn.Module):
         positions = (frames + (conv.kernel_size + 1) % 2)[frames > 0]
         total: Tensor | int = int(positions.sum()) * conv.weight_v.numel()
         if self.time_reduction is not None:
-            frames = (frames + self.reduction - 1) // self.reduction
+            frames = (frames // self.reduction).maximum(frames.clamp(max=1))
             total = total + int(frames.sum()) * self.time_reduction.weight.numel()
         position_bias = self.position_block() is not None
         for layer, source in zip(self.layers, self.attention_sources()):

@@ -71,13 +71,20 @@ def torchaudio_twin(model: Wav2Vec2Model) -> torch.nn.Module:
     return twin.eval()
 
 
+def as_released(waveforms, lengths=None):
+    """What torchaudio's pipelines, fairseq and the released DPHuBERT do with each waveform before the model."""
+    rows = [len(row) for row in waveforms] if lengths is None else lengths.tolist()
+    normalised = [torch.nn.functional.layer_norm(row[:n], (n,)) for row, n in zip(waveforms, rows)]
+    return torch.nn.utils.rnn.pad_sequence(normalised, batch_first=True)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_torchaudio_agrees_on_every_layer(plain, architecture):
     model = plain(architecture, aux_num_out=5)
     twin = torchaudio_twin(model)
     waveforms = torch.randn(2, 2003)
-    inputs = normalize(waveforms, None) if model.normalize_waveform else waveforms
+    inputs = as_released(waveforms) if model.normalize_waveform else waveforms
     expected, _ = twin.extract_features(inputs)
     states, frames = model.extract_features(waveforms)
     assert frames is None and len(states) == len(expected) + 1
@@ -91,7 +98,7 @@ def test_torchaudio_agrees_on_padded_batches(plain):
     model = plain("hubert_large")  # with group norm torchaudio's rows depend on the padding; its WavLM takes none
     lengths = torch.tensor([2000, 1234])
     waveforms = torch.randn(2, 2000) * valid_frames(lengths, 2000)
-    expected, expected_frames = torchaudio_twin(model).extract_features(normalize(waveforms, lengths), lengths)
+    expected, expected_frames = torchaudio_twin(model).extract_features(as_released(waveforms, lengths), lengths)
     states, frames = model.extract_features(waveforms, lengths)
     assert torch.equal(frames, expected_frames)
     for state, reference in zip(states[1:], expected):
@@ -144,7 +151,7 @@ def test_transformers_agrees_on_every_layer(plain, architecture):
     assert not unexpected and missing == ["masked_spec_embed"]
 
     waveforms = torch.randn(2, 1999)
-    inputs = normalize(waveforms, None) if large else waveforms
+    inputs = as_released(waveforms) if large else waveforms
     output = other(inputs, output_hidden_states=True)
     expected = [*output.hidden_states[1:-1], output.last_hidden_state]
     states = [*model.extract_features(waveforms)[0][1:-1], model(waveforms)[0]]
@@ -189,15 +196,27 @@ def test_frames_of_the_standard_extractor():
     assert model.output_length(torch.tensor([0, 9, 399])).tolist() == [0, 0, 0]
 
 
-def test_quiet_audio_is_normalised_as_in_transformers():
-    extractor = Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=16_000, do_normalize=True)
-    waveform = torch.randn(1600) * 3e-4 + 1e-4  # variance 9e-8, beside which an eps of 1e-5 is everything
-    expected = torch.tensor(extractor(waveform.numpy(), sampling_rate=16_000).input_values[0])
-    padded = torch.nn.functional.pad(waveform, (0, 400))[None]
-    torch.testing.assert_close(normalize(waveform[None], None)[0], expected, atol=1e-5, rtol=1e-5)
-    normalised = normalize(padded, torch.tensor([1600]))[0]
+@pytest.mark.parametrize(("setting", "eps"), [(True, 1e-5), (1e-7, 1e-7)], ids=["released", "transformers"])
+def test_quiet_audio_is_normalised_as_the_file_says(tiny, setting, eps):
+    """Files of DPHuBERT, fairseq and torchaudio say no more than that it is; those made of transformers name its eps."""
+    model, same = tiny("hubert_large", normalize_waveform=setting), tiny("hubert_large", normalize_waveform=False)
+    same.load_state_dict(model.state_dict())
+    waveform = torch.randn(1600) * 3e-3 + 1e-3  # variance 9e-6, beside which an eps of 1e-5 is as much
+    if setting is True:
+        expected = torch.nn.functional.layer_norm(waveform, waveform.shape)
+    else:
+        extractor = Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=16_000, do_normalize=True)
+        expected = torch.tensor(extractor(waveform.numpy(), sampling_rate=16_000).input_values[0])
+    padded, lengths = torch.nn.functional.pad(waveform, (0, 400))[None], torch.tensor([1600])
+    torch.testing.assert_close(normalize(waveform[None], None, eps)[0], expected, atol=1e-5, rtol=1e-5)
+    normalised = normalize(padded, lengths, eps)[0]
     torch.testing.assert_close(normalised[:1600], expected, atol=1e-5, rtol=1e-5)
     assert not normalised[1600:].any()
+    reference = same.extract_features(expected[None])[0][-1]
+    torch.testing.assert_close(model.extract_features(waveform[None])[0][-1], reference, atol=1e-4, rtol=1e-4)
+    number_of_frames = reference.shape[1]
+    batched = model.extract_features(padded, lengths)[0][-1][:, :number_of_frames]
+    torch.testing.assert_close(batched, reference, atol=1e-4, rtol=1e-4)
 
 
 def test_stopping_early_gives_the_first_states(tiny):

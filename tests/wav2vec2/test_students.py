@@ -1,4 +1,5 @@
-"""What only students have: no projection, time reduction, reused attention maps, masked frames, scaled gradients."""
+"""What only students have: no projection, no norm before it, time reduction, reused maps, masked frames, scaled
+gradients."""
 
 from __future__ import annotations
 
@@ -19,13 +20,17 @@ STUDENTS = {
     "no projection": {**THIN, "encoder_use_projection": False},
     "reuse": {"encoder_reuse_attention": [False, True, True]},
     "late reuse": {"encoder_reuse_attention": [False, False, True]},
+    "second softmax": {"encoder_reuse_attention": [False, True, True], "encoder_reuse_softmax": True},
+    "no norm": {"encoder_projection_layer_norm": False},
     "time reduction": {"encoder_time_reduction": 2},
     "reduced to a third": {"encoder_time_reduction": 3},
     "all": {
         **THIN,
         "encoder_use_projection": False,
+        "encoder_projection_layer_norm": False,
         "encoder_time_reduction": 2,
         "encoder_reuse_attention": [False, True, False],
+        "encoder_reuse_softmax": True,
     },
 }
 CASES = [
@@ -53,7 +58,7 @@ def test_file_round_trip(tiny, tmp_path, architecture, changes):
 
 def test_other_models_keep_the_released_keys(tiny):
     new = {key for changes in STUDENTS.values() for key in changes} - THIN.keys()
-    assert len(new) == 3 and not new & tiny("hubert_base").config.keys() and not new & tiny("wavlm_base").config.keys()
+    assert len(new) == 5 and not new & tiny("hubert_base").config.keys() and not new & tiny("wavlm_base").config.keys()
 
 
 @pytest.mark.parametrize(("architecture", "changes"), CASES)
@@ -133,10 +138,11 @@ def test_every_parameter_has_a_gradient_whatever_the_masks(tiny, architecture, c
 # Reused maps
 
 
+@pytest.mark.parametrize("form", [{}, {"encoder_reuse_softmax": True}], ids=["map", "softmax"])
 @pytest.mark.parametrize("architecture", ["hubert_base", "hubert_large", "wavlm_base"])
-def test_reuse_equals_layers_that_are_given_the_same_map(tiny, architecture):
+def test_reuse_equals_layers_that_are_given_the_same_map(tiny, architecture, form):
     """The reusing layer is built with queries and keys of its own, and its softmax is replaced by the other's map."""
-    student = tiny(architecture, encoder_reuse_attention=[False, True, False])
+    student = tiny(architecture, encoder_reuse_attention=[False, True, False], **form)
     waveforms, lengths = torch.randn(2, 500), torch.tensor([500, 333])
     full = tiny(architecture)
     full.load_state_dict(student.state_dict(), strict=False)
@@ -147,7 +153,11 @@ def test_reuse_equals_layers_that_are_given_the_same_map(tiny, architecture):
 
     def with_the_map_of_the_first(module, inputs, output):
         v = module.v_proj(inputs[0]).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-        y = torch.einsum("bhqk,bhke->bqhe", kept[-1].weights, v).flatten(2)
+        weights = kept[-1].weights
+        if form:
+            valid = torch.arange(weights.shape[-1]) < student.output_length(lengths)[:, None, None, None]
+            weights = weights.exp() * valid / (weights.exp() * valid).sum(-1, keepdim=True)
+        y = torch.einsum("bhqk,bhke->bqhe", weights, v).flatten(2)
         return torch.nn.functional.linear(y, module.out_proj.weight, module.out_proj.bias), None
 
     second.register_forward_hook(with_the_map_of_the_first)
@@ -176,6 +186,22 @@ def test_explicit_maps_change_nothing(tiny, architecture):
         assert (attention[1, :, frames[1] :] == 0).all()
 
 
+def test_reused_maps_do_not_drop_out(tiny):
+    model = tiny("hubert_base", encoder_reuse_attention=[False, True, True], encoder_attention_dropout=0.5)
+    x, gates = torch.randn(1, 6, 16), {}
+    first, second, _ = (layer.attention.train() for layer in model.encoder.transformer.layers)
+    (dropped, source), (again, _) = (first(x, None, None, gates) for _ in range(2))
+    assert not torch.equal(dropped, again)
+    assert torch.equal(second(x, None, None, gates, source)[0], second(x, None, None, gates, source)[0])
+
+
+def test_a_layer_above_reuses_the_map_that_was_computed(tiny):
+    """Not what the layer between has made of it; what each applies is what maps show."""
+    model = tiny("hubert_base", encoder_reuse_attention=[False, True, True], encoder_reuse_softmax=True)
+    first, second, third = model.run(torch.randn(1, 500), None, PassOptions(keep_maps=True))[0].maps
+    assert torch.equal(second, third) and not torch.allclose(first, second, atol=1e-3)
+
+
 def test_a_block_without_its_source_does_not_exist(tiny):
     model = tiny("hubert_base", ("head", "attlayer"), encoder_reuse_attention=[False, True, True])
     masks = model.masks()
@@ -199,9 +225,11 @@ def test_frame_counts_are_those_of_the_full_rate(tiny, num_samples):
     states, _ = model.extract_features(waveforms)
     assert {state.shape[1] for state in states} == {expected} and model(waveforms)[0].shape[1] == expected
     output, _ = model.run(waveforms)
-    assert {state.shape[1] for state in output.layers} == {(expected + 1) // 2}
-    assert torch.equal(states[1], output.layers[0].repeat_interleave(2, 1)[:, :expected])
-    assert model.encoder.transformer.upsample(output.layers[0], expected).shape == states[1].shape
+    assert {state.shape[1] for state in output.layers} == {max(1, expected // 2)}
+    held = [output.layers[0][:, min(t // 2, expected // 2 - 1)] for t in range(expected)]  # an odd last frame as before
+    assert torch.equal(states[1], torch.stack(held, 1))
+    whole = max(1, expected // 2 * 2)
+    assert model.encoder.transformer.upsample(output.layers[0], whole).shape == states[1][:, :whole].shape
 
 
 def test_reduced_frames_are_the_strided_convolution(tiny):
@@ -210,9 +238,8 @@ def test_reduced_frames_are_the_strided_convolution(tiny):
     features = torch.randn(1, 7, 16)
     output = transformer.hidden_states(features, None, {})
     x = transformer.layer_norm(features + transformer.pos_conv_embed(features))[0]
-    x = torch.cat([x, torch.zeros(1, 16)])  # an odd frame is paired with silence
     weight, bias = transformer.time_reduction.weight, transformer.time_reduction.bias
-    expected = [weight[:, :, 0] @ x[2 * t] + weight[:, :, 1] @ x[2 * t + 1] + bias for t in range(4)]
+    expected = [weight[:, :, 0] @ x[2 * t] + weight[:, :, 1] @ x[2 * t + 1] + bias for t in range(3)]
     torch.testing.assert_close(output.layer_input[0], torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
@@ -245,18 +272,37 @@ def test_the_mask_embedding_of_a_file_is_the_models_own(tiny, tmp_path):
         load_model(tmp_path / "bad.pth")
 
 
-def test_scaled_gradients_are_means_over_the_layers_above(tiny):
-    """Three losses with gradients a, b, c of the output of layer 3: what reaches layer i is a mean, not a sum."""
+@pytest.mark.parametrize("form", ["paper", "released", None])
+def test_scaled_gradients_are_products_of_factors(tiny, form):
+    """Three losses with gradients a, b, c at the output of their layer: what reaches the input of layer 1 of each."""
     model = tiny("hubert_base")
     layers = model.encoder.transformer.layers
     for layer in layers:  # every layer the identity, so that gradients pass unchanged
         layer.forward = lambda x, *args, source=None: (x, None)
-    factors, features = (2.0, 3.0, 7.0), torch.randn(1, 5, 16)
-    for scaled, expected in ((True, sum(factors) / 3), (False, sum(factors))):
-        output = model.encoder.transformer.hidden_states(features, None, {}, PassOptions(scale_gradients=scaled))
-        loss = sum(factor * state.sum() for factor, state in zip(factors, output.layers, strict=True))
-        (grad,) = torch.autograd.grad(loss, output.layer_input)
-        torch.testing.assert_close(grad, torch.full_like(grad, expected))
+    losses, features = (2.0, 3.0, 7.0), torch.randn(1, 5, 16)
+    factors = {
+        None: (1, 1, 1),
+        "paper": (1 / 3, 1 / 3, 1 / 3),  # own: 1/3, 1/2, 1; from above: 2/3, 1/2: a mean over the layers, not a sum
+        # i counts from 0: trunk 3/4, 2/3, 1/2, of which the branch to the loss gets 1/4, 1/3, 1/2 besides
+        "released": (3 / 4 * 1 / 4, 3 / 4 * 2 / 3 * 1 / 3, 3 / 4 * 2 / 3 * 1 / 2 * 1 / 2),
+    }[form]
+    output = model.encoder.transformer.hidden_states(features, None, {}, PassOptions(scale_gradients=form))
+    for loss, state, factor in zip(losses, output.layers, factors, strict=True):
+        (grad,) = torch.autograd.grad(loss * state.sum(), output.layer_input, retain_graph=True)
+        torch.testing.assert_close(grad, torch.full_like(grad, loss * factor))
+
+
+@pytest.mark.parametrize("units", [(), ("conv",)])
+def test_the_extractors_gradient_is_scaled_alone(tiny, units):
+    model = tiny("hubert_base", units)
+    waveforms, gates, grads = torch.randn(2, 500), model.draw_gates(), []
+    for factor in (1.0, 0.1, 0.0):
+        output, _ = model.run(waveforms, None, PassOptions(extractor_gradient=factor), gates)
+        parts = (model.feature_extractor.conv_layers[0].conv.weight, model.encoder.feature_projection.projection.weight)
+        grads.append(torch.autograd.grad(output.layers[-1].square().sum(), parts))
+    for (conv, projection), factor in zip(grads, (1.0, 0.1, 0.0)):
+        torch.testing.assert_close(conv, factor * grads[0][0])
+        torch.testing.assert_close(projection, grads[0][1])
 
 
 # Configs
@@ -267,6 +313,8 @@ def test_scaled_gradients_are_means_over_the_layers_above(tiny):
     [
         ({"encoder_use_projection": False}, "8 channels cannot feed a width of 16"),
         ({"encoder_time_reduction": 0}, "encoder_time_reduction must be at least 1, got 0"),
+        ({"encoder_reuse_softmax": True}, "encoder_reuse_softmax needs encoder_reuse_attention"),
+        ({"normalize_waveform": 2.5}, "normalize_waveform must be true, false or a small number, got 2.5"),
         ({"encoder_reuse_attention": [False, True]}, "has 2 entries for 3 layers"),
         ({"encoder_reuse_attention": [True, False, False]}, "layer 0 has no earlier layer with the same heads"),
         (

@@ -5,7 +5,6 @@ reduction, the pattern of reused attention maps, and the heads of training.
 """
 
 import ast
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +15,6 @@ from wav2vec2.checkpoint import CheckpointError, has_all_values
 
 from .fairseq import import_fairseq
 from .mapping import MASK_EMBEDDING, ImportedModel, Rule, import_tensors
-
-logger = logging.getLogger(__name__)
 
 STUDENT, TEACHER = "student_model.", "teacher_model."
 REQUIRED: dict[str, type] = {
@@ -51,6 +48,7 @@ OPTIONAL: dict[str, Any] = {
     "pred_head_final_dim": 768,
     "n_mels": 0,
     "crop_seq_to_multiple": 1,
+    "required_seq_len_multiple": 1,
 }
 
 _TIME_REDUCTION: list[Rule] = [
@@ -71,9 +69,8 @@ def import_student(checkpoint: Any, settings: Any, normalize_waveform: bool | No
     Its ``heads`` have the names of the objectives ``hint`` and ``masking``: ``{i}.upsampler.*`` and ``{i}.linear.*`` of
     the i-th layer, and ``mask_embedding`` [D]. STaRHuBERT has none.
 
-    The released code applies a second softmax to a reused attention map. This toolkit reuses the map as it is, as the
-    paper has it (https://arxiv.org/abs/2305.11685, section 2.1), so ARMHuBERT's reusing layers give other values here.
-    It also drops the last frame before time reduction where their number is odd, which is kept here.
+    The model computes what the released class computes for one utterance: reused maps go through a second softmax. At
+    batches above 1 the released ARMHuBERT also mixes heads and rows there, which is not reproduced.
 
     Args:
         checkpoint: what :func:`wav2vec2.importers.load_pickled` read from the ``.ckpt`` file.
@@ -134,6 +131,11 @@ def _settings(content: Any, num_tensors: int) -> dict[str, Any]:
     for key in ("n_mels", "tr_layer_index", "tr_layer_type", "crop_seq_to_multiple"):
         if chosen[key] != OPTIONAL[key] and (chosen["enable_tr_layer"] or not key.startswith("tr_")):
             raise CheckpointError(f"distiller.{key} is {chosen[key]!r}: only {OPTIONAL[key]!r} is supported")
+    if chosen["enable_tr_layer"] and chosen["required_seq_len_multiple"] != 1:  # fills odd ends with zeros there
+        raise CheckpointError(
+            f"distiller.required_seq_len_multiple is {chosen['required_seq_len_multiple']}: only 1 is supported with "
+            "time reduction"
+        )
     if chosen["enable_tr_layer"] and chosen["tr_reduce_factor"] < 2:
         raise CheckpointError(f"distiller.tr_reduce_factor is {chosen['tr_reduce_factor']}: it must be at least 2")
     if not 1 <= chosen["encoder_layers"] <= num_tensors:
@@ -200,8 +202,5 @@ def _student_config(chosen: dict[str, Any], channels: int) -> dict[str, Any]:
         )
     if not all(computes):
         config["encoder_reuse_attention"] = [not layer for layer in computes]
-        logger.warning(
-            "the released code puts reused attention maps through a second softmax, this toolkit reuses them as they "
-            "are: the layers from 2 on differ from the released model's until it is trained further"
-        )
+        config["encoder_reuse_softmax"] = True
     return config

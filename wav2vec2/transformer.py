@@ -314,17 +314,13 @@ class Transformer(nn.Module):
         assert self.time_reduction is not None
         if valid is not None:
             x = x * valid[:, 0, 0, :, None].to(x.dtype)
-        missing = -x.shape[1] % self.reduction
-        kept = self.reduced_length(x.shape[1])
-        x = self.time_reduction(F.pad(x, (0, 0, 0, missing)).transpose(1, 2)).transpose(1, 2)[:, :kept]
+        reduced = torch.sym_max(x.shape[1] // self.reduction, 1)
+        missing = reduced * self.reduction - x.shape[1]  # negative where frames are lost
+        x = self.time_reduction(F.pad(x, (0, 0, 0, missing)).transpose(1, 2)).transpose(1, 2)
         if valid is not None:
             whole = F.pad(valid, (0, missing)).unflatten(-1, (-1, self.reduction)).all(-1)
-            valid = torch.cat([valid[..., :1], whole[..., 1:]], dim=-1)[..., :kept]
+            valid = whole | valid[..., :1] & (torch.arange(reduced, device=x.device) == 0)
         return x, valid
-
-    def reduced_length(self, num_frames: int) -> int:
-        """T' of T > 0 frames."""
-        return num_frames if self.reduction == 1 else torch.sym_max(num_frames // self.reduction, 1)
 
     def upsample(self, state: Tensor, num_frames: int) -> Tensor:
         """[B, T', D] -> the first T frames [B, T, D] of the learned upsampler; unchanged without time reduction."""

@@ -1,7 +1,8 @@
-"""Convert a checkpoint file of fairseq, unilm or a released student, without any of their packages.
+"""Convert a checkpoint file of fairseq, unilm, s3prl or a released student, without any of their packages.
 
 python convert_from_checkpoint.py --checkpoint hubert_base_ls960.pt
 python convert_from_checkpoint.py --checkpoint student.ckpt --config student.yaml
+python convert_from_checkpoint.py --checkpoint distilhubert.ckpt
 """
 
 import logging
@@ -34,7 +35,7 @@ def convert(
     Args:
         checkpoint: a .pt file with HuBERT or wav2vec 2.0 in fairseq's old (args) or new (cfg) layout, or WavLM of
             unilm; fine-tuned ones lose their head. Or the .ckpt file of FitHuBERT, FitW2V2, MaskHuBERT, ARMHuBERT,
-            ARMwavLM or STaRHuBERT.
+            ARMwavLM, STaRHuBERT, or of DistilHuBERT in s3prl.
         config: for a released student, the .yaml file published or written beside it.
         out: the file; by default pretrained/NAME.fairseq.pth, pretrained/NAME.student.pth for a student.
         normalize: give the waveform zero mean and unit variance; auto does what the model was trained with.

@@ -104,7 +104,7 @@ class UpstreamExpert(nn.Module):
             return filled(transformer.hold(state, num_frames, frames), frames)
 
         # heads make as many frames as they were reduced from; what time reduction has lost is the frame before again
-        covered = frames.minimum((frames // transformer.reduction * transformer.reduction).clamp(min=1))
+        covered = transformer.covered(frames)
         heads = [filled(head(x, num_frames), covered) for head, x in zip(self.heads, output.layers)]
         layers = heads if self.states.layers == "heads" else list(map(held, output.layers))
         if self.states.final_norm and transformer.layer_norm_first:
@@ -118,7 +118,7 @@ class UpstreamExpert(nn.Module):
 
 
 def feature_heads(heads: dict[str, Tensor], model: Wav2Vec2Model) -> nn.ModuleList:
-    """The stored heads of all layers in their order, as the objectives ``hint`` and ``masking`` make them; else none."""
+    """The stored heads of all layers, in their order, as ``hint`` and ``masking`` make them; none of other kinds."""
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in heads.items():
         if match := re.fullmatch(r"(?:.*\.)?(\d+)\.((?:linear|upsampler)\.(?:weight|bias))", name):

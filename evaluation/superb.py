@@ -183,8 +183,8 @@ def query_by_example(superb: Superb, task: Task, exp: Path) -> Results:
         folder, log = exp / f"layer{layer}_{split}", exp / f"layer{layer}_{split}.score.log"
         if not (folder / "done").is_file():
             superb.run(
-                folder / "log.txt", "-m", "evaluate", "-t", split, "-u", superb.upstream, "-k", superb.model, "-l", layer,
-                "-d", task.downstream, "-p", folder, "-o", settings, "--device", superb.device,
+                folder / "log.txt", "-m", "evaluate", "-t", split, "-u", superb.upstream, "-k", superb.model, "-l",
+                layer, "-d", task.downstream, "-p", folder, "-o", settings, "--device", superb.device,
             )  # fmt: skip
             (folder / "done").touch()
         printed = superb.run(log, folder, scorer / f"groundtruth_quesst14_{split}", -10,

@@ -11,7 +11,7 @@ from distillation.errors import UserError
 from exporting.verify import ExportedOutputs
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import DUMMY_WEIGHT
-from wav2vec2.importers.huggingface import _SETTINGS, EXTRACTOR_MODES, NORMALIZE_EPS
+from wav2vec2.importers.huggingface import EXTRACTOR_MODES, NORMALIZE_EPS, SETTINGS
 from wav2vec2.model import RELEASED_EPS
 from wav2vec2.transformer import torch_spelling
 
@@ -122,7 +122,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
         "num_heads": _num_heads(config),
         "ff_interm_features": config["encoder_ff_interm_features"][0],
     }
-    settings = {theirs: (alike | config)[ours] for ours, theirs in _SETTINGS.items()}
+    settings = {theirs: (alike | config)[ours] for ours, theirs in SETTINGS.items()}
     settings |= zip(("conv_dim", "conv_kernel", "conv_stride"), zip(*config["extractor_conv_layer_config"]))
     settings["feat_extract_norm"] = next(
         theirs for theirs, ours in EXTRACTOR_MODES.items() if ours == config["extractor_mode"]

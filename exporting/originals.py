@@ -22,6 +22,7 @@ from wav2vec2.model import Wav2Vec2Model
 logger = logging.getLogger(__name__)
 
 PROBE_SAMPLES = (64_000, 41_000)  # over 160 frames, so that WavLM's logarithmic position buckets are reached
+PROBE_LEVELS = (1.0, 1e-3)  # so quiet that the constant in a waveform's normalisation counts
 TORCHAUDIO = "torchaudio:"
 
 # Hidden states: feature projection, layers 1..L and the model's output, each [B, T, D], or [T, D] of one utterance.
@@ -65,7 +66,7 @@ def read_huggingface(model: str, normalize: bool | None) -> tuple[ImportedModel,
             raise CheckpointError(f"transformers finds no weights for {', '.join(missing[:3])}")
     original.eval()
     original.adapter = None  # wav2vec 2.0 models for speech translation end in one; dropped with the heads
-    # The peer's own preprocessing; its constant differs from that of torch's layer norm.
+    # the peer's own preprocessing
     prepare = transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize_waveform, return_attention_mask=True)
     modules = [original.feature_projection, *original.encoder.layers]
 
@@ -150,7 +151,10 @@ def capture(modules: list[nn.Module], call: Callable[[], Tensor]) -> States:
 def run_probe(run: Forward, converted: Wav2Vec2Model, padded: bool = True) -> tuple[list[States], list[States]]:
     """Hidden states of random waveforms of different lengths run alone, and as one batch if ``padded``, else alone."""
     generator = torch.Generator().manual_seed(0)
-    waveforms = [torch.randn(num_samples, generator=generator) for num_samples in PROBE_SAMPLES]
+    waveforms = [
+        level * torch.randn(num_samples, generator=generator)
+        for num_samples, level in zip(PROBE_SAMPLES, PROBE_LEVELS, strict=True)
+    ]
 
     def valid(batch: list[Tensor]) -> list[States]:
         states, frames = run(batch), converted.output_length(torch.tensor([len(waveform) for waveform in batch]))

@@ -1,17 +1,25 @@
-"""Stand-ins with the names, shapes and settings of the released students' files, and what they compute, in full."""
+"""Stand-ins with the names, shapes and settings of the released students' files, and what their classes compute."""
 
 from __future__ import annotations
 
 import ast
+import collections
+import contextlib
 import math
 import re
+import sys
+import types
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 THIN = "[({}, 10, 5)] + [({}, 1, 1)] + [({}, 3, 2)] * 4 + [({}, 1, 1)] + [({}, 2, 2)] * 2"
+SCHEDULE = "s3prl.optimizers.WarmupLinearSchedule"
+FOREIGN: dict[str, type] = {}  # classes by their full names
 EVERY_SECOND = str([layer % 2 == 0 for layer in range(12)])
 
 
@@ -62,6 +70,7 @@ FULL_SIZE = {
     "maskhubert": distiller(480, 480, 640, 12, **with_heads(**MASKED, layer_grad_scale=False)),
     "armhubert": distiller(480, 480, 864, 12, **with_heads(**MASKED, reuse_pattern=EVERY_SECOND)),
     "armhubert_s": distiller(432, 432, 816, 12, **with_heads(**MASKED, reuse_pattern=EVERY_SECOND)),
+    "armwavlm_s": distiller(432, 432, 816, 12, **with_heads(**MASKED, reuse_pattern=EVERY_SECOND)),
     "starhubert": distiller(432, 432, 976, 8),
     "starhubert_l": distiller(480, 480, 1024, 8),
 }
@@ -71,6 +80,13 @@ TINY = {
     "fithubert": distiller(20, 16, 16, 4, **with_heads(True) | SMALL),
     "maskhubert": distiller(16, 16, 20, 4, **with_heads(**MASKED) | SMALL),
     "armhubert": distiller(16, 16, 24, 4, **with_heads(**MASKED, **REUSED) | SMALL),
+    "armwavlm": distiller(
+        16,
+        16,
+        24,
+        4,
+        **with_heads(**MASKED, reuse_pattern="[True, False, False, True]") | SMALL | {"encoder_layers": 4},
+    ),
     "starhubert": distiller(16, 16, 28, 2, **SMALL),
 }
 
@@ -140,10 +156,39 @@ def student_state(settings: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
+def foreign(name: str, *bases: type) -> Any:
+    """A class of a package that is not installed; :func:`importable` lets its objects be pickled."""
+    if name not in FOREIGN:
+        module, _, short = name.rpartition(".")
+        FOREIGN[name] = type(short, bases, {"__module__": module})
+    return FOREIGN[name]
+
+
+@contextlib.contextmanager
+def importable() -> Iterator[None]:
+    """While a file is written its classes can be imported; while it is read they cannot."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, made in FOREIGN.items():
+            parts = name.split(".")
+            for path in (".".join(parts[:end]) for end in range(1, len(parts))):
+                if path not in sys.modules:
+                    patch.setitem(sys.modules, path, types.ModuleType(path))
+            patch.setattr(sys.modules[made.__module__], made.__name__, made, raising=False)
+        yield
+
+
 def lightning(state: dict[str, Tensor], **others: Tensor) -> dict[str, Any]:
-    """What Lightning writes around the tensors; the teacher is among them."""
+    """What Lightning writes around the tensors: the teacher, and an optimizer that holds the object of its schedule.
+
+    Save it while :func:`importable`.
+    """
     teacher = {"teacher_model.model.mask_emb": torch.ones(4), "teacher_model.model.final_proj.weight": torch.ones(2, 4)}
-    moments = {"exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3), "step": 7}
+    states = collections.OrderedDict(teacher | {f"student_model.{k}": tensor for k, tensor in state.items()} | others)
+    vars(states)["_metadata"] = collections.OrderedDict({"": {"version": 1}})
+    moments = {"step": 7, "next_m": torch.ones(3), "next_v": torch.ones(3)}
+    schedule = foreign(SCHEDULE)()
+    vars(schedule).update(warmup=0.05, t_total=1000.0, warned_for_t_total_at_progress=-1)
+    group = {"lr": 5e-4, "betas": [0.9, 0.98], "schedule": schedule, "weight_decay": 0.01, "params": [0]}
     monitor = {
         "monitor": "v_loss",
         "best_model_score": torch.tensor(0.5),
@@ -153,9 +198,9 @@ def lightning(state: dict[str, Tensor], **others: Tensor) -> dict[str, Any]:
         "epoch": 199,
         "global_step": 1000,
         "pytorch-lightning_version": "1.6.5",
-        "state_dict": teacher | {f"student_model.{name}": tensor for name, tensor in state.items()} | others,
+        "state_dict": states,
         "callbacks": {"ModelCheckpoint{'monitor': 'v_loss'}": monitor},
-        "optimizer_states": [{"state": {0: moments}, "param_groups": [{"betas": [0.9, 0.98], "params": [0]}]}],
+        "optimizer_states": [{"state": {0: moments}, "param_groups": [group, group | {"weight_decay": 0.0}]}],
         "lr_schedulers": [],
         "hparams_name": "kwargs",
         "hyper_parameters": {"cfg": {"train": {"gpus": 2}}},
@@ -167,7 +212,12 @@ def settings_file(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def released_states(tensors: dict[str, Tensor], settings: dict[str, Any], waveforms: Tensor) -> list[Tensor]:
-    """The student's forward pass as the papers describe it, one formula a line: Transformer input, then every layer."""
+    """The released class's forward pass of one utterance [1, N], one formula a line: Transformer input, then layers.
+
+    A reusing layer puts the map that an earlier one computed through a softmax of its own; the strided convolution of
+    time reduction leaves out an odd last frame.
+    """
+    assert len(waveforms) == 1  # at more the released code mixes rows and heads
 
     def affine(name: str, x: Tensor) -> Tensor:
         return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
@@ -196,8 +246,9 @@ def released_states(tensors: dict[str, Tensor], settings: dict[str, Any], wavefo
     first = 0
     if "encoder.layers.0.weight" in tensors:
         first = 1
-        x = F.conv1d(x.transpose(1, 2), tensors["encoder.layers.0.weight"], tensors["encoder.layers.0.bias"], stride=2)
-        x = x.transpose(1, 2)
+        weight, bias = tensors["encoder.layers.0.weight"], tensors["encoder.layers.0.bias"]
+        pairs = x[:, : x.shape[1] // 2 * 2].unflatten(1, (-1, 2))
+        x = torch.einsum("btkd,edk->bte", pairs, weight) + bias
     heads, attention = settings["encoder_attention_heads"], None
     for i in range(first, settings["encoder_layers"] + first):
         layer = f"encoder.layers.{i}"
@@ -207,9 +258,23 @@ def released_states(tensors: dict[str, Tensor], settings: dict[str, Any], wavefo
 
         if f"{layer}.self_attn.q_proj.weight" in tensors:
             q, k = by_head("q_proj", x), by_head("k_proj", x)
-            attention = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
-        mixed = (attention @ by_head("v_proj", x)).transpose(1, 2).flatten(2)
+            mixing = attention = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+        else:
+            mixing = attention.exp() / attention.exp().sum(-1, keepdim=True)
+        mixed = (mixing @ by_head("v_proj", x)).transpose(1, 2).flatten(2)
         x = norm(f"{layer}.self_attn_layer_norm", x + affine(f"{layer}.self_attn.out_proj", mixed))
         x = norm(f"{layer}.final_layer_norm", x + affine(f"{layer}.fc2", F.gelu(affine(f"{layer}.fc1", x))))
         states.append(x)
     return states
+
+
+def released_heads(tensors: dict[str, Tensor], layers: list[Tensor]) -> list[Tensor]:
+    """What the released class shows of its layers [1, T', D]: through the head of each, [1, T, E]."""
+    shown = []
+    for i, x in enumerate(layers):
+        head = f"proj_head.{i}"
+        if f"{head}.upsampler.weight" in tensors:  # every frame becomes two
+            weight, bias = tensors[f"{head}.upsampler.weight"], tensors[f"{head}.upsampler.bias"]
+            x = (torch.einsum("btd,dek->btke", x, weight) + bias).flatten(1, 2)
+        shown.append(x @ tensors[f"{head}.lin_proj.weight"].T + tensors[f"{head}.lin_proj.bias"])
+    return shown

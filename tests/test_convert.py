@@ -28,6 +28,7 @@ from tests.helpers import HF_BASE, HF_LARGE, tiny_hf
 from wav2vec2 import load_model
 from wav2vec2.checkpoint import load_checkpoint
 from wav2vec2.importers import ImportedModel
+from wav2vec2.importers.huggingface import NORMALIZE_EPS
 
 Run = Callable[..., str]
 
@@ -69,8 +70,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         (Wav2Vec2Model, Wav2Vec2Config, HF_LARGE),
         (WavLMModel, WavLMConfig, HF_BASE),
         (WavLMModel, WavLMConfig, HF_LARGE),
+        (HubertModel, HubertConfig, HF_BASE | {"feat_proj_layer_norm": False}),
     ],
-    ids=["hubert base", "wav2vec2 xls-r", "wavlm base", "wavlm large"],
+    ids=["hubert base", "wav2vec2 xls-r", "wavlm base", "wavlm large", "distilhubert"],
 )
 def test_every_kind_converts_with_parity(run: Run, tmp_path: Path, model_class, config_class, options) -> None:
     original = tiny(model_class, config_class, **options)
@@ -83,11 +85,11 @@ def test_every_kind_converts_with_parity(run: Run, tmp_path: Path, model_class, 
     assert float(printed.split()[-1]) < 1e-4
 
     checkpoint = load_checkpoint(out)
-    assert checkpoint.config["normalize_waveform"] is (options is HF_LARGE)
+    assert checkpoint.config["normalize_waveform"] == (NORMALIZE_EPS if options is HF_LARGE else False)
     assert not any(value for key, value in checkpoint.config.items() if "_prune_" in key)
     assert torch.equal(checkpoint.extra["mask_embedding"], original.masked_spec_embed)
     inputs = Wav2Vec2FeatureExtractor(do_normalize=options is HF_LARGE)
-    waveform = torch.randn(20_000) * 0.01
+    waveform = torch.randn(20_000) * 1e-3
     values = inputs(waveform.numpy(), sampling_rate=16_000, return_tensors="pt").input_values
     with torch.no_grad():
         expected = original(values).last_hidden_state
@@ -227,6 +229,23 @@ def test_no_such_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
 
 
+def test_another_constant_in_the_normalisation_is_seen(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(HubertModel, HubertConfig, **HF_LARGE).save_pretrained(tmp_path / "large")
+    monkeypatch.setattr("wav2vec2.importers.huggingface.NORMALIZE_EPS", 1e-5)
+    assert "original and converted differ by" in run("--model", tmp_path / "large", fails=True)
+
+
+def test_a_head_of_unknown_name(run: Run, hubert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in ContentVec's folders, where it stands beside a backbone without prefix."""
+    head = {"final_proj.weight": torch.zeros(16, 24), "final_proj.bias": torch.zeros(16), "final_proj.size": 16}
+    as_bin(hubert, HubertModel.from_pretrained(hubert).state_dict() | head)
+    with caplog.at_level("INFO"):
+        run("--model", hubert, "--out", tmp_path / "out.pth")
+    assert "final_proj.bias, final_proj.size, final_proj.weight" in caplog.text and load_model(tmp_path / "out.pth")
+
+
 @pytest.mark.parametrize("value", [0.01, float("nan")])
 def test_a_conversion_that_differs_is_not_saved(
     run: Run, hubert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
@@ -323,7 +342,7 @@ def test_fairseq_command(
     with caplog.at_level("INFO"):
         run("--checkpoint", "tiny.pt", script=convert_from_checkpoint)
     assert "tiny.pt is a model of fairseq, cfg layout" in caplog.text
-    assert "dropped from tiny.pt: label_embs_concat\n" in caplog.text and "tensors used once, 1 dropped" in caplog.text
+    assert "dropped from tiny.pt: label_embs_concat\n" in caplog.text and "tensors saved, 1 dropped" in caplog.text
     checkpoint = load_checkpoint("pretrained/tiny.fairseq.pth")
     assert checkpoint.model.normalize_waveform
     assert torch.equal(checkpoint.extra["mask_embedding"], content["model"]["mask_emb"])

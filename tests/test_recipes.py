@@ -165,7 +165,7 @@ def test_the_released_student_of_distilhubert(built, hubert_base):
 
 
 def test_what_decays_in_armhubert(built):
-    """All but biases: 28 one-dimensional tensors, those of norms and the mask embedding; its decay adds up to e^-9.8."""
+    """All but biases: 28 one-dimensional tensors, of norms and the mask embedding; the decay adds up to e^-9.8."""
     student, objectives = built("armhubert_960h")
     student.feature_extractor.dummy_weight.requires_grad_(False)
     optim = parse("armhubert_960h").optim

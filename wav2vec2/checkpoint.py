@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hardconcrete import BETA, LIMIT_HIGH, LIMIT_LOW
 from .hub import FOLDER_FILES, locate
 from .model import Wav2Vec2Model, wav2vec2_model
 from .safetensors import read_safetensors, write_safetensors
@@ -29,6 +30,10 @@ from .transformer import own_spelling
 
 DUMMY_WEIGHT = "feature_extractor.dummy_weight"
 HEADS, EXTRA = "distill_linear_projs", "extra"
+ZIP_MAGIC = b"PK\x03\x04"
+# What DiariZen's files have in their config besides ours: how their masks were drawn, and remarks on the sizes.
+FOREIGN_MASKS = {"use_layerwise_prune": False, "limit_l": LIMIT_LOW, "limit_r": LIMIT_HIGH, "temperature": BETA}
+FOREIGN_REMARKS = {f"wavlm_{when}_{what}" for when in ("original", "current") for what in ("params", "macs")}
 
 
 class CheckpointError(ValueError):
@@ -92,6 +97,32 @@ def write_torch_file(path: str | Path, content: Mapping[str, Any]) -> None:
             raise
 
 
+def check_torch_file(path: Path) -> bool:
+    """Refuse a file of ``torch.save`` that would grow in memory or is damaged, before its pickle is looked at.
+
+    Returns:
+        Whether it is a zip archive, as they all are since PyTorch 1.6.
+
+    Raises:
+        CheckpointError: missing, compressed, larger than the file once unpacked, or checksums that do not fit.
+        zipfile.BadZipFile: an archive that is cut off, or damaged where it says what it holds.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    with path.open("rb") as file:
+        if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:  # as torch tells them apart
+            return False
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise CheckpointError(f"{path}: compressed, which torch.save never does; refused")
+        if sum(member.file_size for member in members) > path.stat().st_size:
+            raise CheckpointError(f"{path}: unpacks to more than it holds; refused")
+        if archive.testzip() is not None:  # torch does not look at the checksums
+            raise CheckpointError(f"{path}: damaged, its checksums do not fit; copy or download it again")
+    return True
+
+
 def read_torch_file(path: str | Path) -> dict[str, Any]:
     """Read a dict of tensors and plain types; nothing in the file is executed.
 
@@ -99,15 +130,9 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
         CheckpointError: missing, truncated, not a torch file, or with anything else than plain types in it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
-        if zipfile.is_zipfile(path):  # torch.save never compresses: a small file must not unpack to a huge one
-            with zipfile.ZipFile(path) as archive:
-                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                    raise CheckpointError(f"{path}: unpacks to more than it holds; refused")
-                if archive.testzip() is not None:  # torch does not look at the checksums
-                    raise CheckpointError(f"{path}: damaged, its checksums do not fit; copy or download it again")
+        check_torch_file(path)
+        # not mapped into memory: a model may outlive its file
         content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -188,7 +213,10 @@ def read_transformers_folder(path: Path) -> dict[str, Any]:
         flat = json.loads(config_path.read_text(encoding="utf-8"))["model_config"]
         tensors, _ = read_safetensors(tensors_path)
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
-        raise CheckpointError(f"{config_path}: no 'model_config' in it; not a model of this toolkit") from None
+        raise CheckpointError(
+            f"{config_path}: no 'model_config' in it; not a model of this toolkit. A model of transformers itself: "
+            f"convert_hubert_from_hf.py --model {path}"
+        ) from None
     except (OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{tensors_path}: {error}") from None
     state = {re.sub(r"^(.*\.)?backbone\.", "", name).replace("lm_head.", "aux."): t for name, t in tensors.items()}
@@ -217,6 +245,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     heads = content.get("distill_linear_projs") or {}
     if not isinstance(heads, dict) or not all(isinstance(tensor, Tensor) for tensor in heads.values()):
         raise CheckpointError(f"{path}: 'distill_linear_projs' is not a dict of tensors")
+    config = own_config(config, source=path)
     model = model_from_state(config, state, source=path)
     extra = {k: v for k, v in content.items() if k not in ("config", "state_dict", "distill_linear_projs")}
     embedding = extra.get("mask_embedding")
@@ -225,6 +254,23 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"{path}: 'mask_embedding' is not a vector of the model's width {model.embed_dim}")
         model.mask_embedding = embedding.detach().float()
     return Checkpoint(model, config, heads, extra)
+
+
+def own_config(config: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """The flat config without what DiariZen's files add to it, which changes nothing in a model without masks.
+
+    Raises:
+        CheckpointError: naming ``source``; the config has masks that are drawn in another way than here.
+    """
+    if any(value is not False for key, value in config.items() if "_prune_" in str(key)):
+        for key, value in FOREIGN_MASKS.items():
+            given = config.get(key, value)
+            if isinstance(given, Tensor) or given != value:
+                raise CheckpointError(
+                    f"{source}: {key} is {str(given)[:40]} in its config, but {value} for masks here: "
+                    "prune it with the code that trained it, and load what that writes"
+                )
+    return {key: value for key, value in config.items() if key not in FOREIGN_MASKS and key not in FOREIGN_REMARKS}
 
 
 def model_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], source: object) -> Wav2Vec2Model:

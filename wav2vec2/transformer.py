@@ -322,6 +322,10 @@ class Transformer(nn.Module):
             valid = whole | valid[..., :1] & (torch.arange(reduced, device=x.device) == 0)
         return x, valid
 
+    def covered(self, frames: Tensor) -> Tensor:
+        """Frames [B] of the input ``frames`` [B] that the layers have seen: without those that time reduction loses."""
+        return frames.minimum((frames // self.reduction * self.reduction).clamp(min=self.reduction))
+
     def upsample(self, state: Tensor, num_frames: int) -> Tensor:
         """[B, T', D] -> the first T frames [B, T, D] of the learned upsampler; unchanged without time reduction."""
         if self.upsampler is None:

@@ -150,8 +150,7 @@ class Passes:
 
     def _compared(self, lengths: Tensor) -> Tensor:
         """Frames [B] of samples [B] without those at the end that time reduction loses."""
-        frames, factor = self._student.output_length(lengths), self._student.encoder.transformer.reduction
-        return frames.minimum((frames // factor * factor).clamp(min=factor))
+        return self._student.encoder.transformer.covered(self._student.output_length(lengths))
 
     def valid(self) -> Tensor | None:
         """Bool [B, T]: frames that are no padding; None when all are."""

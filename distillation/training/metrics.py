@@ -82,7 +82,7 @@ class RunningMeans:
         means = cls()
         means.begin -= state["elapsed"]
         if rank == 0:
-            means.weight, means.seconds = state["weight"], state["seconds"]
+            means.weight, means.seconds = float(state["weight"]), float(state["seconds"])
             means.sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in state["sums"].items()}
         return means
 

@@ -14,7 +14,11 @@ from distillation.objectives.masking import Masking
 from distillation.objectives.temporal_relation import TemporalRelation
 from wav2vec2.passes import PassOptions
 
-STUDENTS = [{}, {"num_layers": 2, "width": 24, "channels": [6, 8, 24]}, {"time_reduction": 2, "reuse_attention": "released"}]
+STUDENTS = [
+    {},
+    {"num_layers": 2, "width": 24, "channels": [6, 8, 24]},
+    {"time_reduction": 2, "reuse_attention": "released"},
+]
 
 
 @pytest.fixture(params=STUDENTS, ids=["thin", "short", "reduced"])

@@ -366,5 +366,5 @@ def test_the_gradient_of_the_conv_layers_is_scaled(make_student, teacher, batch)
         grads.append(torch.autograd.grad(scaled(Teacher(teacher), student, *batch).total, parts))
     torch.testing.assert_close(grads[1][0], 0.1 * grads[0][0])
     torch.testing.assert_close(grads[1][1], grads[0][1])
-    with pytest.raises(UserError, match="objective.extractor_gradient is -1"):
+    with pytest.raises(UserError, match=r"objective\.extractor_gradient is -1"):
         config_of("hint", extractor_gradient=-1.0)

@@ -45,7 +45,9 @@ from tests.configs import TINY
 from tests.endurance import mutations
 from tests.helpers import write_noise
 from tests.released_students import TINY as STUDENTS
-from tests.released_students import lightning, settings_file, student_state
+from tests.released_students import importable, lightning, settings_file, student_state
+from tests.wav2vec2.test_importers_distiller import CONV_LAYERS, distiller, state_of
+from tests.wav2vec2.test_importers_distiller import TINY as DISTILHUBERT
 from tests.wav2vec2.test_importers_fairseq import layout_args, teacher
 from wav2vec2 import load_model, save_model, wav2vec2_model
 
@@ -160,7 +162,14 @@ def make_readers(folder: Path) -> dict[str, Reader]:
     fairseq = seed("fairseq")
     torch.save(layout_args(teacher("hubert"), None), fairseq / "model.pt")  # type: ignore[arg-type]
     student = seed("student")
-    torch.save(lightning(student_state(STUDENTS["fithubert"])), student / "s.ckpt")
+    content = lightning(student_state(STUDENTS["fithubert"]))
+    distilhubert = seed("distiller")
+    with importable():
+        torch.save(content, student / "s.ckpt")
+        torch.save(
+            distiller(state_of(DISTILHUBERT, CONV_LAYERS), Optimizer=content["optimizer_states"][0]),
+            distilhubert / "states.ckpt",
+        )
     (student / "s.yaml").write_text(yaml.dump(settings_file(STUDENTS["fithubert"])))
 
     def resume(path: Path, out: Path) -> None:
@@ -196,6 +205,10 @@ def make_readers(folder: Path) -> dict[str, Reader]:
         "fairseq, .pt": Reader(
             [fairseq], "*.pt", torch_files,
             convert(convert_from_checkpoint.main, lambda path: ["--checkpoint", path / "model.pt"]), load_model,
+        ),
+        "DistilHuBERT, .ckpt": Reader(
+            [distilhubert], "*.ckpt", torch_files,
+            convert(convert_from_checkpoint.main, lambda path: ["--checkpoint", path / "states.ckpt"]), load_model,
         ),
         "released student, .ckpt": Reader([student], "*.ckpt", torch_files, from_student, load_model),
         "released student, .yaml": Reader([student], "*.yaml", [damage, reword], from_student, load_model),

@@ -85,6 +85,7 @@ def other_heads(content: dict) -> None:
     [
         (lambda content: content.pop("loops"), "does not say where it stands"),
         (lambda content: content["guard"].pop("counts"), "cannot be continued"),
+        (lambda content: content["means"].update(seconds=None), "cannot be continued"),
         (lambda content: content["optimizer_states"][0]["param_groups"][0].update(lr="fast"), "cannot be continued"),
         (lambda content: content.update(global_step="nine"), "not a checkpoint of a run"),
         (other_shape, "optimizer state"),

@@ -209,7 +209,47 @@ def test_a_compressed_file_is_refused(tmp_path):
         for member in plain.infolist():
             packed.writestr(member.filename, plain.read(member))
     assert (tmp_path / "model.pth").stat().st_size < 10_000
-    assert refusal(tmp_path / "model.pth") == "unpacks to more than it holds; refused"
+    assert refusal(tmp_path / "model.pth") == "compressed, which torch.save never does; refused"
+
+
+def test_damaged_values_are_refused(tiny, tmp_path):
+    path = tmp_path / "model.pth"
+    model = tiny("hubert_base")
+    save_model(path, model)
+    content, weight = path.read_bytes(), model.encoder.feature_projection.projection.weight
+    at = content.index(weight.detach().numpy().tobytes())
+    path.write_bytes(content[:at] + bytes(4) + content[at + 4 :])
+    assert refusal(path) == "damaged, its checksums do not fit; copy or download it again"
+
+
+DIARIZEN = {
+    "use_layerwise_prune": False, "wavlm_original_params": "94.38 M", "wavlm_original_macs": "1669.1 G",
+    "wavlm_current_params": "18.8 M", "wavlm_current_macs": "333.9 G",
+}  # fmt: skip
+MASKS = {"limit_l": -0.1, "limit_r": 1.1, "temperature": 2 / 3}
+
+
+def test_files_of_diarizen(tiny, tmp_path):
+    """What their config says of masks that are gone, and of sizes, changes nothing."""
+    model = prune(tiny("wavlm_base", ("head",)))[0]
+    content = {"state_dict": model.state_dict(), "config": model.config | DIARIZEN | {**MASKS, "limit_l": -0.2}}
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    loaded = load_checkpoint(tmp_path / "pytorch_model.bin")
+    assert loaded.config == loaded.model.config == model.config
+    assert torch.equal(output(loaded.model), output(model))
+    torch.save(content | {"config": content["config"] | {"wavlm_size": "18.8 M"}}, tmp_path / "model.pth")
+    assert "its config builds no model" in refusal(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("key, value", [("limit_l", -0.2), ("temperature", 0.5), ("use_layerwise_prune", "5-12")])
+def test_masks_of_diarizen(tiny, tmp_path, key, value):
+    model = tiny("wavlm_base", ("head",))
+    content = {"state_dict": model.state_dict(), "config": model.config | DIARIZEN | MASKS}
+    torch.save(content, tmp_path / "same.pth")
+    assert torch.equal(output(load_model(tmp_path / "same.pth")), output(model))
+    content["config"][key] = value
+    torch.save(content, tmp_path / "model.pth")
+    assert refusal(tmp_path / "model.pth").startswith(f"{key} is {value} in its config, but ")
 
 
 class Unpicklable:

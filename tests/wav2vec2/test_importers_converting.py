@@ -21,6 +21,7 @@ MODEL = {"mask_emb": torch.ones(2)}
         ({"cfg": {"model": {}}, "args": None, "model": MODEL}, "a model of fairseq, cfg layout", "fairseq", False),
         ({"args": object(), "model": MODEL}, "a model of fairseq, args layout", "fairseq", False),
         (lightning(MODEL), "a released student (FitHuBERT, ARMHuBERT, ", "student", True),
+        ({"Config": {"distiller": {}}, "Distiller": MODEL, "Step": 1}, "DistilHuBERT of s3prl", "student", False),
     ],
 )
 def test_known_kinds(content: Any, name: str, suffix: str, has_settings: bool) -> None:
@@ -32,11 +33,12 @@ def test_known_kinds(content: Any, name: str, suffix: str, has_settings: bool) -
     "content",
     [
         [], None, {}, MODEL, {"model": MODEL}, {"cfg": {"encoder_layers": 12}, "model": [1]}, {3: {"model": MODEL}},
+        {"Config": {"runner": {}}, "Distiller": MODEL}, {"Config": {"distiller": {}}, "Distiller": []},
         {"state_dict": MODEL}, {"state_dict": [1]}, {"state_dict": {3: MODEL}, "pytorch-lightning_version": "2.6"},
     ],
 )  # fmt: skip
 def test_other_kinds_are_told_what_is_accepted(content: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"accepted are WavLM of unilm; .*cfg layout; .*args layout; .*student"):
+    with pytest.raises(CheckpointError, match=r"accepted are WavLM of unilm; .*cfg .*args .*student .*; DistilHuBERT"):
         recognise(content)
 
 

@@ -5,7 +5,9 @@ The weights are those of tiny transformers models under fairseq's names, so the 
 
 import argparse
 import collections
+import datetime
 import enum
+import functools
 import os
 import pickle
 import re
@@ -13,9 +15,11 @@ import subprocess
 import sys
 import types
 import typing
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +36,7 @@ from transformers import (
 from tests.helpers import HF_BASE, HF_LARGE, tiny_hf
 from wav2vec2.checkpoint import CheckpointError, model_from_state
 from wav2vec2.importers import import_fairseq, load_pickled, recognise
+from wav2vec2.importers.pickles import plain
 
 BUCKETS = {"num_buckets": 16, "max_bucket_distance": 30}
 TEACHERS = {
@@ -181,7 +186,7 @@ def namespace(**settings: typing.Any) -> argparse.Namespace:
     return argparse.Namespace(**settings)
 
 
-def layout_args(original: PreTrainedModel, foreign: types.SimpleNamespace) -> dict[str, typing.Any]:
+def layout_args(original: PreTrainedModel, foreign: types.SimpleNamespace | None) -> dict[str, typing.Any]:
     args = namespace(arch="wav2vec2", **model_settings(original), **task_settings(original))
     heads = {"quantizer.vars": torch.ones(1, 2), "project_q.weight": torch.ones(2, 2), "final_proj.bias": torch.ones(2)}
     return {"args": args, "model": fairseq_state(original) | heads, "optimizer_history": [{"num_updates": 3}]}
@@ -267,7 +272,7 @@ def test_layouts_import_with_equal_outputs(
 
     model = model_from_state(found.config, found.state_dict, source=path)
     waveform = torch.randn(1, 3000)
-    inputs = torch.nn.functional.layer_norm(waveform, waveform.shape, eps=1e-7) if large else waveform
+    inputs = torch.nn.functional.layer_norm(waveform, waveform.shape) if large else waveform  # as fairseq does
     with torch.no_grad():
         expected = original(inputs, output_hidden_states=True)
         hidden, _ = model.extract_features(waveform)
@@ -307,11 +312,36 @@ def test_other_architectures_are_refused_by_name(model: dict, task: dict, messag
     assert message in str(error.value)
 
 
-def test_unknown_tensors_and_other_files_are_refused() -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["encoder.layers.0.adapter.weight", "encoder.proj.bias", "layer_norm.scale", "mask_emb.x", "post_extract_proj"],
+)
+def test_unknown_tensors_inside_the_backbone_are_refused(name: str) -> None:
     original = teacher("hubert")
     cfg = {"model": {"_name": "hubert"} | model_settings(original), "task": {}}
-    with pytest.raises(CheckpointError, match=r"'encoder\.layers\.0\.adapter\.weight'"):
-        import_fairseq({"cfg": cfg, "model": {"encoder.layers.0.adapter.weight": torch.ones(1)}})
+    with pytest.raises(CheckpointError, match=f"'{name}' belongs to no known part"):
+        import_fairseq({"cfg": cfg, "model": fairseq_state(original) | {name: torch.ones(1)}})
+
+
+def test_a_head_of_unknown_name_is_dropped_by_name() -> None:
+    original = teacher("hubert")
+    cfg = {"model": {"_name": "hubert"} | model_settings(original), "task": {}}
+    head = {"predictor.0.weight": torch.ones(2, 24), "predictor.count": torch.tensor(3), "note": "text", 5: None}
+    found = import_fairseq({"cfg": cfg, "model": fairseq_state(original) | head})
+    assert found.dropped == [str(name) for name in head]
+    model_from_state(found.config, found.state_dict, source="test")
+
+
+def test_tensors_that_would_grow_are_refused() -> None:
+    """What takes one value in the file takes 4 bytes each in float32."""
+    original = teacher("hubert")
+    cfg = {"model": {"_name": "hubert"} | model_settings(original), "task": {}}
+    huge = torch.zeros(1, dtype=torch.float16).expand(2**40)
+    with pytest.raises(CheckpointError, match=r"'mask_emb' is no dense tensor with all of its 1099511627776 values"):
+        import_fairseq({"cfg": cfg, "model": fairseq_state(original) | {"mask_emb": huge}})
+
+
+def test_other_files_are_refused() -> None:
     for other in ({"state_dict": {}}, [1, 2], {"model": {}}):
         with pytest.raises(CheckpointError):
             import_fairseq(other)
@@ -350,6 +380,135 @@ def test_code_in_a_pickle_is_refused_and_not_run(call: Callable, named: str, zip
         load_pickled(path)
     assert "refused, nothing was run" in str(error.value) and named in str(error.value)
     assert "\n" not in str(error.value) and not witness.exists()
+
+
+class Loose:
+    """An object of a class that no list of known ones names, with a state."""
+
+    def __init__(self) -> None:
+        self.steps = [1, 2]
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 3
+
+
+class Mapped(dict):
+    """A kind of dict with attributes of its own."""
+
+
+class Listed(list):
+    """A kind of list."""
+
+
+class Named(typing.NamedTuple):
+    """A kind of tuple, which is made by its class."""
+
+    value: int
+
+
+def mapped() -> Mapped:
+    made = Mapped(a=1)
+    made.extra = 2  # type: ignore[attr-defined]
+    return made
+
+
+STRANGE = {
+    "an object": Loose(),
+    "slots": Slotted(),
+    "kind of dict": mapped(),
+    "kind of list": Listed([1, 2]),
+    "kind of tuple": Named(1),
+    "kinds of dict": collections.defaultdict(list, {"a": [1]}),
+    "queue": collections.deque([1, 2], 5),
+    "frozen set": frozenset((1, 2)),
+    "class as key": {Loose: 1, Loose(): 2},
+    "function": os.path.join,
+    "partial": functools.partial(fairseq_state, 1),
+    "numpy": np.float64(0.5),
+    "array": np.arange(3),
+    "namespace": argparse.Namespace(lr=0.1),
+    "date": datetime.datetime(2026, 1, 2),
+    "path": Path("a/b"),
+    "of torch": torch.optim.SGD([torch.ones(1)]),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("strange", STRANGE)
+def test_objects_of_every_class_are_made_inert(
+    strange: str, zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, ran = tmp_path / "model.pt", []
+    torch.save({"model": torch.ones(2), "other": STRANGE[strange]}, path, _use_new_zipfile_serialization=zipped)
+    for made in (Loose, Slotted, Mapped, Listed, Named):
+        monkeypatch.setattr(made, "__setstate__", lambda *args: ran.append(args), raising=False)
+        monkeypatch.setattr(made, "__new__", lambda *args: ran.append(args))
+    content = load_pickled(path)
+    assert torch.equal(content["model"], torch.ones(2)) and not ran
+    kinds = {"kind of dict": {"a": 1}, "kinds of dict": {"a": [1]}, "kind of list": [1, 2], "queue": [1, 2]}
+    expected = kinds.get(strange) or {"an object": {"steps": [1, 2]}, "namespace": {"lr": 0.1}}.get(strange)
+    assert expected is None or plain(content["other"]) == expected
+
+
+class Called:
+    """What a function gives is called: pickled like that before protocol 4, where a class is made with keywords."""
+
+    def __reduce__(self) -> tuple:
+        return functools.partial(max, 1), (2,)
+
+
+@pytest.mark.parametrize(
+    ("value", "zipped", "reason"),
+    [
+        (Called(), True, "Trying to call reduce for unrecognized function"),
+        (torch.nn.Linear(2, 2), False, "Only persistent_load of storage is allowed, but got"),
+    ],
+)
+def test_what_no_stand_in_can_do_is_refused(value: object, zipped: bool, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"model": value}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError) as error:
+        load_pickled(path)
+    assert str(error.value).startswith(f"{path}: not a checkpoint, or refused by PyTorch's safe loader: {reason}")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_used_is_not_read(tmp_path: Path) -> None:
+    """Nor copied: the tensors that are kept lie in the mapped file."""
+    path, original = tmp_path / "teacher.pt", teacher("hubert")
+    torch.save(layout_args(original, None), path)
+    content = load_pickled(path)
+    ranges = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line
+    ]
+    begin, end = (int(address, 16) for address in ranges[0])
+    places = [tensor.data_ptr() for tensor in import_fairseq(content).state_dict.values()]
+    assert all(begin <= place < end for place in places)
+    assert {tensor.data_ptr() for tensor in content["model"].values()} >= set(places)
+
+
+def test_a_compressed_or_damaged_file_is_refused(tmp_path: Path) -> None:
+    """By the check that model files go through too."""
+    path, original = tmp_path / "teacher.pt", teacher("hubert")
+    torch.save(layout_args(original, None), path)
+    content = path.read_bytes()
+    with (
+        zipfile.ZipFile(path) as plain_file,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in plain_file.infolist():
+            packed.writestr(member.filename, plain_file.read(member))
+    with pytest.raises(CheckpointError, match=r"packed.pt: compressed, which torch.save never does; refused"):
+        load_pickled(tmp_path / "packed.pt")
+    weight = original.encoder.layers[0].attention.k_proj.weight.detach()
+    at = content.index(weight.numpy().tobytes())
+    path.write_bytes(content[:at] + bytes(4) + content[at + 4 :])
+    with pytest.raises(CheckpointError, match=r"teacher.pt: damaged, its checksums do not fit"):
+        load_pickled(path)
 
 
 def test_hidden_calls_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import (
     HubertModel,
     PreTrainedModel,
     Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
     Wav2Vec2ForPreTraining,
     Wav2Vec2Model,
     WavLMConfig,
@@ -19,12 +20,14 @@ from transformers import (
 from tests.helpers import HF_BASE, HF_LARGE, tiny_hf
 from wav2vec2.checkpoint import CheckpointError, model_from_state
 from wav2vec2.importers import import_huggingface
+from wav2vec2.importers.huggingface import NORMALIZE_EPS
 
 KINDS = {
     "hubert base": (HubertModel, HubertConfig, HF_BASE),
     "hubert large": (HubertModel, HubertConfig, HF_LARGE),
     "hubert group norm with bias": (HubertModel, HubertConfig, HF_BASE | {"conv_bias": True}),
     "hubert odd positional kernel": (HubertModel, HubertConfig, HF_BASE | {"num_conv_pos_embeddings": 15}),
+    "hubert without norm before the projection": (HubertModel, HubertConfig, HF_BASE | {"feat_proj_layer_norm": False}),
     "wav2vec2 base": (Wav2Vec2Model, Wav2Vec2Config, HF_BASE),
     "wav2vec2 xls-r": (Wav2Vec2Model, Wav2Vec2Config, HF_LARGE | {"num_hidden_layers": 5, "intermediate_size": 48}),
     "wav2vec2 layer norm without bias, post-norm": (
@@ -136,7 +139,6 @@ def test_every_tensor_is_used_exactly_once() -> None:
         ({"model_type": "data2vec-audio"}, "'data2vec-audio' is not supported; valid: hubert, wav2vec2, wavlm"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
         ({"conv_pos_batch_norm": True}, "conv_pos_batch_norm=True"),
-        ({"feat_proj_layer_norm": False}, "feat_proj_layer_norm=False"),
         ({"adapter_attn_dim": 16}, "adapter_attn_dim=16"),
         ({"layer_norm_eps": 1e-6}, "layer_norm_eps=1e-06"),
         ({"feat_extract_norm": "batch"}, "'batch' is not supported; valid: group, layer"),
@@ -157,9 +159,70 @@ def test_config_follows_the_source() -> None:
     names = ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout", "layer_drop")
     assert [flat[f"encoder_{name}"] for name in names] == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert flat["normalize_waveform"] is False and flat["aux_num_out"] is None
-    assert (
-        import_huggingface(config.to_dict() | {"feat_extract_norm": "layer"}, {}).config["normalize_waveform"] is True
-    )
+    large = config.to_dict() | {"feat_extract_norm": "layer"}
+    assert import_huggingface(large, {}).config["normalize_waveform"] == NORMALIZE_EPS
+    assert import_huggingface(large, {}, False).config["normalize_waveform"] is False
+
+
+@pytest.mark.parametrize("level", [1.0, 1e-3, 1e-5])
+def test_the_waveform_is_normalised_as_by_transformers(level: float) -> None:
+    """Down to where nearly nothing is there, which is not the same with the constant of fairseq."""
+    original = tiny(HubertModel, HubertConfig, **HF_LARGE)
+    found, model = imported(original)
+    prepare = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    waveforms = [level * torch.randn(2400), level * torch.randn(1555)]
+    inputs = prepare([w.numpy() for w in waveforms], sampling_rate=16_000, padding=True, return_tensors="pt")
+    padded, lengths = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True), torch.tensor([2400, 1555])
+    with torch.no_grad():
+        expected = original(**inputs).last_hidden_state
+        output, frames = model(padded, lengths)
+        fairseq = model_from_state(found.config | {"normalize_waveform": True}, found.state_dict, "test")(
+            padded, lengths
+        )
+    for row, num_frames in enumerate(frames.tolist()):
+        torch.testing.assert_close(output[row, :num_frames], expected[row, :num_frames], atol=5e-5, rtol=1e-5)
+    if level < 1:
+        assert (fairseq[0] - output).abs().max() > 1e-3
+
+
+def test_only_hubert_may_lack_the_norm_before_the_projection() -> None:
+    """The other classes have it whatever their config says."""
+    original = tiny(Wav2Vec2Model, Wav2Vec2Config, **HF_BASE)
+    found = import_huggingface(original.config.to_dict() | {"feat_proj_layer_norm": False}, original.state_dict())
+    assert "encoder_projection_layer_norm" not in found.config
+
+
+def test_a_head_of_unknown_name_is_dropped_by_name() -> None:
+    """ContentVec has its backbone without prefix beside ``final_proj``; what a head holds does not matter."""
+    original = tiny(HubertModel, HubertConfig, **HF_BASE)
+    head = {
+        "final_proj.weight": torch.zeros(16, 24),
+        "final_proj.bias": [1, 2],
+        "vocabulary.size": torch.tensor(7),
+        5: 0,
+    }
+    found, model = imported(original, original.state_dict() | head)
+    assert found.dropped == [str(name) for name in head]
+    assert model.state_dict().keys() == imported(original)[1].state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["encoder.layers.0.adapter.weight", "encoder.adapter.bias", "feature_projection.gate", "masked_spec_embed.x"],
+)
+def test_a_tensor_of_unknown_name_inside_the_backbone_is_refused(name: str) -> None:
+    original = tiny(HubertModel, HubertConfig, **HF_BASE)
+    with pytest.raises(CheckpointError, match=f"'{name}' belongs to no known part"):
+        imported(original, original.state_dict() | {name: torch.ones(1)})
+
+
+def test_a_misspelt_backbone_is_no_head() -> None:
+    original = tiny(HubertModel, HubertConfig, **HF_BASE)
+    state = original.state_dict()
+    with pytest.raises(CheckpointError, match=r"none of its \d+ tensors belongs to the model; the first is 'model\."):
+        imported(original, {f"model.{name}": tensor for name, tensor in state.items()})
+    with pytest.raises(CheckpointError, match=r"do not fit its config: 3 missing \(encoder.feature_projection"):
+        imported(original, {name.replace("projection.projection", "x.y"): tensor for name, tensor in state.items()})
 
 
 def test_hubert_base_has_the_dropouts_of_its_released_conversion() -> None:

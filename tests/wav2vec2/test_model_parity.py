@@ -198,7 +198,7 @@ def test_frames_of_the_standard_extractor():
 
 @pytest.mark.parametrize(("setting", "eps"), [(True, 1e-5), (1e-7, 1e-7)], ids=["released", "transformers"])
 def test_quiet_audio_is_normalised_as_the_file_says(tiny, setting, eps):
-    """Files of DPHuBERT, fairseq and torchaudio say no more than that it is; those made of transformers name its eps."""
+    """Files of DPHuBERT, fairseq and torchaudio say only that it is; those made of transformers name its eps."""
     model, same = tiny("hubert_large", normalize_waveform=setting), tiny("hubert_large", normalize_waveform=False)
     same.load_state_dict(model.state_dict())
     waveform = torch.randn(1600) * 3e-3 + 1e-3  # variance 9e-6, beside which an eps of 1e-5 is as much

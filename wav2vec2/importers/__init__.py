@@ -1,6 +1,7 @@
 """Read models of other toolkits into this one: pure functions on plain config and state dicts; torch alone needed."""
 
 from .converting import recognise, save_imported
+from .distiller import import_distiller
 from .fairseq import import_fairseq
 from .huggingface import import_huggingface
 from .mapping import ImportedModel, naming
@@ -10,6 +11,7 @@ from .torchaudio import import_torchaudio
 
 __all__ = [
     "ImportedModel",
+    "import_distiller",
     "import_fairseq",
     "import_huggingface",
     "import_student",

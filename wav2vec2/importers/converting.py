@@ -12,6 +12,7 @@ from wav2vec2.checkpoint import CheckpointError, save_model
 from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.model import Wav2Vec2Model
 
+from .distiller import DISTILLER, import_distiller
 from .fairseq import import_fairseq
 from .mapping import MASK_EMBEDDING, ImportedModel
 from .students import STUDENT, import_student
@@ -43,6 +44,14 @@ def _is_unilm(content: Mapping[Any, Any]) -> bool:
     return _is_fairseq(content, "cfg") and "encoder_layers" in _part(content, "cfg")
 
 
+def _is_distiller(content: Mapping[Any, Any]) -> bool:
+    return any(_part(content, DISTILLER)) and "distiller" in _part(content, "Config")
+
+
+def _read_distiller(content: Any, settings: Any, normalize_waveform: bool | None) -> ImportedModel:
+    return import_distiller(content, normalize_waveform)
+
+
 def _read_fairseq(content: Any, settings: Any, normalize_waveform: bool | None) -> ImportedModel:
     return import_fairseq(content, normalize_waveform)
 
@@ -55,6 +64,7 @@ LAYOUTS = [
         "a released student (FitHuBERT, ARMHuBERT, MaskHuBERT, STaRHuBERT)", "student",
         lambda c: any(name.startswith(STUDENT) for name in _part(c, "state_dict")), import_student, has_settings=True,
     ),
+    Layout("DistilHuBERT of s3prl", "student", _is_distiller, _read_distiller),
 ]  # fmt: skip
 
 
@@ -96,7 +106,7 @@ def save_imported(out: Path, imported: ImportedModel, model: Wav2Vec2Model, sour
     save_model(out, model, imported.heads, **extra)
     num_params, num_head_params = (sum(tensor.numel() for tensor in group) for group in (tensors, heads))
     logger.info(
-        "%s: %s parameters and %s in heads, %d layers; %d tensors used once, %d dropped",
+        "%s: %s parameters and %s in heads, %d layers; %d tensors saved, %d dropped",
         out, f"{num_params:,}", f"{num_head_params:,}", model.num_layers,
         len(tensors) + len(heads) + len(extra), len(imported.dropped),
     )  # fmt: skip

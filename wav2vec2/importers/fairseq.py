@@ -7,7 +7,7 @@ from typing import Any
 from wav2vec2.checkpoint import CheckpointError
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
-from .mapping import MASK_EMBEDDING, ImportedModel, Rule, flat_config, import_tensors
+from .mapping import MASK_EMBEDDING, ImportedModel, Rule, flat_config, heads_rule, import_tensors
 from .pickles import plain
 
 PRETRAINED = ("wav2vec2", "hubert")
@@ -46,9 +46,7 @@ _RULES: list[Rule] = [
     ),
     (r"encoder\.layers\.(\d+)\.self_attn\.grep_linear\.(weight|bias)", rf"{_LAYER}.attention.gru_rel_pos_linear.\2"),
     (r"encoder\.layers\.(\d+)\.self_attn\.grep_a", rf"{_LAYER}.attention.gru_rel_pos_const"),
-    # heads of pre-training
-    (r"(quantizer|project_q|final_proj|target_glu)\..*", None),
-    (r"label_embs_concat", None),
+    heads_rule("feature_extractor", "layer_norm", "post_extract_proj", "mask_emb", "encoder"),
 ]
 
 
@@ -61,7 +59,7 @@ def import_fairseq(checkpoint: Any, normalize_waveform: bool | None = None) -> I
 
     Raises:
         CheckpointError: another kind of file or architecture, an option that changes the function (conformer layers,
-            a deeper positional convolution), another sample rate, or a tensor of unknown name.
+            a deeper positional convolution), another sample rate, or a tensor of unknown name inside the backbone.
     """
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("model"), Mapping):
         raise CheckpointError("it has no 'model': not a checkpoint of fairseq or unilm")
@@ -145,11 +143,12 @@ def _flat_config(model: Mapping[str, Any], task: Mapping[str, Any], normalize_wa
 
 def _backbone(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The backbone of a fine-tuned model sits below ``w2v_encoder.w2v_model``; the rest is its head."""
+    tensors = {str(name): tensor for name, tensor in tensors.items()}
     for prefix in ("w2v_encoder.w2v_model.", "encoder.w2v_model."):
         if any(name.startswith(prefix) for name in tensors):
             backbone = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             return backbone, [name for name in tensors if not name.startswith(prefix)]
-    return dict(tensors), []
+    return tensors, []
 
 
 def _conv_layers(text: Any) -> list[tuple[int, int, int]]:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from wav2vec2.checkpoint import CheckpointError
 
-from .mapping import MASK_EMBEDDING, ImportedModel, Rule, flat_config, import_tensors
+from .mapping import MASK_EMBEDDING, ImportedModel, Rule, flat_config, heads_rule, import_tensors
 
 MODEL_TYPES = ("hubert", "wav2vec2", "wavlm")
 EXTRACTOR_MODES = {"group": "group_norm", "layer": "layer_norm"}
+NORMALIZE_EPS = 1e-7  # added to the variance of a waveform by transformers' feature extractor
 
 _TRANSFORMER = "encoder.transformer"
 _RULES: list[Rule] = [
@@ -28,12 +29,10 @@ _RULES: list[Rule] = [
         r"encoder\.(layers\.\d+\.attention\.(rel_attn_embed\.weight|gru_rel_pos_const|gru_rel_pos_linear\.(weight|bias)))",
         rf"{_TRANSFORMER}.\1",
     ),
-    # Heads of pre-training (Wav2Vec2ForPreTraining) and fine-tuning where the backbone has no prefix.
-    (r"(lm_head|quantizer|project_hid|project_q|projector|classifier|tdnn|objective|adapter)\..*", None),
-    (r"layer_weights", None),
+    heads_rule("feature_extractor", "feature_projection", "masked_spec_embed", "encoder"),
 ]
 
-_SETTINGS = {
+SETTINGS = {
     "embed_dim": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
     "ff_interm_features": "intermediate_size", "extractor_conv_bias": "conv_bias",
     "encoder_projection_dropout": "feat_proj_dropout", "encoder_pos_conv_kernel": "num_conv_pos_embeddings",
@@ -75,33 +74,40 @@ def import_huggingface(
     Args:
         config: all keys of its config (``config.to_dict()``).
         state_dict: its tensors, with or without the prefix of a fine-tuned model, either spelling of weight norm.
-        normalize_waveform: None for what fairseq trained with: only models with a layer-norm extractor have it.
+        normalize_waveform: None for what fairseq trained with: only models with a layer-norm extractor have it. The
+            constant in it is that of transformers.
 
     Raises:
-        CheckpointError: another architecture, an option that changes the function, or a tensor of unknown name.
+        CheckpointError: another architecture, an option that changes the function, or a tensor of unknown name inside
+            the backbone.
     """
     model_type = check_model_type(config)
     _refuse_options(config)
     extractor = str(_get(config, "feat_extract_norm"))
     if extractor not in EXTRACTOR_MODES:
         raise CheckpointError(f"feat_extract_norm {extractor!r} is not supported; valid: {', '.join(EXTRACTOR_MODES)}")
+    if normalize_waveform is None:
+        normalize_waveform = extractor == "layer"
     flat = flat_config(
         conv_layers=zip(*(_get(config, f"conv_{size}") for size in ("dim", "kernel", "stride")), strict=True),
         buckets=(_get(config, "num_buckets"), _get(config, "max_bucket_distance")) if model_type == "wavlm" else None,
         extractor_mode=EXTRACTOR_MODES[extractor],
-        normalize_waveform=extractor == "layer" if normalize_waveform is None else normalize_waveform,
-        **{ours: _get(config, theirs) for ours, theirs in _SETTINGS.items()},
+        normalize_waveform=NORMALIZE_EPS if normalize_waveform else False,
+        **{ours: _get(config, theirs) for ours, theirs in SETTINGS.items()},
     )
     if all(config.get(key) == value for key, value in _HUBERT_BASE.items()):
         flat |= _HUBERT_BASE_RELEASED
+    if model_type == "hubert" and config.get("feat_proj_layer_norm") is False:  # the other classes do not look at it
+        flat["encoder_projection_layer_norm"] = False
     backbone, heads = _split_heads(state_dict, f"{model_type}.")
     return import_tensors(backbone, _RULES, flat, heads)
 
 
 def _split_heads(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
     """In a model with a head the backbone has a prefix, and what has none is the head."""
+    state_dict = {str(name): tensor for name, tensor in state_dict.items()}
     if not any(name.startswith(prefix) for name in state_dict):
-        return dict(state_dict), []
+        return state_dict, []
     backbone = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
     return backbone, [name for name in state_dict if not name.startswith(prefix)]
 
@@ -112,7 +118,6 @@ def _refuse_options(config: Mapping[str, Any]) -> None:
         "hidden_act": "gelu",
         "feat_extract_activation": "gelu",
         "layer_norm_eps": 1e-5,
-        "feat_proj_layer_norm": True,
         "conv_pos_batch_norm": False,
         "adapter_attn_dim": None,
     }

@@ -8,11 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from wav2vec2.checkpoint import CheckpointError
+from wav2vec2.checkpoint import CheckpointError, has_all_values
 from wav2vec2.transformer import own_spelling
 
 MASK_EMBEDDING = "mask_embedding"  # target name of the vector that replaces masked frames in pre-training
 Rule = tuple[str, str | None]  # pattern of the whole name; its replacement, or None for a training head to drop
+
+
+def heads_rule(*parts: str) -> Rule:
+    """The last rule of a whole model: what belongs to none of its own top-level ``parts`` is a head, to be dropped.
+
+    A tensor of unknown name inside one of these fits no rule and is refused: it would change what the model computes.
+    """
+    return rf"(?!({'|'.join(parts)})(\.|$)).*", None
 
 
 @dataclass
@@ -23,7 +31,7 @@ class ImportedModel:
         config: flat config of :func:`wav2vec2.model.wav2vec2_model`.
         state_dict: float32 tensors under the names of that model.
         mask_embedding: [D], which replaces masked frames in pre-training; None where the source has none.
-        dropped: names in the source of training heads that were left out.
+        dropped: names in the source of heads that were left out, whatever is stored there.
         heads: state of the distillation heads, under the names of the objectives that made them.
     """
 
@@ -46,7 +54,8 @@ def import_tensors(
         dropped: names that were left out before.
 
     Raises:
-        CheckpointError: a name that no rule fits, two names for one tensor, or a value that is no floating tensor.
+        CheckpointError: a name that no rule fits, names that are all of heads, two names for one tensor, or a value
+            that is no floating tensor with all of its values.
     """
     compiled = [(re.compile(pattern), target) for pattern, target in rules]
     state_dict: dict[str, Tensor] = {}
@@ -61,11 +70,16 @@ def import_tensors(
             continue
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise CheckpointError(f"{name!r} is not a floating-point tensor")
+        if not tensor.is_meta and not has_all_values(tensor):  # it would grow in float32
+            raise CheckpointError(f"{name!r} is no dense tensor with all of its {tensor.numel()} values")
         key = match.expand(target)
         if key in origin:
             raise CheckpointError(f"{origin[key]!r} and {name!r} are the same tensor ({key})")
         origin[key] = name
         state_dict[key] = tensor.detach().float()
+    if source and not state_dict:
+        first = next(iter(source))
+        raise CheckpointError(f"none of its {len(source)} tensors belongs to the model; the first is {first!r}")
     mask_embedding = state_dict.pop(MASK_EMBEDDING, None)
     return ImportedModel(config, state_dict, None if mask_embedding is None else mask_embedding.flatten(), heads)
 

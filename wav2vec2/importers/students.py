@@ -16,7 +16,7 @@ from wav2vec2.checkpoint import CheckpointError, has_all_values
 from .fairseq import import_fairseq
 from .mapping import MASK_EMBEDDING, ImportedModel, Rule, import_tensors
 
-STUDENT, TEACHER = "student_model.", "teacher_model."
+STUDENT = "student_model."
 REQUIRED: dict[str, type] = {
     "conv_feature_layers": str,
     "encoder_layers": int,
@@ -79,8 +79,8 @@ def import_student(checkpoint: Any, settings: Any, normalize_waveform: bool | No
 
     Raises:
         CheckpointError: files of another kind, settings that change the function (mel front end, other kinds of time
-            reduction, conformer layers), tensors that are missing, left over or of unknown name, or heads of a wrong
-            shape. Whether the backbone fits the config shows when the model is built.
+            reduction, conformer layers), backbone tensors of unknown name, or heads that are missing, left over or of a
+            wrong shape. Whether the backbone fits the config shows when the model is built.
     """
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise CheckpointError("it has no 'state_dict': not a checkpoint of PyTorch Lightning")
@@ -88,17 +88,14 @@ def import_student(checkpoint: Any, settings: Any, normalize_waveform: bool | No
     tensors = {name.removeprefix(STUDENT): tensor for name, tensor in state.items() if name.startswith(STUDENT)}
     if not tensors:
         raise CheckpointError(f"no tensor is named {STUDENT}*: not a released student")
-    dropped = [name for name in state if name.startswith(TEACHER)]
-    if unknown := [name for name in state if not name.startswith((STUDENT, TEACHER))]:
-        raise CheckpointError(f"tensor {unknown[0]!r} belongs to neither student nor teacher")
+    dropped = [name for name in state if not name.startswith(STUDENT)]  # the teacher, what scored it
 
     chosen = _settings(settings, len(tensors))
     heads = _take_heads(tensors, chosen)
-    dropped += [name for name in tensors if name.startswith(("proj_head.", "cnn_proj_head."))]
-    backbone = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    backbone = tensors
     reduction: dict[str, Tensor] = {}
     if chosen["enable_tr_layer"]:
-        backbone, reduction = _split_time_reduction(backbone)
+        backbone, reduction = _split_time_reduction(tensors)
     imported = import_fairseq({"cfg": chosen, "model": backbone}, bool(normalize_waveform))
     if imported.mask_embedding is not None:
         if imported.mask_embedding.numel() != chosen["encoder_embed_dim"]:

@@ -83,7 +83,7 @@ def test_long_utterances_are_cropped_anywhere_and_anew(padded):
     for epoch in range(200):
         for crop in itertools.chain(*plan_epoch(selection, config, seed=0, epoch=epoch)):
             assert crop.num_frames == min(frames[crop.index], 800) if padded else crop.num_frames <= 800
-            assert 0 <= crop.start and crop.start + crop.num_frames <= frames[crop.index]
+            assert crop.start >= 0 and crop.start + crop.num_frames <= frames[crop.index]
             starts[crop.index].add(crop.start)
     if padded:
         assert starts[4] == {0, 1, 2, 3} and all(starts[i] == {0} for i in (1, 2, 3))

@@ -47,7 +47,6 @@ def run(
     network = checkpoint.model
     if network.masks():  # the masked network is the pruned one, and other formats have no masks
         network = prune(network)[0].eval()
-        network.mask_embedding = checkpoint.model.mask_embedding
     words = ""
     if to == "safetensors":
         save_model(out, network, checkpoint.heads, **checkpoint.extra)

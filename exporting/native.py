@@ -12,7 +12,6 @@ from exporting.verify import ExportedOutputs
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import DUMMY_WEIGHT
 from wav2vec2.importers.huggingface import EXTRACTOR_MODES, NORMALIZE_EPS, SETTINGS
-from wav2vec2.model import RELEASED_EPS
 from wav2vec2.transformer import torch_spelling
 
 
@@ -52,7 +51,7 @@ def require_native(model: Wav2Vec2Model, source: Path) -> None:
     config = model.config
     has_blocks = [*config["encoder_use_attention"], *config["encoder_use_feed_forward"]]
     is_wavlm, has_norm = _is_wavlm(config), config.get("encoder_projection_layer_norm") is not False
-    eps = RELEASED_EPS if config["normalize_waveform"] is True else float(config["normalize_waveform"])
+    eps = model.normalize_eps
     lacks = {
         "time reduction": config.get("encoder_time_reduction", 1) > 1,
         "reuse of attention maps": any(config.get("encoder_reuse_attention", [])),
@@ -63,7 +62,7 @@ def require_native(model: Wav2Vec2Model, source: Path) -> None:
         "layers without some of their heads": _num_heads(config) is None,
         "feed-forward units that differ per layer": len(set(config["encoder_ff_interm_features"])) > 1,
         "factors of conv channels (dummy_weight)": not bool((model.feature_extractor.dummy_weight == 1).all()),
-        f"waveform normalisation with an eps of {eps:g}, only {NORMALIZE_EPS:g}": eps not in (0, NORMALIZE_EPS),
+        f"waveform normalisation with an eps of {eps}, only {NORMALIZE_EPS}": eps not in (None, NORMALIZE_EPS),
     }
     if what := next((what for what, found in lacks.items() if found), None):
         raise UserError(

@@ -30,6 +30,7 @@ from tests.released_students import (
     foreign,
     importable,
     lightning,
+    released_heads,
     released_states,
     settings_file,
     student_state,
@@ -87,8 +88,9 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert load_model("made/arm.pth").config["encoder_reuse_attention"] == [False, True, False]
 
 
-@pytest.mark.parametrize("name", ["fithubert", "maskhubert"])
-def test_heads_go_on_with_the_objective_that_made_them(name: str, run: Run) -> None:
+@pytest.mark.parametrize("num_frames", [12, 13])
+@pytest.mark.parametrize("name", ["fithubert", "maskhubert", "armhubert", "armwavlm"])
+def test_heads_go_on_with_the_objective_that_made_them(name: str, num_frames: int, run: Run) -> None:
     """The heads of the file fit the recipe's objective, and give the released projections."""
     write(name)
     run()
@@ -97,22 +99,17 @@ def test_heads_go_on_with_the_objective_that_made_them(name: str, run: Run) -> N
     wide = {"encoder_embed_dim": 20, "encoder_head_dim": 5, "encoder_use_projection": None}
     teacher = wav2vec2_model(**{**flat, **wide})
     teacher.mask_embedding = torch.zeros(20)
-    config = ObjectiveConfig(masking=Masking.Config()) if name == "maskhubert" else ObjectiveConfig(hint=Hint.Config())
+    config = ObjectiveConfig(hint=Hint.Config()) if name == "fithubert" else ObjectiveConfig(masking=Masking.Config())
     objectives = Objectives(config, student.model, teacher)
     assert objectives.load_head_state(student.heads, "s.student.pth")
 
-    tensors, waveforms = student_state(TINY[name]), torch.randn(1, 400 + 320 * 11)
-    states = released_states(tensors, TINY[name], waveforms)[1:]
+    tensors, waveforms = student_state(TINY[name]), torch.randn(1, 400 + 320 * (num_frames - 1))
+    expected = released_heads(tensors, released_states(tensors, TINY[name], waveforms)[1:])
     (part,) = objectives.parts.values()
     with torch.no_grad():
-        found = part.predictions(student.model.run(waveforms)[0].layers, 12)
-    for layer, (state, prediction) in enumerate(zip(states, found, strict=True)):
-        head = f"proj_head.{layer}"
-        if name == "fithubert":
-            weight, bias = tensors[f"{head}.upsampler.weight"], tensors[f"{head}.upsampler.bias"]
-            state = (torch.einsum("btd,dek->btke", state, weight) + bias).flatten(1, 2)
-        expected = state @ tensors[f"{head}.lin_proj.weight"].T + tensors[f"{head}.lin_proj.bias"]
-        torch.testing.assert_close(prediction, expected, atol=1e-4, rtol=1e-4)
+        found = part.predictions(student.model.run(waveforms)[0].layers, num_frames)
+    for prediction, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(prediction, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -198,6 +198,7 @@ def test_headers_say_what_to_expect(name):
     if name == "demo":
         return
     assert "# Hardware: " in header and "# Expected: " in header and " M parameters" in header
+    assert ("# As released" in header) != ("no published counterpart" in header)
     if script[1] == "run_students.sh":
         assert script[2].strip() == name and parse(name).exp_dir == Path("exp") / name
     for file in re.findall(r"\b\w+\.yaml", header):

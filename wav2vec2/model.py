@@ -81,6 +81,13 @@ class Wav2Vec2Model(nn.Module):
         """Transformer width D."""
         return self.config["encoder_embed_dim"]
 
+    @property
+    def normalize_eps(self) -> float | None:
+        """What is added to the variance of a waveform that is normalised; None where it is not."""
+        if not self.normalize_waveform:
+            return None
+        return RELEASED_EPS if self.normalize_waveform == 1 else float(self.normalize_waveform)
+
     def masks(self) -> dict[str, HardConcrete]:
         """Every Hard Concrete mask by its module path, in forward order. Empty for a dense model."""
         return {name: module for name, module in self.named_modules() if isinstance(module, HardConcrete)}
@@ -202,9 +209,8 @@ class Wav2Vec2Model(nn.Module):
                 raise ValueError(f"lengths {lengths.tolist()} exceed the {waveforms.shape[1]} samples of the waveforms")
         if gates is None:
             gates = self.draw_gates()
-        if self.normalize_waveform:
-            eps = RELEASED_EPS if self.normalize_waveform == True else self.normalize_waveform  # noqa: E712  or 1
-            waveforms = normalize(waveforms, lengths, eps)
+        if self.normalize_eps is not None:
+            waveforms = normalize(waveforms, lengths, self.normalize_eps)
         features, frames = self.feature_extractor(waveforms, lengths, gates)
         if options.extractor_gradient != 1.0:
             features = ScaleGradient.apply(features, options.extractor_gradient)

@@ -47,6 +47,7 @@ def prune(model: Wav2Vec2Model, survivors: Survivors | None = None) -> tuple[Wav
         pruned = wav2vec2_model(**config)
     # what the config no longer knows of is gone
     pruned.load_state_dict({name: state[name].clone() for name in pruned.state_dict()}, strict=True, assign=True)
+    pruned.mask_embedding = None if model.mask_embedding is None else model.mask_embedding.clone()
     return pruned.eval(), pruned.config
 
 

@@ -149,7 +149,7 @@ class Dense:
 
     def states(self, x: Tensor) -> list[Tensor]:
         model, transformer = self.model, self.model.encoder.transformer
-        x = (normalize(x, None) if model.normalize_waveform else x)[:, None]
+        x = (normalize(x, None, model.normalize_eps) if model.normalize_waveform else x)[:, None]
         z = x.new_ones(1)
         for layer in model.feature_extractor.conv_layers:
             x = F.conv1d(x * z[:, None], layer.conv.weight, layer.conv.bias, layer.conv.stride)
@@ -371,6 +371,13 @@ def test_the_model_in_memory_stays_as_it_was(tiny, flags, architecture):
     assert {name: p.requires_grad for name, p in pruned.named_parameters() if not p.requires_grad} == {
         "feature_extractor.dummy_weight": False
     }
+
+
+def test_the_mask_embedding_outlives_pruning(tiny):
+    model = tiny("hubert_base", ("head",))
+    assert prune(model)[0].mask_embedding is None
+    model.mask_embedding = torch.randn(16)
+    assert torch.equal(prune(model)[0].mask_embedding, model.mask_embedding)
 
 
 def test_training_after_inference_mode(tiny):

@@ -70,8 +70,13 @@ def one_line(error: BaseException) -> str:
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     message = " ".join(str(error).split())
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))  # of a section, and of the setting in it
+    choices = re.search(r"Expected an? typing\.Literal\[([^]]+)\]", message)
+    given = re.search(r"(?:Got|Given) value: (\S+)", message)
+    if key and choices and given:
+        valid = choices[1].replace("'", "")
+        null = ", null" if "Subtypes: [typing.Literal" in message.rpartition("Parser key")[2] else ""
+        return f"{key} is {given[1]}: it must be one of {valid}{null}"
     # an optional section fails as a union of types: keep the key and the reason
-    union = re.search(
-        r"""Parser key "([^"]+)".*?(Option '[^']+' is not accepted|Expected an? <class '[^']+'>[^-]*)""", message
-    )
-    return f"{union[1]}: {union[2].strip()}" if union else message
+    reason = re.search(r"Option '[^']+' is not accepted|Expected an? <class '[^']+'>[^-]*", message)
+    return f"{key}: {reason[0].strip()}" if key and reason else message

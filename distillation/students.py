@@ -71,7 +71,7 @@ class CopiedLayers:
     """Teacher layers to copy, counted from 1, in ascending order."""
     norms: Literal["teacher", "released"] = "teacher"
     """Norms around the layers: the teacher's, or as in the released DistilHuBERT: none before the feature projection,
-    and a fresh one after the positional convolution."""
+    and a fresh one of the Transformer (before the layers; after them in pre-norm models)."""
     ffn_dropout: float | None = None
     """After the FFN activation; null for the teacher's."""
     input_dropout: float | None = None

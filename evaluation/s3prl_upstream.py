@@ -35,6 +35,8 @@ class States:
     """Before the layers: the feature projection, or what layer 1 sees; None for nothing."""
     layers: Literal["layers", "heads"] = "layers"
     """The L layers, or these through the heads of training."""
+    predictions: bool = False
+    """After the layers, what the heads make of the last one for each layer of the teacher that was predicted."""
     final_norm: bool = False
     """Put the last layer of pre-norm (Large) models through the final norm."""
 
@@ -45,6 +47,8 @@ UPSTREAMS = {
     "dphubert": OURS, "dpwavlm": OURS, "compressed": OURS,
     # as the experts released with these students: 12, without the Transformer's input; of some their heads
     "fithubert": LAYERS, "starhubert": LAYERS, "maskhubert": HEADS, "armhubert": HEADS, "armwavlm": HEADS,
+    # as s3prl's expert for DistilHuBERT: the projected features, 2 layers and 3 predictions
+    "distiller": States(predictions=True),
     # as s3prl's own experts for HuBERT, wav2vec 2.0 and WavLM: reproduces its baselines with a converted teacher
     "baseline": States(first="layer_input", final_norm=True),
 }  # fmt: skip
@@ -72,6 +76,7 @@ class UpstreamExpert(nn.Module):
         self.model.eval()
         self.states = states
         self.heads = feature_heads(checkpoint.heads, self.model)
+        self.predictions = prediction_heads(checkpoint.heads) if states.predictions else nn.ModuleList()
         if states.layers == "heads" and not len(self.heads):
             raise UserError(
                 f"{ckpt}: holds no heads for all of its layers, whose outputs this upstream gives: use -u dphubert"
@@ -113,16 +118,14 @@ class UpstreamExpert(nn.Module):
             layers.insert(
                 0, held(output.layer_input) if self.states.first == "layer_input" else filled(output.features, frames)
             )
+        layers += [filled(head(output.layers[-1]), frames) for head in self.predictions]
         result: dict[str, Any] = {"hidden_states": layers, "last_hidden_state": layers[-1]}
         return result | {"heads": heads} if heads else result
 
 
 def feature_heads(heads: dict[str, Tensor], model: Wav2Vec2Model) -> nn.ModuleList:
     """The stored heads of all layers, in their order, as ``hint`` and ``masking`` make them; none of other kinds."""
-    found: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in heads.items():
-        if match := re.fullmatch(r"(?:.*\.)?(\d+)\.((?:linear|upsampler)\.(?:weight|bias))", name):
-            found.setdefault(int(match[1]), {})[match[2]] = tensor
+    found = _by_index(heads, "(?:linear|upsampler)")
     if found.keys() != set(range(model.num_layers)):
         return nn.ModuleList()
     made = []
@@ -131,6 +134,27 @@ def feature_heads(heads: dict[str, Tensor], model: Wav2Vec2Model) -> nn.ModuleLi
         head.load_state_dict(state)
         made.append(head)
     return nn.ModuleList(made)
+
+
+def prediction_heads(heads: dict[str, Tensor]) -> nn.ModuleList:
+    """The stored heads of the objective ``prediction_layer`` with ``heads: two_linear``, in their order."""
+    made = []
+    for _, state in sorted(_by_index(heads, "[02]").items()):
+        if state.keys() == {f"{part}.{kind}" for part in "02" for kind in ("weight", "bias")}:
+            first, second = state["0.weight"], state["2.weight"]
+            head = nn.Sequential(nn.Linear(*first.shape[::-1]), nn.GELU(), nn.Linear(*second.shape[::-1]))
+            head.load_state_dict(state)
+            made.append(head)
+    return nn.ModuleList(made)
+
+
+def _by_index(heads: dict[str, Tensor], part: str) -> dict[int, dict[str, Tensor]]:
+    """The weights and biases of the parts of each head, by its index; those of the first objective that has any."""
+    found: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, tensor in heads.items():
+        if match := re.fullmatch(rf"(.*\.)??(\d+)\.({part}\.(?:weight|bias))", name):
+            found.setdefault(match[1] or "", {}).setdefault(int(match[2]), {})[match[3]] = tensor
+    return next(iter(found.values()), {})
 
 
 def register() -> None:

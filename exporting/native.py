@@ -71,7 +71,7 @@ def require_native(model: Wav2Vec2Model, source: Path) -> None:
 
 
 def native_model(model: Wav2Vec2Model, vocab_size: int | None) -> PreTrainedModel:
-    """The model in transformers' own class; what a file holds is HuBERT also where it was wav2vec 2.0, the same there.
+    """The model in transformers' own class: HuBERT's also for wav2vec 2.0, which computes the same.
 
     Args:
         model: one that :func:`require_native` lets pass.

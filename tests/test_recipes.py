@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,11 +14,12 @@ from distillation.build import starting_student
 from distillation.config import parse_recipe, recipe_chain
 from distillation.objectives import Objectives
 from distillation.optimisation import lr_factor, param_groups
-from distillation.students import backbone_params
+from distillation.students import StudentConfig, ThinStudent, backbone_params, build_student
 from evaluation.cost import SUPERB_SAMPLES
 from tests.helpers import ROOT
 from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
+from wav2vec2.counting import count_params
 
 CONF = ROOT / "conf"
 RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -105,6 +107,31 @@ def test_sizes_known_to_two_decimals(built, name, millions):
 @pytest.mark.parametrize(("name", "giga"), [("starhubert", 463.5), ("starhubert_l", 511.9)])
 def test_published_macs(built, name, giga):
     assert round(built(name)[0].get_num_macs(SUPERB_SAMPLES).item() / 1e9, 1) == giga
+
+
+def test_widths_that_have_the_published_figures():
+    """STaRHuBERT-L, -S and -XS. Of one width both figures are linear in the FFN units, so that two models tell all."""
+    with torch.device("meta"):
+        teacher = wav2vec2_model(**HUBERT_BASE)
+
+    def figures(width: int, ffn: int) -> np.ndarray:
+        with torch.device("meta"):
+            thin = ThinStudent(width=width, heads=8, ffn=ffn, channels=[128, 256, width])
+            model = build_student(StudentConfig(thin=thin), teacher)
+        num_params = count_params(model) - model.feature_extractor.dummy_weight.numel()
+        return np.array([num_params, model.get_num_macs(SUPERB_SAMPLES).item()])
+
+    units = np.arange(64, 2049, 8)
+    large, small, smallest = [], [], []
+    for width in range(192, 641, 16):
+        one, two = figures(width, 8), figures(width, 16)
+        params, macs = (one + (units[:, None] / 8 - 1) * (two - one)).T
+        both = (np.round(params / 1e6, 2) == 26.63) & (np.round(macs / 1e9, 1) == 511.9)
+        large += [(width, n) for n in units[both].tolist() if n % 16 == 0]
+        small += [(width, n) for n in units[np.round(params / 1e6, 1) == 14.1].tolist()]
+        smallest += [(width, n) for n in units[np.round(params / 1e6, 2) == 9.39].tolist()]
+    assert large == [(432, 1392)] and len(small) == 22
+    assert smallest == [(192, 1360), (224, 1016), (272, 616), (288, 504)]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -32,7 +32,7 @@ def check_config(config: dict[str, Any], is_wavlm: bool) -> None:
     for name in (f"encoder_{rate}" for rate in rates):
         if not 0 <= config[name] <= 1:
             raise ValueError(f"{name} must lie between 0 and 1, got {config[name]}")
-    if not 0 <= config["normalize_waveform"] <= 1:
+    if not isinstance(config["normalize_waveform"], int | float) or not 0 <= config["normalize_waveform"] <= 1:
         raise ValueError(
             f"normalize_waveform must be true, false or a small number, got {config['normalize_waveform']}"
         )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distillation.objectives.layer_to_layer import PredictionLayer
+from evaluation.s3prl_upstream import entry
 from tests.released_students import foreign, importable
 from wav2vec2 import CheckpointError, Wav2Vec2Model, wav2vec2_model
 from wav2vec2.checkpoint import load_checkpoint, model_from_state, save_model
@@ -181,6 +182,9 @@ def test_every_layer_and_prediction_agrees(
     with torch.no_grad():
         for head, prediction in zip(objective.heads, predictions, strict=True):
             torch.testing.assert_close(head(output[-1])[0], prediction, atol=1e-4, rtol=1e-4)
+        given = entry("distiller", str(tmp_path / "d.pth"))([waveform])["hidden_states"]
+    for ours, theirs in zip(given, [*states, *predictions], strict=True):  # as s3prl's own expert
+        torch.testing.assert_close(ours[0], theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

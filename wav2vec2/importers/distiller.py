@@ -12,7 +12,7 @@ from torch import Tensor
 from wav2vec2.checkpoint import CheckpointError
 
 from .fairseq import import_fairseq
-from .mapping import ImportedModel, import_tensors, require_shapes
+from .mapping import ImportedModel, import_tensors, require_shapes, require_type
 
 DISTILLER = "Distiller"  # entry of the file
 DEFAULTS: dict[str, Any] = {
@@ -87,9 +87,8 @@ def _settings(section: Any, num_tensors: int) -> dict[str, Any]:
         raise CheckpointError("its Config has no section 'distiller'")
     chosen: dict[str, Any] = {}
     for key, default in DEFAULTS.items():
-        value, kind = section.get(key, default), type(default)
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise CheckpointError(f"distiller.{key} is {str(value)[:40]!r}: it must be of type {kind.__name__}")
+        value = section.get(key, default)
+        require_type(f"distiller.{key}", value, type(default))
         if key in ONLY and value not in ONLY[key]:
             valid = " or ".join(map(repr, ONLY[key]))
             raise CheckpointError(f"distiller.{key} is {str(value)[:40]!r}: only {valid} is supported")

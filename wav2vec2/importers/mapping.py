@@ -84,6 +84,16 @@ def import_tensors(
     return ImportedModel(config, state_dict, None if mask_embedding is None else mask_embedding.flatten(), heads)
 
 
+def require_type(name: str, value: Any, kind: type) -> None:
+    """Refuse a setting of another type; an integer may stand for a float.
+
+    Raises:
+        CheckpointError: naming the setting and its value.
+    """
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise CheckpointError(f"{name} is {str(value)[:40]!r}: it must be of type {kind.__name__}")
+
+
 def require_shapes(found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse heads that do not fit the settings of their file.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from wav2vec2.checkpoint import CheckpointError
 
 from .fairseq import import_fairseq
-from .mapping import MASK_EMBEDDING, ImportedModel, Rule, import_tensors, require_shapes
+from .mapping import MASK_EMBEDDING, ImportedModel, Rule, import_tensors, require_shapes, require_type
 
 STUDENT = "student_model."
 REQUIRED: dict[str, type] = {
@@ -122,8 +122,7 @@ def _settings(content: Any, num_tensors: int) -> dict[str, Any]:
     for key, kind in (REQUIRED | {key: type(value) for key, value in OPTIONAL.items()}).items():
         value = distiller.get(key)
         value = OPTIONAL[key] if value is None else value
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise CheckpointError(f"distiller.{key} is {str(value)[:40]!r}: it must be of type {kind.__name__}")
+        require_type(f"distiller.{key}", value, kind)
         chosen[key] = value
     for key in ("n_mels", "tr_layer_index", "tr_layer_type", "crop_seq_to_multiple"):
         if chosen[key] != OPTIONAL[key] and (chosen["enable_tr_layer"] or not key.startswith("tr_")):

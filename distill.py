@@ -10,9 +10,11 @@ import logging
 from distillation.build import build_step, load_teacher, starting_student
 from distillation.config import parse_recipe
 from distillation.errors import command
+from distillation.identity import content_of, step_1_identity
 from distillation.sparsity import check_target, make_prunable
 from distillation.training.lock import run_lock
-from wav2vec2 import prune, save_model
+from distillation.training.resuming import open_run, save_result
+from wav2vec2 import prune
 from wav2vec2.architecture import format_architecture
 from wav2vec2.counting import count_params
 
@@ -23,21 +25,25 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Run the stage."""
     recipe, resolved = parse_recipe(description=__doc__ or "")
-    from lightning import AudioDataModule, DistillModule, build_trainer, train  # takes seconds: not for --help
+    from lightning import AudioDataModule, DistillModule, is_first_process, train  # takes seconds: not for --help
 
     teacher = load_teacher(recipe)
-    student = make_prunable(starting_student(recipe, teacher), recipe.pruning)
-    check_target(student, count_params(teacher), recipe.pruning)
+    start = starting_student(recipe, teacher)
     data = AudioDataModule(recipe)
-    optim = recipe.optim.resolved(data.updates_of)
-    trainer = build_trainer(recipe, optim)
-    module = DistillModule(build_step(recipe, optim, student, teacher, recipe.pruning), recipe.seed, resolved)
-    with run_lock(recipe.exp_dir, owner=trainer.is_global_zero):
-        train(module, data, trainer, recipe)
-        if trainer.is_global_zero and not recipe.pruning.units:
-            save_model(recipe.exp_dir / "final.pth", student, module.objectives.head_state())
-            logger.info("wrote %s", recipe.exp_dir / "final.pth")
-    if not trainer.is_global_zero or not recipe.pruning.units:
+    content = content_of(recipe, teacher, data.manifests)
+    identity = step_1_identity(recipe, content, None if recipe.student_ckpt is None else start)
+    student = make_prunable(start, recipe.pruning)
+    check_target(student, count_params(teacher), recipe.pruning)
+    with run_lock(recipe.exp_dir, owner=is_first_process()):
+        run = open_run(recipe.exp_dir, identity, recipe.continue_with_changes)
+        optim = run.resolve(recipe.optim, data.updates_of)
+        step = build_step(recipe, optim, student, teacher, recipe.pruning)
+        module = DistillModule(step, recipe.seed, resolved, run)
+        train(module, data, recipe)
+        if is_first_process() and not recipe.pruning.units:
+            entry = run.entry(optim.max_steps)
+            save_result(recipe.exp_dir / "final.pth", student, module.objectives.head_state(), entry)
+    if not is_first_process() or not recipe.pruning.units:
         return
     _, found = prune(student)
     num_params = student.get_num_params().item()

@@ -10,8 +10,10 @@ import logging
 from distillation.build import build_step, load_teacher
 from distillation.config import parse_recipe
 from distillation.errors import UserError, command
+from distillation.identity import check_student, content_of, step_1_identity, step_2_identity
 from distillation.training.lock import run_lock
-from wav2vec2 import save_model
+from distillation.training.record import RUN
+from distillation.training.resuming import LAST, open_run, save_result
 from wav2vec2.checkpoint import load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -21,29 +23,40 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Run the stage."""
     recipe, resolved = parse_recipe(description=__doc__ or "")
-    from lightning import AudioDataModule, DistillModule, build_trainer, train  # takes seconds: not for --help
+    from lightning import AudioDataModule, DistillModule, is_first_process, train  # takes seconds: not for --help
 
-    if recipe.student_ckpt is None:
+    path = recipe.student_ckpt
+    if path is None:
         raise UserError("name the pruned model with --student_ckpt, e.g. E/pruned.pth from prune.py")
+    if not path.exists():
+        last = path.parent / LAST
+        first = f"prune.py --distilled_ckpt {last}" if last.is_file() else "distill.py, then prune.py"
+        raise UserError(f"{path}: no such file; run {first} first")
     teacher = load_teacher(recipe)
-    student = load_checkpoint(recipe.student_ckpt)
+    student = load_checkpoint(path)
     if student.model.masks():
-        raise UserError(f"{recipe.student_ckpt}: still has masks; make a dense model of it with prune.py")
-    if recipe.final is None:
-        save_model(recipe.exp_dir / "final.pth", student.model, student.heads)
-        logger.info("no step 2 in this recipe: %s is the pruned model", recipe.exp_dir / "final.pth")
-        return
+        raise UserError(f"{path}: still has masks; make a dense model of it with prune.py")
     data = AudioDataModule(recipe)
-    optim = recipe.final.resolved(data.updates_of)
-    trainer = build_trainer(recipe, optim)
-    module = DistillModule(build_step(recipe, optim, student.model, teacher, None), recipe.seed, resolved)
-    if not module.objectives.load_head_state(student.heads, recipe.student_ckpt):
-        logger.warning("%s holds no distillation heads: they start afresh", recipe.student_ckpt)
-    with run_lock(recipe.exp_dir, owner=trainer.is_global_zero):
-        train(module, data, trainer, recipe)
-        if trainer.is_global_zero:
-            save_model(recipe.exp_dir / "final.pth", student.model, module.objectives.head_state())
-            logger.info("wrote %s", recipe.exp_dir / "final.pth")
+    content = content_of(recipe, teacher, data.manifests)
+    check_student(student, path, step_1_identity(recipe, content), recipe.continue_with_changes)
+    out = recipe.exp_dir / "final.pth"
+    if recipe.final is None:
+        if (recipe.exp_dir / LAST).exists():
+            raise UserError(f"{recipe.exp_dir}: holds a run, and this recipe has no step 2: use another --exp_dir")
+        save_result(out, student.model, student.heads, student.extra.get(RUN))
+        logger.info("no step 2 in this recipe: %s is the pruned model", out)
+        return
+    identity = step_2_identity(recipe, content, student.model, student.heads)
+    with run_lock(recipe.exp_dir, owner=is_first_process()):
+        run = open_run(recipe.exp_dir, identity, recipe.continue_with_changes)
+        optim = run.resolve(recipe.final, data.updates_of)
+        module = DistillModule(build_step(recipe, optim, student.model, teacher, None), recipe.seed, resolved, run)
+        if not module.objectives.load_head_state(student.heads, path):
+            logger.warning("%s holds no distillation heads: they start afresh", path)
+        train(module, data, recipe)
+        if is_first_process():
+            entry = run.entry(optim.max_steps, student=student.extra.get(RUN))
+            save_result(out, student.model, module.objectives.head_state(), entry)
 
 
 if __name__ == "__main__":

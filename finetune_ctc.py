@@ -4,12 +4,12 @@
 
 Transcripts are LibriSpeech folders or manifests (path<TAB>text). First the output layer alone learns, then all above
 the convolutions. Leaves E/final.pth, which holds its vocabulary (export.py --to hf makes a speech recogniser of it),
-E/metrics.csv and E/results.json. Run again to resume from the last validation.
+E/metrics.csv and E/results.json. Run again to resume.
 """
 
 import dataclasses
 
-from distillation.commandline import make_parser, parse_arguments
+from distillation.commandline import add_continue_flag, make_parser, parse_arguments
 from distillation.errors import command
 from finetuning.config import FinetuneConfig, FinetuneRun
 
@@ -19,8 +19,9 @@ def main() -> None:
     """Parse the command line, run, print the error rates."""
     parser = make_parser(__doc__)
     parser.add_argument("model", type=str, help="Model: .pth, .safetensors, a folder of export.py, or a hub id.")
-    parser.add_class_arguments(FinetuneRun, as_group=False, skip={"model", "config"})
+    parser.add_class_arguments(FinetuneRun, as_group=False, skip={"model", "config", "continue_with_changes"})
     parser.add_class_arguments(FinetuneConfig, as_group=False)
+    add_continue_flag(parser)
     flags = vars(parse_arguments(parser))
     config = FinetuneConfig(**{field.name: flags.pop(field.name) for field in dataclasses.fields(FinetuneConfig)})
     run = FinetuneRun(config=config, **flags)

@@ -9,7 +9,6 @@ This file shadows the package ``lightning`` for programs run from here: import `
 import logging
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,20 +22,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from distillation.config import Recipe, save_resolved
 from distillation.data.batching import BatchStream, select_utterances
 from distillation.data.loaders import Batch, Place, make_train_loader, make_valid_loader
-from distillation.data.manifest import read_tsv
+from distillation.data.manifest import Manifest, read_tsv
 from distillation.errors import UserError
 from distillation.optimisation import OptimConfig, lr_factor
 from distillation.training.guards import BatchGuard
 from distillation.training.lightning_internals import supervise_alone
 from distillation.training.metrics import MetricsCSV, RunningMeans
-from distillation.training.processes import outlive_stop_signal, supervised
-from distillation.training.progress import Progress, metrics_table
-from distillation.training.resuming import AtomicCheckpointIO, read_run, supervise_restoring
+from distillation.training.processes import outlive_stop_signal, supervised, waiting
+from distillation.training.progress import Progress
+from distillation.training.record import RUN
+from distillation.training.resuming import LAST, AtomicCheckpointIO, Standing, check_state, supervise_restoring
 from distillation.training.step import TrainingStep, seed_micro_batch
 from wav2vec2 import kernels
 
 logger = logging.getLogger(__name__)
-LAST = Path("ckpts") / "last.ckpt"  # newest checkpoint, in the folder of a run
 # Lightning's own advice on the console; what a user must know is logged here or raised
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -50,6 +49,7 @@ class DistillModule(pl.LightningModule):
             no checkpoint.
         seed: of masks and dropout.
         recipe: resolved YAML, kept in checkpoints.
+        run: where the run stands, and what it is.
 
     Attributes:
         guard: counts what is left out; set before training.
@@ -57,9 +57,9 @@ class DistillModule(pl.LightningModule):
 
     guard: BatchGuard
 
-    def __init__(self, step: TrainingStep, seed: int, recipe: str) -> None:
+    def __init__(self, step: TrainingStep, seed: int, recipe: str, run: Standing) -> None:
         super().__init__()
-        self.step, self.seed, self.recipe = step, seed, recipe
+        self.step, self.seed, self.recipe, self.run = step, seed, recipe, run
         self.student, self.objectives, self.lagrangian = step.student, step.objectives, step.lagrangian
         self.means = RunningMeans()
         self.read, self.read_seconds = 0.0, 0.0  # seconds of audio on this rank, and a reader's time for them
@@ -160,8 +160,9 @@ class DistillModule(pl.LightningModule):
             metrics["sparsity/target"] = self.lagrangian.target(self.global_step)
             metrics["lagrangian/lambda1"] = self.lagrangian.lambda1.item()
             metrics["lagrangian/lambda2"] = self.lagrangian.lambda2.item()
-        for group in self.trainer.optimizers[0].param_groups:
-            metrics[f"lr/{group['name']}"] = group["lr"]
+        schedule: Any = self.lr_schedulers()
+        for group, factor in zip(self.trainer.optimizers[0].param_groups, schedule.lr_lambdas):
+            metrics[f"lr/{group['name']}"] = group["initial_lr"] * factor(self.global_step - 1)  # the next one's is set
         metrics.update(self.guard.metrics())
         self.means = RunningMeans()
         self._log(metrics)
@@ -175,6 +176,7 @@ class DistillModule(pl.LightningModule):
         checkpoint["student_config"] = self.student.config
         checkpoint["heads"] = self.objectives.head_state()
         checkpoint["recipe"] = self.recipe
+        checkpoint[RUN] = self.run.entry(self.global_step)
         checkpoint["kernels"] = kernels.choices()
         self.guard.settle(self.trainer)
         checkpoint["guard"] = self.guard.state()
@@ -187,20 +189,6 @@ class DistillModule(pl.LightningModule):
         kernels.use(checkpoint.get("kernels", {}))
         self.guard.load_state(checkpoint["guard"])
         self.means = RunningMeans.from_state(checkpoint["means"], self.trainer.global_rank, self.device)
-
-    def check(self, checkpoint: dict[str, Any], source: Path) -> None:
-        """Refuse the checkpoint of another network or objective.
-
-        Raises:
-            UserError: naming ``source``.
-        """
-        state, expected = checkpoint.get("state_dict"), self.state_dict()
-        fits = isinstance(state, dict) and state.keys() == expected.keys()
-        if checkpoint.get("student_config") != self.student.config or not fits:
-            raise UserError(f"{source}: holds another network or objective than this recipe: use another --exp_dir")
-        for name, tensor in state.items():  # type: ignore[union-attr]
-            if not isinstance(tensor, Tensor) or tensor.shape != expected[name].shape:
-                raise UserError(f"{source}: {name} does not fit this recipe: use another --exp_dir")
 
 
 class AudioDataModule(pl.LightningDataModule):
@@ -215,6 +203,12 @@ class AudioDataModule(pl.LightningDataModule):
         self.config, self.seed, self.batches_per_update = recipe.data, recipe.seed, recipe.trainer.batches_per_update
         self.train_manifest = read_tsv(self.config.tsv_dir / self.config.train)
         self.valid_manifest = read_tsv(self.config.tsv_dir / self.config.valid)
+        self.ends: list[int] = []  # of the epochs before a resumed run; to count them takes as long as to plan them
+
+    @property
+    def manifests(self) -> dict[str, Manifest]:
+        """By the names of their use."""
+        return {"train": self.train_manifest, "valid": self.valid_manifest}
 
     def updates_of(self, epochs: int) -> int:
         """Updates that so many epochs hold."""
@@ -222,6 +216,24 @@ class AudioDataModule(pl.LightningDataModule):
         steps = max(1, stream.first_of(epochs) // self.batches_per_update)
         logger.info("%d epochs are %d updates of %d micro-batches", epochs, steps, self.batches_per_update)
         return steps
+
+    @property
+    def _cut(self) -> list[float | None]:
+        """What the ends of epochs depend on and may change in the middle of a run."""
+        return [self.config.seconds_per_batch, self.config.utterances_per_batch]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the epochs before this update ended, in micro-batches."""
+        assert self.trainer is not None
+        stream: BatchStream = self.trainer.train_dataloader.sampler  # type: ignore[union-attr]
+        return {"cut": self._cut, "ends": stream.ends_before(self.trainer.global_step * self.batches_per_update)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what a checkpoint says, unless the micro-batches are cut in another way now."""
+        if state_dict["cut"] == self._cut:
+            self.ends = state_dict["ends"]
+        else:
+            logger.info("with other micro-batches the rest of this epoch is drawn anew")
 
     def _place(self) -> Place:
         assert self.trainer is not None
@@ -237,7 +249,7 @@ class AudioDataModule(pl.LightningDataModule):
         """Endless."""
         assert self.trainer is not None
         start = self.trainer.global_step * self.batches_per_update
-        return make_train_loader(self.train_manifest, self.config, self.seed, start, self._place())
+        return make_train_loader(self.train_manifest, self.config, self.seed, start, self._place(), self.ends)
 
     def val_dataloader(self) -> Any:
         """This rank's share."""
@@ -261,12 +273,13 @@ def accumulation(batches_per_update: int, world_size: int) -> int:
     return each
 
 
-def build_trainer(recipe: Recipe, optim: OptimConfig) -> pl.Trainer:
+def build_trainer(recipe: Recipe, optim: OptimConfig, table: MetricsCSV) -> pl.Trainer:
     """Trainer of one step of a recipe, with the accumulation that this number of processes needs.
 
     Args:
         recipe: machine and bookkeeping.
         optim: of the step, its length in updates.
+        table: of its metrics.
 
     Raises:
         UserError: the machine is not what the recipe asks for.
@@ -307,7 +320,7 @@ def build_trainer(recipe: Recipe, optim: OptimConfig) -> pl.Trainer:
         enable_model_summary=False,
         enable_checkpointing=False,
         log_every_n_steps=config.log_every,
-        logger=[TensorBoardLogger(recipe.exp_dir, name="", version=""), MetricsCSV(recipe.exp_dir / "metrics.csv")],
+        logger=[TensorBoardLogger(recipe.exp_dir, name="", version=""), table],
         callbacks=[Progress(recipe, recipe.exp_dir / LAST)],
         plugins=plugins,
         default_root_dir=recipe.exp_dir,
@@ -317,37 +330,43 @@ def build_trainer(recipe: Recipe, optim: OptimConfig) -> pl.Trainer:
     return trainer
 
 
-def train(module: DistillModule, data: AudioDataModule, trainer: pl.Trainer, recipe: Recipe) -> None:
-    """Train to the end, from ``ckpts/last.ckpt`` where there is one.
+def is_first_process() -> bool:
+    """Whether this process writes for all processes of the run; told by its launcher, before there is a trainer."""
+    ranks = ["RANK", "LOCAL_RANK", "NODE_RANK", *(["SLURM_PROCID"] if SLURMEnvironment.detect() else [])]
+    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
+
+
+def train(module: DistillModule, data: AudioDataModule, recipe: Recipe) -> None:
+    """Train to the end, from where the run stands.
 
     Raises:
         UserError: the checkpoint cannot be continued, or too much of the data or of the updates is bad.
         Stopped: a signal asked for it; everything is saved.
         PeerLost: another process of the run died.
     """
-    exp_dir, max_steps = recipe.exp_dir, trainer.max_steps
-    manifests = {"train": data.train_manifest, "valid": data.valid_manifest}
-    limits = recipe.data.max_bad_share, recipe.trainer.max_skipped_updates
-    module.guard = BatchGuard(manifests, *limits, report=exp_dir / "bad_files.tsv")
-    table = metrics_table(trainer)
-    validate_last = max_steps % min(recipe.trainer.validate_every, max_steps) != 0
-    last, step = exp_dir / LAST, 0
-    resume = last if last.is_file() else None
-    if resume is not None:
-        content = read_run(resume)
-        step = content["global_step"]
-        module.check(content, resume)
-        supervise_restoring(trainer, content, resume)
-        logger.info("resuming from %s at update %d", resume, step)
-    if trainer.is_global_zero:  # now that the folder is known to be this run's
-        save_resolved(module.recipe, exp_dir)
-    table.resume(step)
-    if step == max_steps and not (validate_last and "valid/distill" not in table.row(max_steps)):
-        logger.info("%s is complete", exp_dir)
-        module.load_state_dict(content["state_dict"])
+    exp_dir, run, optim = recipe.exp_dir, module.run, module.step.optim
+    table = MetricsCSV(exp_dir / "metrics.csv")
+    table.resume(run.step)
+    if run.content:
+        check_state(module, run.content, run.last)
+    validate_last = optim.max_steps % min(recipe.trainer.validate_every, optim.max_steps) != 0
+    if run.step == optim.max_steps and not (validate_last and "valid/distill" not in table.row(run.step)):
+        logger.info("%s is complete: it has made all of its %d updates", exp_dir, run.step)
+        module.load_state_dict(run.content["state_dict"])
+        run.leave()
         return
+    trainer = build_trainer(recipe, optim, table)
+    limits = recipe.data.max_bad_share, recipe.trainer.max_skipped_updates
+    module.guard = BatchGuard(data.manifests, *limits, report=exp_dir / "bad_files.tsv")
+    if run.content:
+        logger.info("resuming from %s at update %d", run.last, run.step)
+        supervise_restoring(trainer, run.content, run.last)
+    if trainer.is_global_zero:  # now that the folder is known to be this run's, and that there is something to do
+        save_resolved(module.recipe, exp_dir)
+        run.record.write(exp_dir)
     progress = next(callback for callback in trainer.callbacks if isinstance(callback, Progress))  # type: ignore[attr-defined]
-    with progress.stop, supervised(trainer):
-        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    with waiting(trainer), progress.stop, supervised(trainer):
+        trainer.fit(module, data, ckpt_path=run.last if run.step else None, weights_only=True)
         if validate_last:
             trainer.validate(module, data, verbose=False)
+    logger.info("%s: the last of %d updates is made", exp_dir, optim.max_steps)

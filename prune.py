@@ -12,7 +12,9 @@ from pathlib import Path
 from distillation.commandline import make_parser, parse_arguments
 from distillation.distilled import read_distilled, target_sparsity
 from distillation.errors import UserError, command
-from wav2vec2 import prune, save_model
+from distillation.identity import PRUNED
+from distillation.training.resuming import save_result
+from wav2vec2 import prune
 from wav2vec2.architecture import format_architecture
 from wav2vec2.counting import count_params
 from wav2vec2.pruning import survivors_for_size
@@ -21,10 +23,18 @@ logger = logging.getLogger(__name__)
 UNFINISHED = 0.02  # a distance to the target that the multipliers close in a run of full length
 
 
-def run(distilled_ckpt: Path, out: Path | None, faithful: bool, target: float | None) -> None:
+def run(distilled_ckpt: Path, out: Path | None, faithful: bool, target: float | None, unfinished: bool) -> None:
     """Prune the student of a checkpoint; the arguments are the flags."""
     out = out if out is not None else distilled_ckpt.parent.parent / "pruned.pth"
+    if not distilled_ckpt.exists():
+        raise UserError(f"{distilled_ckpt}: no such file; run distill.py first, which makes it")
     distilled = read_distilled(distilled_ckpt, pruned=True)
+    length = distilled.step if distilled.run is None else distilled.run.get("length")
+    if distilled.step != length and not unfinished:
+        raise UserError(
+            f"{distilled_ckpt} stands at update {distilled.step} of {length}: run distill.py to its end first, or give "
+            "--unfinished to prune it as it is"
+        )
     student, before = distilled.model, distilled.num_params_before
     assert before is not None
     target = target_sparsity(distilled, distilled_ckpt) if target is None else target
@@ -49,7 +59,8 @@ def run(distilled_ckpt: Path, out: Path | None, faithful: bool, target: float | 
             raise UserError(f"{distilled_ckpt}: {error}; set another --target_sparsity, or --faithful") from None
         logger.info("kept the highest-ranked units that give the target size; --faithful keeps the rule's")
     num_params = count_params(model)
-    save_model(out, model, distilled.heads)
+    entry = None if distilled.run is None else {**distilled.run, PRUNED: {"pruning.target_sparsity": target}}
+    save_result(out, model, distilled.heads, entry)
     print(format_architecture(distilled.config, config))
     print(f"{num_params:,} parameters, sparsity {1 - num_params / before:.4f} -> {out}")
 
@@ -62,8 +73,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path | None, help="Model to write. (default: E/pruned.pth)")
     parser.add_argument("--faithful", action="store_true", help="Keep the released system's rounding per layer.")
     parser.add_argument("--target_sparsity", type=float | None, help="Share of the teacher's parameters to remove.")
+    parser.add_argument("--unfinished", action="store_true", help="Prune a run of step 1 before its end.")
     flags = parse_arguments(parser)
-    run(flags.distilled_ckpt, flags.out, flags.faithful, flags.target_sparsity)
+    run(flags.distilled_ckpt, flags.out, flags.faithful, flags.target_sparsity, flags.unfinished)
 
 
 if __name__ == "__main__":

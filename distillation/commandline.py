@@ -29,6 +29,12 @@ def make_parser(description: str | None, **settings: Any) -> jsonargparse.Argume
     )
 
 
+def add_continue_flag(parser: jsonargparse.ArgumentParser) -> None:
+    """The flag of all commands that train."""
+    text = "Go on with a run although its length or rates, or the recipe that made its student, are others now."
+    parser.add_argument("--continue_with_changes", action="store_true", help=text)
+
+
 def parse_arguments(parser: jsonargparse.ArgumentParser, argv: list[str] | None = None) -> jsonargparse.Namespace:
     """Parse a command line.
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import jsonargparse
 import torch
 
-from distillation.commandline import make_parser, one_line, parse_arguments
+from distillation.commandline import add_continue_flag, make_parser, one_line, parse_arguments
 from distillation.data.batching import DataConfig
 from distillation.errors import UserError, command, require
 from distillation.objectives import ObjectiveConfig
@@ -130,6 +130,8 @@ class Recipe:
     """Step 2; null for none."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Machine and bookkeeping."""
+    continue_with_changes: bool = False
+    """Asked for on the command line, never by a YAML."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -155,9 +157,10 @@ def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[
         raise error from None
     namespace.pop("config", None)
     namespace.base = None
+    on_request = namespace.pop("continue_with_changes")
     resolved = parser.dump(namespace, skip_unset=False)
     try:
-        recipe = Recipe(**vars(parser.instantiate(namespace)))
+        recipe = Recipe(**vars(parser.instantiate(namespace)), continue_with_changes=on_request)
     except ValueError as error:  # the checks of optional sections run here
         raise UserError(one_line(error)) from None
     except TypeError:  # the parser lets null pass everywhere
@@ -170,7 +173,8 @@ def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[
 def _recipe_parser(description: str) -> jsonargparse.ArgumentParser:
     parser = make_parser(description, default_env=False)
     parser.add_argument("--config", action="config", help="Recipe, one of conf/*.yaml or your own.")
-    parser.add_class_arguments(Recipe, fail_untyped=True)
+    parser.add_class_arguments(Recipe, fail_untyped=True, skip={"continue_with_changes"})
+    add_continue_flag(parser)
     return parser
 
 
@@ -254,10 +258,31 @@ def _check_names(content: object, kind: object, path: str) -> None:
         hint = "; for no pruning set its units to []" if section is PruningConfig else ""
         raise UserError(f"{path.removesuffix('.')} is {content!r}: a mapping of settings is needed{hint}")
     hints = get_type_hints(section)
+    hints.pop("continue_with_changes", None)  # no recipe asks for it
     for name, value in content.items():
         if name not in hints:
             raise UserError(f"{path}{name}: no such setting; there are {', '.join(hints)}")
         _check_names(value, hints[name], f"{path}{name}.")
+
+
+def flat_settings(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """All settings by their dotted names, in the plain types of YAML; a section that is null is one setting."""
+    flat: dict[str, Any] = {}
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flat_settings(value, f"{prefix}{entry.name}.")
+        else:
+            flat[prefix + entry.name] = _plain(value)
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def save_resolved(resolved: str, exp_dir: Path) -> None:

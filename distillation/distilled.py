@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from distillation.errors import UserError
+from distillation.training.record import RUN, Record
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import model_from_state, read_torch_file
 
@@ -25,6 +26,8 @@ class Distilled:
     config: dict[str, Any]  # flat, of ``model``
     recipe: str | None  # resolved YAML
     num_params_before: int | None  # parameters of the teacher; None where nothing is pruned
+    step: int  # updates that it has learnt in
+    run: dict[str, Any] | None  # entry of the run's record; None where an older version wrote it
 
 
 def read_distilled(path: Path, pruned: bool) -> Distilled:
@@ -49,7 +52,11 @@ def read_distilled(path: Path, pruned: bool) -> Distilled:
     before, heads = content.get("num_params_before"), content["heads"]
     if (before is not None and before < 1) or not all(isinstance(tensor, torch.Tensor) for tensor in heads.values()):
         raise UserError(f"{path}: damaged: {before} parameters before pruning, or heads without tensors")
-    return Distilled(model, heads, content["student_config"], content.get("recipe"), before)
+    step, run = content.get("global_step"), content.get(RUN)
+    Record.read(content, path)
+    if not isinstance(step, int):
+        raise UserError(f"{path}: damaged: does not say how many updates were made")
+    return Distilled(model, heads, content["student_config"], content.get("recipe"), before, step, run)
 
 
 def target_sparsity(distilled: Distilled, source: Path) -> float:

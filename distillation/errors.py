@@ -1,7 +1,7 @@
 """A user's mistake, a full disk or an interruption becomes one line and an exit code; a bug keeps its traceback.
 
-Exit codes: 0 done; 2 something must be put right first; 75 stopped by a signal, saved, the same command resumes;
-130 Ctrl-C; 1 a bug, or another process of the run died.
+Exit codes: 0 done; 2 something must be put right first; 75 stopped by a signal or Ctrl-C, nothing finished is lost and
+the same command goes on; 1 a bug, or another process of the run died.
 """
 
 import errno
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from distillation.stopping import Raising, Signalled, Stopped, listening
 from wav2vec2 import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -59,10 +60,6 @@ def require(settings: object, section: str, must: str, holds: Callable[[Any], bo
             raise UserError(f"{section}{name} is {value}: it must {must}")
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved."""
-
-
 class PeerLost(Exception):
     """Another process of the run is gone; its own error says why."""
 
@@ -74,12 +71,14 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def run(*args: object, **kwargs: object) -> None:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
         try:
-            main(*args, **kwargs)
+            with listening(Raising()):
+                main(*args, **kwargs)
         except Stopped as error:
             print(f"stopped: {error}", file=sys.stderr)
             sys.exit(INTERRUPTED)
-        except KeyboardInterrupt:
-            _leave(130)
+        except (Signalled, KeyboardInterrupt) as error:
+            print(f"stopped: {str(error) or 'SIGINT'}: nothing is half-written; run it again", file=sys.stderr)
+            _leave(INTERRUPTED)
         except Exception as error:
             message = describe(error)
             if message is None:

@@ -3,7 +3,6 @@
 Shapes: B batch, T frames, D width, L layers.
 """
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from distillation.config import Recipe
-from distillation.data.batching import select_utterances
-from distillation.data.loaders import make_valid_loader
+from distillation.data.batching import DataConfig, Selection, ValidationBatches, select_utterances
+from distillation.data.loaders import AudioDataset
 from distillation.data.manifest import Manifest, read_tsv
 from distillation.errors import UserError
 from distillation.objectives import Objectives, Teacher
@@ -43,10 +42,11 @@ class Distance:
 
 @dataclass
 class HeldOut:
-    """All students of a run."""
+    """All students that were compared with one teacher."""
 
     data: str  # which audio, in words
     students: dict[str, Distance]
+    without_loss: dict[str, str] = field(default_factory=dict)  # students whose loss is not defined, and why
 
 
 class OnceTeacher(Teacher):
@@ -75,30 +75,36 @@ def evaluate(
     Args:
         recipe: objective and validation list.
         teacher: dense.
-        students: in eval mode, hence with their eval masks where they have masks; those without heads in their file
-            have no loss.
+        students: in eval mode, hence with their eval masks where they have masks; those without the heads of the
+            objective in their file, or without a layer that it looks at, have no loss.
         max_seconds: of audio; a longer list is thinned evenly.
         device: to compute on, in float32.
 
     Raises:
-        UserError: the list or a file of it cannot be read, or the heads of a student are those of another objective.
+        UserError: the list or a file of it cannot be read.
     """
-    manifest, config = _choose(recipe, max_seconds)
-    torch.manual_seed(recipe.seed)  # objectives may draw masks
+    manifest, selection = _choose(recipe.data, max_seconds)
+    audio = AudioDataset(manifest, recipe.data.sample_rate)
+    batches = ValidationBatches(selection, recipe.data)
     frozen = OnceTeacher(teacher.to(device))
-    objectives: dict[str, Objectives | None] = {}
+    objectives: dict[str, Objectives] = {}
+    without_loss: dict[str, str] = {}
     for name, student in students.items():
-        objective = Objectives(recipe.objective, student.model.to(device), teacher).to(device).eval()
-        with_heads = objective.load_head_state(student.heads, name) or not objective.head_state()
-        objectives[name] = objective if with_heads else None
+        try:
+            objective = Objectives(recipe.objective, student.model.to(device), teacher).to(device).eval()
+            if not objective.load_head_state(student.heads, "its file") and objective.head_state():
+                raise UserError("its file has no distillation heads")
+            objectives[name] = objective
+        except UserError as error:
+            without_loss[name] = str(error)
     comparable = {name for name, student in students.items() if _same_shape(student.model, teacher)}
     losses: dict[str, list[dict[str, Tensor]]] = {name: [] for name in students}
     layers: dict[str, list[dict[str, Tensor]]] = {name: [] for name in students}
     seconds: list[float] = []
-    loader = make_valid_loader(manifest, config)
-    with torch.inference_mode(), tqdm(total=len(loader) * len(students), desc="held-out", unit="batch",
+    with torch.inference_mode(), tqdm(total=len(batches) * len(students), desc="held-out", unit="batch",
                                       dynamic_ncols=True) as bar:  # fmt: skip
-        for batch in loader:
+        for chosen in batches:
+            batch = audio[chosen]
             if batch.errors:
                 path, reason = next(iter(batch.errors.items()))
                 raise UserError(f"{path}: {reason}")
@@ -106,8 +112,9 @@ def evaluate(
             seconds.append(batch.seconds)
             states = teacher.extract_features(batch.waveforms, batch.lengths)[0] if comparable else []
             for name, student in students.items():
-                if (trained := objectives[name]) is not None:
-                    loss = trained(frozen, student.model, batch.waveforms, batch.lengths)
+                if name in objectives:
+                    torch.manual_seed(recipe.seed + chosen.number)  # objectives may draw masks: for all the same
+                    loss = objectives[name](frozen, student.model, batch.waveforms, batch.lengths)
                     losses[name].append({"loss": loss.total, **loss.terms})
                 if name in comparable:
                     layers[name].append(compare_layers(states, student.model, batch.waveforms, batch.lengths))
@@ -116,8 +123,9 @@ def evaluate(
     for name in students:
         terms, rows = _means(losses[name], seconds), _means(layers[name], seconds)
         results[name] = Distance(terms.pop("loss", None), terms, **rows)
-    minutes = float(manifest.num_frames.sum()) / config.sample_rate / 60
-    return HeldOut(f"{len(manifest):,} utterances, {minutes:.1f} min of {config.valid}", results)
+    count = len(np.unique(selection.index))
+    data = f"{count:,} utterances, {sum(seconds) / 60:.1f} min of {recipe.data.valid}"
+    return HeldOut(data, results, without_loss)
 
 
 def compare_layers(
@@ -160,17 +168,21 @@ def _is_identity(head: nn.Linear) -> bool:
     return torch.equal(weight, torch.eye(*weight.shape)) and not head.bias.any()
 
 
-def _choose(recipe: Recipe, max_seconds: float) -> tuple[Manifest, Any]:
+def _choose(config: DataConfig, max_seconds: float) -> tuple[Manifest, Selection]:
     """Every n-th utterance of the validation list within the length limits, up to ``max_seconds``."""
-    config = dataclasses.replace(recipe.data, num_workers=0)
     manifest = read_tsv(config.tsv_dir / config.valid)
-    used = np.unique(select_utterances(manifest, config).index)
-    total = manifest.num_frames[used].sum() / config.sample_rate
-    if total > max_seconds:
-        count = max(1, int(len(used) * max_seconds / total))
-        used = used[np.linspace(0, len(used) - 1, count).round().astype(int)]
-        logger.info("held-out: %d utterances of %s, about %.0f s of %.0f s", count, config.valid, max_seconds, total)
-    return Manifest(manifest.root, [manifest.paths[i] for i in used], manifest.num_frames[used]), config
+    selection = select_utterances(manifest, config)
+    used = np.unique(selection.index)
+    total = selection.num_frames.sum() / config.sample_rate
+    count = len(used) if total <= max_seconds else max(1, int(len(used) * max_seconds / total))
+    chosen = np.isin(selection.index, used[np.linspace(0, len(used) - 1, count).round().astype(int)])
+    selection = Selection(
+        selection.index[chosen], selection.start[chosen], selection.num_frames[chosen], selection.spare[chosen],
+        selection.summary,
+    )  # fmt: skip
+    seconds = selection.num_frames.sum() / config.sample_rate
+    logger.info("held-out data, %s; %d of them are used, %.0f s", selection.summary, count, seconds)
+    return manifest, selection
 
 
 def _same_shape(student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> bool:

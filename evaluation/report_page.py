@@ -1,17 +1,25 @@
 """The report as one HTML page that needs nothing else: no network, no script, light and dark.
 
-What the page says is chosen and formatted here; its markup is report.html.jinja, its style report.css.
+What the page says is chosen and formatted here; its markup is report.html.jinja in the frame of page.html.jinja, its
+style report.css.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from evaluation.cost import MIB
-from evaluation.report_data import FINAL, PRUNED, TEACHER, ModelReport, Report, Step
+from evaluation.report_data import FINAL, PRUNED, ModelReport, Page, Report, Step
 from evaluation.svg import TEMPLATES, Series, bar_chart, line_chart
+from wav2vec2.architecture import Architecture
 
 Value = Callable[[ModelReport], float | None]
+Row = tuple[str, list[tuple[str, str]]]  # name; per model a value, and how it differs from the teacher's
+UNITS = (
+    ("Convolution channels", "conv", "conv layer"),
+    ("Attention heads", "heads", "Transformer layer"),
+    ("Feed-forward units", "interm", "Transformer layer"),
+)
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -21,34 +29,34 @@ def render(report: Report) -> str:
     architecture, outlined = _architecture(report)
     return TEMPLATES.get_template("report.html.jinja").render(
         report=report,
-        teacher=report.model(TEACHER),
+        teacher=report.teacher,
         summary=_summary(report),
         tiles=_tiles(report),
-        rows=_rows(report),
+        rows=table_rows(report),
         architecture=architecture,
         outlined=outlined,
         layers=_layers(report),
-        training=[(step.name, charts) for step in report.steps if (charts := _curves(step))],
+        training=[(step, charts) for step in report.steps if (charts := _curves(step))],
     )
 
 
 def _summary(report: Report) -> str:
-    teacher, result = report.model(TEACHER), report.models[-1]
-    size = _millions(result.cost.num_params)
+    teacher, result = report.teacher, report.models[-1]
+    size = millions(result.cost.num_params)
     if teacher is None:
         return f"A model of {size} parameters."
     how = {PRUNED: " by distillation and pruning, without the final distillation",
            FINAL: " by joint distillation and pruning, followed by a final distillation"}.get(result.name)  # fmt: skip
     done = "compressed" if how else "distilled"
-    return f"{_millions(teacher.cost.num_params)} parameters {done} to {size}{how or ''}."
+    return f"{millions(teacher.cost.num_params)} parameters {done} to {size}{how or ''}."
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
     """The numbers at the top: name, value."""
-    teacher, result = report.model(TEACHER), report.models[-1]
+    teacher, result = report.teacher, report.models[-1]
     cost, speed = result.cost, result.speed("cpu")
     if teacher is None:
-        tiles = [("parameters", _millions(cost.num_params)), ("MACs for 10 s of audio", f"{cost.macs_10s / 1e9:.2f} G")]
+        tiles = [("parameters", millions(cost.num_params)), ("MACs for 10 s of audio", f"{cost.macs_10s / 1e9:.2f} G")]
         if speed is not None:
             tiles.append(("CPU real-time factor", _factor(speed.real_time_factor)))
             if speed.peak_bytes is not None:
@@ -65,22 +73,27 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     return tiles
 
 
-def _rows(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The table before and after: a name, and per model its value and how that changed against the teacher."""
-    teacher = report.model(TEACHER)
+def table_rows(page: Page, sparsity: bool = False) -> list[Row]:
+    """The table of models side by side.
+
+    Args:
+        page: its models.
+        sparsity: with a row of its own, instead of how the parameters changed.
+    """
     rows = []
 
+    def none(now: float, before: float) -> str:
+        return ""
+
     def row(
-        name: str,
-        value: Value,
-        text: Callable[[float], str],
-        change: Callable[[float, float], str] = lambda now, before: "",
+        name: str, value: Value, text: Callable[[float], str], change: Callable[[float, float], str] = none
     ) -> None:
         """A row, unless no model has the value."""
         cells = []
-        for model in report.models:
+        for model in page.models:
             now = value(model)
-            before = value(teacher) if teacher is not None and model is not teacher else None
+            teacher = page.model(model.teacher)
+            before = value(teacher) if teacher is not None else None
             changed = "" if now is None or before is None else change(now, before)
             cells.append(("" if now is None else text(now), changed))
         if any(text for text, _ in cells):
@@ -95,7 +108,9 @@ def _rows(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     def mib(num_bytes: float) -> str:
         return f"{num_bytes / MIB:.1f}"
 
-    row("Parameters", lambda m: m.cost.num_params, "{:,}".format, _change)
+    row("Parameters", lambda m: m.cost.num_params, "{:,}".format, none if sparsity else _change)
+    if sparsity:
+        row("Sparsity against the teacher", lambda m: m.sparsity, lambda share: percent(100 * share))
     row("Distillation heads", lambda m: m.cost.num_head_params or None, "{:,}".format)
     row("Weights in memory, MiB", lambda m: m.cost.loaded_bytes, mib)
     row("GMACs, 10 s", lambda m: m.cost.macs_10s / 1e9, "{:.2f}".format, _change)
@@ -105,39 +120,55 @@ def _rows(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
             lambda now, before: f"{before / now:.1f}{TIMES} faster")  # fmt: skip
         row(f"{label} peak memory, MiB", speed(device, "peak_bytes"), mib)
     row("Held-out loss", lambda m: m.loss, _signed)
-    for name in dict.fromkeys(name for m in report.models if m.held_out for name in m.held_out.terms):
+    for name in dict.fromkeys(name for m in page.models if m.held_out for name in m.held_out.terms):
         row(f"Loss term {name}", term(name), _signed)
     return rows
 
 
 def _architecture(report: Report) -> tuple[list[str], bool]:
     """A chart per kind of unit, and whether one of them shows the teacher, too."""
-    teacher, found = report.model(TEACHER), report.models[-1].architecture
-    charts, outlined = [], False
-    for title, field, x_label in (
-        ("Convolution channels", "conv", "conv layer"),
-        ("Attention heads", "heads", "Transformer layer"),
-        ("Feed-forward units", "interm", "Transformer layer"),
-    ):
-        values = getattr(found, field)
-        before = getattr(teacher.architecture, field) if teacher is not None else None
-        if before is not None and (len(before) != len(values) or any(b < v for b, v in zip(before, values))):
-            before = None
-        charts.append(bar_chart(title, values, before, x_label=x_label))
+    found, charts, outlined = report.models[-1].architecture, [], False
+    for title, kind, x_label in UNITS:
+        before = outline_of(report.teacher, found, kind)
+        charts.append(bar_chart(title, getattr(found, kind), before, x_label=x_label))
         outlined = outlined or before is not None
     return charts, outlined
 
 
+def outline_of(teacher: ModelReport | None, found: Architecture, kind: str) -> list[int] | None:
+    """Units that the teacher has per layer, where the student may have come from it.
+
+    Args:
+        teacher: if any.
+        found: the student's.
+        kind: of unit, a field of both.
+    """
+    values = getattr(found, kind)
+    before = getattr(teacher.architecture, kind) if teacher is not None else None
+    fits = before is not None and len(before) == len(values) and all(b >= v for b, v in zip(before, values))
+    return before if fits else None
+
+
 def _layers(report: Report) -> list[str]:
     """Charts of the distance per layer; the last model has the colour of its other charts."""
-    compared = [(m.name, m.held_out) for m in report.models if m.held_out is not None and m.held_out.cosine]
+    colors = {model.name: int(model is not report.models[-1]) for model in report.models}
+    return layer_charts(report.models, colors)
+
+
+def layer_charts(models: Sequence[ModelReport], colors: Mapping[str, int | None], legend: bool = True) -> list[str]:
+    """Charts of the distance per layer, where it is known of a model.
+
+    Args:
+        models: one line each.
+        colors: by the names of the models.
+        legend: in the charts.
+    """
 
     def chart(title: str, field: str, unit: str = "") -> str:
-        series = [
-            Series(name, list(enumerate(getattr(distance, field))), int(distance is not compared[-1][1]), markers=True)
-            for name, distance in compared
-        ]
-        return line_chart(title, series, x_label="layer (0: Transformer input)", unit=unit, from_zero=True)
+        series = [Series(m.name, list(enumerate(getattr(m.held_out, field))), colors[m.name], markers=True)
+                  for m in models if m.held_out is not None]  # fmt: skip
+        return line_chart(title, series, x_label="layer (0: Transformer input)", unit=unit, from_zero=True,
+                          legend=legend)  # fmt: skip
 
     charts = chart(f"1 {MINUS} cosine similarity", "cosine"), chart("L1", "l1", "mean absolute difference")
     return [chart for chart in charts if chart]
@@ -181,12 +212,18 @@ def _factor(value: float) -> str:
     return f"{value:.4f}" if value >= 1e-3 else f"{value:.6f}"
 
 
-def _millions(count: int) -> str:
+def millions(count: int) -> str:
+    """A number of parameters."""
     return f"{count / 1e6:.2f} M"
 
 
 def _change(now: float, before: float) -> str:
-    return _signed(100 * (now / before - 1), 1) + "\N{NARROW NO-BREAK SPACE}%"
+    return percent(100 * (now / before - 1))
+
+
+def percent(value: float) -> str:
+    """With one decimal."""
+    return _signed(value, 1) + "\N{NARROW NO-BREAK SPACE}%"
 
 
 def _signed(value: float, decimals: int = 4) -> str:

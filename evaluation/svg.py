@@ -4,16 +4,19 @@ Drawn at the size at which they are shown, so that text stays legible on a phone
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 344, 210  # CSS pixels
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 16, 34
 COLORS = 8  # the page defines --s0 .. --s7
+MOST_MARKERS = 60  # more would touch
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -22,23 +25,45 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.filters["px"] = "{:.1f}".format
+TEMPLATES.filters["breakable"] = lambda name: Markup(re.sub(r"([_/.-])", r"\1<wbr>", str(escape(name))))
+TEMPLATES.filters["paint"] = lambda color: "var(--outline)" if color is None else f"var(--s{color % COLORS})"
 
 
 @dataclass
 class Series:
     """One line of a chart."""
 
-    name: str
+    name: str  # in the legend; without a name it is not there
     points: Sequence[tuple[float, float]]
-    color: int = 0  # index of the page's palette
+    color: int | None = 0  # index of the page's palette; None for the grey of what others are compared with
     dashed: bool = False
     markers: bool = False
 
 
 def line_chart(
-    title: str, series: Sequence[Series], *, x_label: str, unit: str = "", log: bool = False, from_zero: bool = False
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    unit: str = "",
+    log: bool = False,
+    from_zero: bool = False,
+    x_reach: float | None = None,
+    legend: bool = True,
 ) -> str:
-    """A figure with a caption, a legend and lines; on a logarithmic scale values that are not positive are left out."""
+    """A figure with a caption, a legend and lines, or nothing where no line has a point.
+
+    Args:
+        title: caption.
+        series: lines; one point alone is a dot.
+        x_label: of the axis from 0 on.
+        unit: after the caption.
+        log: logarithmic scale; values that are not positive are left out.
+        from_zero: show 0 on the other axis, too.
+        x_reach: x is no whole number, and the axis ends with a round number beyond this one, so that several charts
+            share one scale.
+        legend: name the lines, where there are several.
+    """
     lines = [(s, [(x, y) for x, y in s.points if y > 0 or not log]) for s in series]
     lines = [(s, points) for s, points in lines if points]
     if not lines:
@@ -51,8 +76,8 @@ def line_chart(
         y_ticks = [(float(t), f"1e{t}") for t in range(int(y_low), int(y_high) + 1, 1 + int(y_high - y_low) // 6)]
     else:
         y_ticks, y_low, y_high = nice_axis(y_low, y_high)
-    x_ticks, x_low, _ = nice_axis(0, max(xs), 5, integers=True)
-    x_high = max(1.0, *xs)
+    x_ticks, x_low, x_end = nice_axis(0, max(x_reach or 0.0, *xs), 5, integers=x_reach is None)
+    x_high = max(1.0, *xs) if x_reach is None else x_end
 
     def place(x: float, y: float) -> tuple[float, float]:
         y = math.log10(y) if log else y
@@ -68,13 +93,32 @@ def line_chart(
         y_ticks=[(place(x_low, 10**tick if log else tick)[1], label, tick == 0 and not log) for tick, label in y_ticks],
         x_ticks=[(place(tick, 10**y_low if log else y_low)[0], label) for tick, label in x_ticks if tick <= x_high],
         lines=[(s, [(*place(x, y), x, y) for x, y in points]) for s, points in lines],
+        named=[s for s, _ in lines if s.name] if legend else [],
     )
 
 
-def bar_chart(title: str, values: Sequence[int], outline: Sequence[int] | None, *, x_label: str) -> str:
-    """A figure with one bar per layer, and behind each the outline of what it had before."""
-    highest = max([1, *values, *(outline or [])])
-    ticks, _, top = nice_axis(0, highest, 4, integers=True)
+def bar_chart(
+    title: str,
+    values: Sequence[int],
+    outline: Sequence[int] | None,
+    *,
+    x_label: str,
+    color: int = 0,
+    unit: str = "",
+    highest: int = 1,
+) -> str:
+    """A figure with one bar per layer, and behind each the outline of what it had before.
+
+    Args:
+        title: caption.
+        values: one per layer.
+        outline: as many, or None.
+        x_label: name of a layer.
+        color: index of the page's palette.
+        unit: after the caption.
+        highest: value that the axis reaches at least, so that several charts share one scale.
+    """
+    ticks, _, top = nice_axis(0, max([highest, *values, *(outline or [])]), 4, integers=True)
     pitch = (WIDTH - LEFT - RIGHT) / len(values)
     centers = [LEFT + (i + 0.5) * pitch for i in range(len(values))]
     outlines: Sequence[int | None] = outline or [None] * len(values)
@@ -85,7 +129,9 @@ def bar_chart(title: str, values: Sequence[int], outline: Sequence[int] | None, 
 
     return _draw(
         title=title,
+        unit=unit,
         x_label=x_label,
+        color=color,
         y_ticks=[(HEIGHT - BOTTOM - height(tick), label, tick == 0) for tick, label in ticks],
         x_ticks=[(center, i + 1) for i, center in enumerate(centers) if i % every == 0],
         bars=[
@@ -126,5 +172,5 @@ def _label(value: float, decimals: int | None) -> str:
 
 def _draw(**content: Any) -> str:
     places = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "base": HEIGHT - BOTTOM}
-    blank = {"unit": "", "bars": (), "lines": (), "colors": COLORS}
+    blank = {"bars": (), "lines": (), "named": (), "most_markers": MOST_MARKERS}
     return TEMPLATES.get_template("chart.svg.jinja").render({**places, **blank, **content})

@@ -14,7 +14,7 @@ from wav2vec2 import Wav2Vec2Model, load_model
 from wav2vec2.checkpoint import replacing
 from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.safetensors import make_header
-from wav2vec2.windows import extract, make_windows
+from wav2vec2.windows import Window, extract, make_windows
 
 
 @dataclass
@@ -46,6 +46,13 @@ class FeatureOptions:
             )
         return layers
 
+    def windows(self, model: Wav2Vec2Model, num_samples: int) -> list[Window]:
+        """What is run at once, of so many samples."""
+        try:
+            return make_windows(model, num_samples, self.window, self.context)
+        except ValueError as error:
+            raise UserError(f"--window {self.window:g} --context {self.context:g}: {error}") from None
+
 
 def load_on(model: str, device: str) -> Wav2Vec2Model:
     """A model on the device of ``--device``; UserError for one that does not exist."""
@@ -69,10 +76,7 @@ def write_features(
         progress: is told of every part's seconds of audio.
     """
     layers = options.layer_numbers(model.num_layers)
-    try:
-        windows = make_windows(model, file.num_samples, options.window, options.context)
-    except ValueError as error:
-        raise UserError(f"--window {options.window:g} --context {options.context:g}: {error}") from None
+    windows = options.windows(model, file.num_samples)
     num_frames = windows[-1].last
     shape = (len(layers), num_frames, model.embed_dim)
     with replacing(target) as temporary:

@@ -4,7 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from distillation.config import flat_settings
 from distillation.errors import UserError
+from distillation.training.record import Identity, Kinds, Settings
+
+KINDS = Kinds(
+    elsewhere=frozenset({"model", "train", "valid", "exp_dir", "continue_with_changes"}),
+    free=frozenset({"validate_every", "beam_size", "accelerator", "precision", "workers"}),
+    rates=frozenset({"max_steps", "freeze_steps", "lr", "head_lr", "warmup_ratio"}),
+)
 
 
 @dataclass
@@ -61,9 +69,20 @@ class FinetuneRun:
     """Of the data's order, dropout and the output layer."""
     workers: int = 2
     """Processes that read audio."""
+    continue_with_changes: bool = False
+    """Go on although length or rates are others now."""
 
     def __post_init__(self) -> None:
         if min(self.validate_every - 1, self.beam_size, self.workers) < 0:
             raise UserError("--validate_every must be at least 1, --beam_size and --workers at least 0")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: it must lie in [0, 2^32)")
+
+    def identity(self, content: Settings) -> Identity:
+        """What is trained.
+
+        Args:
+            content: of the files.
+        """
+        settings = {name.removeprefix("config."): value for name, value in flat_settings(self).items()}
+        return Identity.of(settings, KINDS, content)

@@ -4,7 +4,6 @@ Shapes: B batch, T frames, V vocabulary.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,15 +14,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import CharErrorRate, WordErrorRate
 from tqdm import tqdm
 
-from distillation.errors import UserError
 from distillation.optimisation import lr_factor
-from distillation.training.progress import UpdateBar
+from distillation.training.progress import SavingBar
+from distillation.training.record import RUN
+from distillation.training.resuming import Standing
 from distillation.training.step import seed_micro_batch
 from finetuning.config import FinetuneConfig
 from finetuning.decoding import Decoder, greedy_decoder
 from finetuning.transcripts import Batch
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
-from wav2vec2.checkpoint import fingerprint
 
 RATES = ("valid/wer", "valid/cer")
 
@@ -44,13 +43,15 @@ class CTCModule(pl.LightningModule):
         model: what to fine-tune; its output layer, if any, is replaced.
         vocabulary: blank first.
         config: rates and lengths.
+        run: where the run stands, and what it is.
         seed: of dropout, a function of it and the update: a resumed run repeats nothing.
     """
 
-    def __init__(self, model: Wav2Vec2Model, vocabulary: list[str], config: FinetuneConfig, seed: int = 0) -> None:
+    def __init__(
+        self, model: Wav2Vec2Model, vocabulary: list[str], config: FinetuneConfig, run: Standing, seed: int = 0
+    ) -> None:
         super().__init__()
-        self.seed = seed
-        self.start = {"model": fingerprint(model), "vocabulary": vocabulary}
+        self.seed, self.run = seed, run
         self.model, self.vocabulary, self.config = with_output_layer(model, vocabulary), vocabulary, config
         self.model.feature_extractor.requires_grad_(config.train_extractor)
         self.model.feature_extractor.dummy_weight.requires_grad_(False)
@@ -91,19 +92,8 @@ class CTCModule(pl.LightningModule):
             metric.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what this run started from."""
-        checkpoint["start"] = self.start
-
-    def check(self, checkpoint: dict[str, Any], source: Path) -> int:
-        """The update at which a checkpoint of this run stands.
-
-        Raises:
-            UserError: naming ``source``: it belongs to another model, or to transcripts with other characters.
-        """
-        step = checkpoint.get("global_step")
-        if checkpoint.get("start") != self.start or not isinstance(step, int):
-            raise UserError(f"{source}: of another model or other characters than this run: use another --exp_dir")
-        return step
+        """Add what the run is."""
+        checkpoint[RUN] = self.run.entry(self.global_step)
 
     def configure_optimizers(self) -> Any:
         """AdamW with a rate for the Transformer, which rises after the freeze, and one for the output layer."""
@@ -127,19 +117,15 @@ class CTCModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-class RatesBar(UpdateBar):
+class RatesBar(SavingBar):
     """Progress over updates, with the error rates of the last validation beside it."""
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        """One update further."""
-        assert self.bar is not None
-        self.bar.update(1)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Show the error rates."""
         assert self.bar is not None
         rates = {name.removeprefix("valid/"): f"{trainer.callback_metrics[name]:.1f} %" for name in RATES}
         self.bar.set_postfix(rates)
+        super().on_validation_end(trainer, module)
 
 
 @torch.no_grad()

@@ -5,28 +5,33 @@ import logging
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from distillation.errors import UserError
+from distillation.stopping import keeping
+from distillation.training.lightning_internals import supervise_alone
 from distillation.training.lock import run_lock
 from distillation.training.metrics import MetricsCSV
-from distillation.training.resuming import AtomicCheckpointIO
+from distillation.training.processes import outlive_stop_signal
+from distillation.training.record import RUN
+from distillation.training.resuming import AtomicCheckpointIO, check_state, open_run, supervise_restoring
 from finetuning.config import FinetuneRun
 from finetuning.ctc import CTCModule, RatesBar, error_rates
 from finetuning.decoding import beam_decoder
-from finetuning.transcripts import LengthBatches, SpeechDataset, Utterance, make_vocabulary, read_transcripts
+from finetuning.transcripts import LengthBatches, SpeechDataset, Utterance, describe, make_vocabulary, read_transcripts
 from wav2vec2 import load_model, prune, save_model
-from wav2vec2.checkpoint import read_torch_file, write_text
+from wav2vec2.checkpoint import fingerprint, write_text
 
 logger = logging.getLogger(__name__)
+CHECKPOINT_MINUTES = 15.0  # between two checkpoints, where no validation makes one earlier
 
 
 def finetune(run: FinetuneRun) -> dict[str, float]:
     """Fine-tune and evaluate; returns the error rates in percent.
 
     Raises:
-        UserError: data, model or machine are not what the run asks for.
+        UserError: data, model or machine are not what the run asks for, or the folder holds another run.
+        Stopped: a signal asked for it; everything is saved.
     """
     if run.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("--accelerator gpu: no GPU is visible")
@@ -39,10 +44,15 @@ def finetune(run: FinetuneRun) -> dict[str, float]:
     decode_beam = beam_decoder(vocabulary, run.beam_size) if run.beam_size else None  # is the library there? Say so now
     if unknown := sorted({c for u in valid_set for c in u.text} - {" ", *vocabulary}):
         logger.warning("%s: characters %s do not occur in training and count as errors", run.valid, "".join(unknown))
-    module = CTCModule(network, vocabulary, config, run.seed)
+    content = {"weights": fingerprint(network), "train list": describe(train_set), "valid list": describe(valid_set)}
     valid_loader = _loader(valid_set, vocabulary, LengthBatches(valid_set, config.seconds_per_batch, None), run.workers)
-    last, metrics = exp_dir / "ckpts" / "last.ckpt", MetricsCSV(exp_dir / "metrics.csv")
+    metrics = MetricsCSV(exp_dir / "metrics.csv")
     with run_lock(exp_dir, owner=True):
+        standing = open_run(exp_dir, run.identity(content), run.continue_with_changes)
+        step = standing.step
+        standing.extend_to(config.max_steps)
+        module = CTCModule(network, vocabulary, config, standing, run.seed)
+        bar = RatesBar(standing.last, run.validate_every, CHECKPOINT_MINUTES, run.validate_every)
         trainer = pl.Trainer(
             accelerator=run.accelerator,
             devices=1,
@@ -54,23 +64,37 @@ def finetune(run: FinetuneRun) -> dict[str, float]:
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
             logger=metrics,
-            callbacks=[RatesBar(), ModelCheckpoint(last.parent, filename=last.stem, enable_version_counter=False)],
+            callbacks=[bar],
+            enable_checkpointing=False,
             plugins=[AtomicCheckpointIO()],
             enable_progress_bar=False,
             enable_model_summary=False,
             log_every_n_steps=min(50, run.validate_every),
         )
-        resume = last.is_file()
-        step = module.check(read_torch_file(last), last) if resume else 0
+        supervise_alone(trainer)
         metrics.resume(step)
+        if standing.content:
+            check_state(module, standing.content, standing.last)
+            module.load_state_dict(standing.content["state_dict"])
+            supervise_restoring(trainer, standing.content, standing.last)
         batches = LengthBatches(train_set, config.seconds_per_batch, run.seed, step)
         train_loader = _loader(train_set, vocabulary, batches, run.workers)
-        trainer.fit(module, train_loader, valid_loader, ckpt_path=last if resume else None, weights_only=True)
+        if step == config.max_steps:
+            standing.leave()
+        else:
+            standing.record.write(exp_dir)
+            with bar.stop:
+                resume = standing.last if step else None
+                trainer.fit(module, train_loader, valid_loader, ckpt_path=resume, weights_only=True)
+        logger.info("%s: the last of %d updates is made", exp_dir, config.max_steps)
         module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
-        results = dict(zip(("wer", "cer"), error_rates(module, valid_loader, module.decode)))
-        if decode_beam is not None:
-            results |= zip(("beam_wer", "beam_cer"), error_rates(module, valid_loader, decode_beam))
-        save_model(exp_dir / "final.pth", module.model, vocabulary=vocabulary)
+        save_model(
+            exp_dir / "final.pth", module.model, vocabulary=vocabulary, **{RUN: standing.entry(config.max_steps)}
+        )
+        with keeping(f"the model is in {exp_dir / 'final.pth'}, its error rates are not measured yet"):
+            results = dict(zip(("wer", "cer"), error_rates(module, valid_loader, module.decode)))
+            if decode_beam is not None:
+                results |= zip(("beam_wer", "beam_cer"), error_rates(module, valid_loader, decode_beam))
         write_text(exp_dir / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
@@ -82,4 +106,5 @@ def _loader(utterances: list[Utterance], vocabulary: list[str], batches: LengthB
         batch_size=None,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=outlive_stop_signal,
     )

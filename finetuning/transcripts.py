@@ -5,6 +5,7 @@ Shapes: B batch, N samples at 16 kHz, S characters.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -85,6 +86,13 @@ def _manifest(path: Path) -> Iterator[tuple[Path, str]]:
             raise UserError(f"{path}: line {number} is not path<TAB>text")
         if line.strip():
             yield path.parent / name, text
+
+
+def describe(utterances: Sequence[Utterance]) -> str:
+    """How many there are and a digest of what is said in which file, wherever they lie."""
+    digest = hashlib.sha256(repr([(u.path.name, u.num_frames, u.text) for u in utterances]).encode())
+    hours = sum(u.num_frames for u in utterances) / SAMPLE_RATE / 3600
+    return f"{len(utterances)} utterances of {hours:.2f} h, {digest.hexdigest()}"
 
 
 def make_vocabulary(utterances: Sequence[Utterance]) -> list[str]:

@@ -38,16 +38,26 @@ setup() {
     fi
 }
 
-# stage COMMAND...: run it; a signal to this script (Ctrl-C, the time limit of a job) makes it save and end with code 75.
+# stage COMMAND...: run it; a signal to this script (Ctrl-C, the time limit of a job) goes on to it, so that it saves and
+# ends with code 75. In a process group of its own: Ctrl-C would otherwise reach it from the terminal as well.
 stage() {
-    local child code=0 signalled=0
+    local child code=0 signalled="" name
+    set -m
     "$@" &
     child=$!
-    trap 'signalled=1; kill -TERM "$child" 2>/dev/null || true' INT TERM USR1 USR2
+    set +m
+    for name in INT TERM USR1 USR2; do
+        # shellcheck disable=SC2064
+        trap "signalled=$name; kill -$name $child 2>/dev/null || true" "$name"
+    done
     wait "$child" || code=$?
-    while [ "$signalled" = 1 ]; do # a signal ends the wait, not the child
-        signalled=0 code=0
+    while [ -n "$signalled" ]; do # a signal ends the wait, not the child
+        name=$signalled signalled="" code=0
         wait "$child" || code=$?
+        if [ "$code" -gt 128 ] && [ -z "$signalled" ]; then # it had not come to listen yet
+            echo "stopped: SIG$name: nothing was to be saved yet; run it again" >&2
+            code=75
+        fi
     done
     trap - INT TERM USR1 USR2
     return "$code"
@@ -55,49 +65,46 @@ stage() {
 
 # requeue CODE: end a SLURM job; one that was stopped by a signal goes back into the queue and resumes there.
 requeue() {
-    case $1 in 75 | 143) scontrol requeue "$SLURM_JOB_ID" ;; esac
+    case $1 in 75 | 129 | 13? | 14?) scontrol requeue "$SLURM_JOB_ID" ;; esac
     exit "$1"
 }
 
 # fit_batch RECIPE EXP_DIR FLAGS...: sets BATCH. With FIT_BATCH=1 these flags cut the update into the largest
-# micro-batches that the GPUs can train on, found once per EXP_DIR.
+# micro-batches that the GPUs can train on, found once per recipe and machine.
 fit_batch() {
     BATCH=()
     if [ "${FIT_BATCH:-0}" != 1 ]; then return; fi
-    [ -f "$2/batch.yaml" ] || python fit_batch.py --config "$1" "${@:3}" --exp_dir "$2"
+    stage python fit_batch.py --config "$1" "${@:3}" --exp_dir "$2"
     BATCH=(--config "$2/batch.yaml")
 }
 
-# two_steps RECIPE EXP_DIR FLAGS...: distil and prune jointly, prune, distil again. What is finished is not repeated.
+# two_steps RECIPE EXP_DIR FLAGS...: distil and prune jointly, prune, distil again. Each stage looks what its folder holds
+# and whether that is its own: what is finished is not repeated, what belongs to other settings is refused.
 two_steps() {
     local recipe=$1 exp=$2
     shift 2
     fit_batch "$recipe" "$exp" "$@"
     set -- "$@" "${BATCH[@]}"
-    if [ ! -f "$exp/pruned.pth" ] || [ "$exp/ckpts/last.ckpt" -nt "$exp/pruned.pth" ]; then
-        stage python distill.py --config "$recipe" "$@" --exp_dir "$exp"
-        python prune.py --distilled_ckpt "$exp/ckpts/last.ckpt" --out "$exp/pruned.pth"
-    fi
-    if [ ! -f "$exp/final/final.pth" ] || [ "$exp/pruned.pth" -nt "$exp/final/final.pth" ]; then
-        stage python final_distill.py --config "$recipe" "$@" --student_ckpt "$exp/pruned.pth" --exp_dir "$exp/final"
-    fi
+    stage python distill.py --config "$recipe" "$@" --exp_dir "$exp"
+    stage python prune.py --distilled_ckpt "$exp/ckpts/last.ckpt" --out "$exp/pruned.pth"
+    stage python final_distill.py --config "$recipe" "$@" --student_ckpt "$exp/pruned.pth" --exp_dir "$exp/final"
 }
 
 # prepare_recipe AUDIO_DIR LISTS TRAIN TEACHER TEACHER_ID: utterance lists and the converted teacher, what is missing of them.
 prepare_recipe() {
     local audio=$1 lists=$2 train=$2/$3 teacher=$4 teacher_id=$5 root
     if [ ! -f "$train" ] || [ ! -f "$lists/valid.tsv" ]; then
-        python prepare_data.py --data "$audio" --out "$lists"
+        stage python prepare_data.py --data "$audio" --out "$lists"
         [ -f "$train" ] || die "$audio gives no $train; for audio other than LibriSpeech add --data.train train.tsv"
     fi
     root=$(head -n 1 "$train")
     case $root in "$(realpath -- "$audio")" | "$(realpath -m -- "$audio/LibriSpeech")") ;; *)
         die "$train lists audio of $root, not of $audio: remove $lists, or name another folder with --data.tsv_dir" ;;
     esac
-    [ -f "$teacher" ] || python convert_hubert_from_hf.py --model "$teacher_id" --out "$teacher"
+    [ -f "$teacher" ] || stage python convert_hubert_from_hf.py --model "$teacher_id" --out "$teacher"
 }
 
-# whole_recipe AUDIO_DIR RECIPE [FLAGS...]: everything from audio to final.pth and a report. What is finished is not repeated.
+# whole_recipe AUDIO_DIR RECIPE [FLAGS...]: everything from audio to final.pth and a report.
 whole_recipe() {
     local audio recipe=conf/$2.yaml settings lists train teacher teacher_id exp units final
     audio=$(cd "$CALLER_DIR" && realpath -m -- "$1")
@@ -111,15 +118,13 @@ whole_recipe() {
     prepare_recipe "$audio" "$lists" "$train" "$teacher" "$teacher_id"
     if [ "$units" = "[]" ]; then
         final=$exp/final.pth
-        if [ ! -f "$final" ] || [ "$exp/ckpts/last.ckpt" -nt "$final" ]; then
-            fit_batch "$recipe" "$exp" "$@"
-            stage python distill.py --config "$recipe" "$@" "${BATCH[@]}"
-        fi
+        fit_batch "$recipe" "$exp" "$@"
+        stage python distill.py --config "$recipe" "$@" "${BATCH[@]}"
     else
         two_steps "$recipe" "$exp" "$@"
         final=$exp/final/final.pth
     fi
-    [ "$exp/report.html" -nt "$final" ] || python report.py "$exp"
+    stage python report.py "$exp" --if_changed
     echo "Done: $final, $exp/report.html"
 }
 

@@ -8,10 +8,10 @@ out=$(cd "$CALLER_DIR" && realpath -m -- "${1:-demo_out}")
 setup requirements.txt requirements/demo.txt
 began=$SECONDS
 
-python -m demo.corpus --out "$out/corpus" --train_utterances 40 --no-keywords
-[ -f "$out/data/valid.tsv" ] || python prepare_data.py --data "$out/corpus/LibriSpeech" --out "$out/data"
-[ -f "$out/teacher.pth" ] || python convert_hubert_from_hf.py --model demo/teacher --out "$out/teacher.pth"
+stage python -m demo.corpus --out "$out/corpus" --train_utterances 40 --no-keywords
+[ -f "$out/data/valid.tsv" ] || stage python prepare_data.py --data "$out/corpus/LibriSpeech" --out "$out/data"
+[ -f "$out/teacher.pth" ] || stage python convert_hubert_from_hf.py --model demo/teacher --out "$out/teacher.pth"
 two_steps conf/demo.yaml "$out/run" --teacher_ckpt "$out/teacher.pth" --data.tsv_dir "$out/data"
 cp "$out/run/final/final.pth" "$out/final.pth"
-python report.py "$out/run" --out "$out/report.html"
+stage python report.py "$out/run" --out "$out/report.html" --if_changed
 echo "Done in $((SECONDS - began)) s: $out/final.pth, $out/report.html"

@@ -6,4 +6,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 case "${1:-}" in -h | --help) ;; *) setup requirements.txt requirements/s3prl.txt ;; esac
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 cd "$CALLER_DIR"
-python -m evaluation.superb "$@"
+stage python -m evaluation.superb "$@"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +50,7 @@ def test_short_files_are_run_whole(local_path, noise, tmp_path, caplog, seconds,
         np.testing.assert_allclose(found, whole(model, path, layer), atol=2e-5)
     assert ("resampled from" in caplog.text) == (rate != 16_000)
     assert ("2 channels averaged" in caplog.text) == (channels == 2)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.npy"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.npy", "features.jsonl"]
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100, 11_025, 48_000])
@@ -101,11 +103,11 @@ def test_memory_is_bounded_by_the_window(local_path, noise, tmp_path, monkeypatc
 
 def test_both_formats_hold_the_same(local_path, noise, tmp_path):
     path = noise(tmp_path / "a.wav", 2.0, 4)
-    run(local_path, [path], tmp_path, "all")
-    run(local_path, [path], tmp_path, "all", "safetensors")
-    tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    for format in ("npy", "safetensors"):
+        run(local_path, [path], tmp_path / format, "all", format)
+    tensors = safetensors.torch.load_file(tmp_path / "safetensors" / "a.safetensors")
     assert list(tensors) == [f"layer_{i}" for i in range(5)]
-    assert np.array_equal(torch.stack(list(tensors.values())), np.load(tmp_path / "a.npy"))
+    assert np.array_equal(torch.stack(list(tensors.values())), np.load(tmp_path / "npy" / "a.npy"))
 
 
 @pytest.mark.parametrize("format", ["npy", "safetensors"])
@@ -121,6 +123,81 @@ def test_the_command_line(local_path, noise, script, tmp_path):
     script("extract_features.py", local_path, *paths, "--out", tmp_path / "deep" / "out")
     a, b = (np.load(tmp_path / "deep" / "out" / f"{name}.npy") for name in "ab")
     assert a.shape == (49, 24) and np.array_equal(a, b)
+
+
+# Stopped and run again
+
+
+def test_what_is_finished_is_not_computed_again(local_path, noise, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    out, paths = tmp_path / "out", [noise(tmp_path / f"{name}.wav", 0.5, i) for i, name in enumerate("abcd")]
+    run(local_path, paths[:3], out)
+    first = {name: (out / f"{name}.npy").stat().st_mtime_ns for name in "abc"}
+    (out / "b.npy").unlink()
+    noise(paths[2], 0.6, 9)
+    computed, write = [], extract_features.write_features
+    monkeypatch.setattr(
+        extract_features, "write_features", lambda *args: (computed.append(args[2].name), write(*args))[1]
+    )
+    caplog.clear()
+    run(local_path, paths, out)
+    assert computed == ["b.npy", "c.npy", "d.npy"] and caplog.text.count("1 of 4 files were finished before") == 1
+    assert (out / "a.npy").stat().st_mtime_ns == first["a"]
+    np.testing.assert_allclose(np.load(out / "c.npy"), whole(load_model(local_path), paths[2], -1), atol=2e-5)
+    run(local_path, paths, out)
+    assert len(computed) == 3
+
+
+def test_one_folder_holds_one_kind_of_features(local_path, teacher_path, noise, tmp_path):
+    path, other = (noise(tmp_path / f"{name}.wav", 0.5, 0) for name in "ab")
+    out = tmp_path / "out"
+    assert refusal(local_path, [path, tmp_path / "no.wav"], out).endswith("no such file")
+    run(local_path, [path], out, "-1")  # nothing was there yet
+    run(local_path, [other], out, "last")  # the same layer
+    before = (out / "features.jsonl").read_bytes()
+    for model, options, words in (
+        (teacher_path, {}, 'model "'),
+        (local_path, {"layers": "0"}, "layers [4] -> [0]"),
+        (local_path, {"format": "safetensors"}, 'format "npy" -> "safetensors"'),
+        (local_path, {"window": 30.0}, "window 40.0 -> 30.0"),
+    ):
+        message = refusal(model, [path], out, **options)
+        assert words in message and message.endswith("use another --out"), message
+    assert (out / "features.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_stopped_run_goes_on(local_path, noise, server, tmp_path, name):
+    paths = [noise(tmp_path / f"{i}.wav", 0.2, i) for i in range(8)] + [noise(tmp_path / "long.wav", 60, 9)]
+    out, words = tmp_path / "out", ["extract_features.py", local_path, *paths, "--window", 4, "--context", 1, "--out"]
+    process = server.start(*words, out)
+    process.until(lambda: list(out.glob(".long.*")))
+    process.kill(getattr(signal, name))
+    stopped = process.wait()
+    assert stopped.code == 75
+    assert stopped.error == f"stopped: {name}: the finished files are in {out}; the same command goes on"
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
+    assert len(kept) == 8 and not list(out.glob(".*"))
+    assert "8 of 9 files were finished before" in server.run(*words, out).stderr
+    run(local_path, paths, tmp_path / "whole", window=4.0)
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    for path in paths:
+        assert (out / f"{path.stem}.npy").read_bytes() == (tmp_path / "whole" / f"{path.stem}.npy").read_bytes()
+
+
+def test_any_number_of_files(local_path, noise, tmp_path):
+    """None of them is kept open."""
+    paths = [noise(tmp_path / "audio" / f"{i}.wav", 0.03, i) for i in range(60)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+    try:
+        run(local_path, paths, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list((tmp_path / "out").glob("*.npy"))) == 60
+
+
+# What is refused
 
 
 def refusal(*args, **kwargs) -> str:
@@ -141,8 +218,9 @@ def test_refusals(local_path, noise, tmp_path):
     assert "give all, last, or numbers" in refusal(local_path, [path], out, "first")
     assert "cannot be resampled from 15991 Hz" in refusal(local_path, [noise(tmp_path / "o.wav", 1, 1, 15_991)], out)
     long = noise(tmp_path / "long.wav", 4.0, 8)
-    assert "needs a context above 0 and a window of at least 3 s" in refusal(local_path, [long], out, window=2.0)
+    assert "needs a context above 0 and a window of at least 3 s" in refusal(local_path, [path, long], out, window=2.0)
+    assert not list(out.glob("*.npy"))
     nan = tmp_path / "nan.wav"
     soundfile.write(nan, np.full(16_000, np.nan, np.float32), 16_000, "FLOAT")
     assert refusal(local_path, [nan], out).endswith("nan.wav: NaN or infinite samples after 0.0 s")
-    assert not out.exists() or not list(out.iterdir())
+    assert [path.name for path in out.iterdir()] == ["features.jsonl"]

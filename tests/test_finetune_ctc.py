@@ -5,15 +5,21 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 import export
 from distillation.errors import UserError
+from distillation.stopping import Stopped
+from distillation.training.record import Record
+from distillation.training.resuming import Standing
 from exporting import verify
 from finetuning.config import FinetuneConfig, FinetuneRun
 from finetuning.ctc import CTCModule
@@ -65,14 +71,16 @@ def random_model(tmp_path_factory, tiny_config) -> Path:
     return path
 
 
-def run(model: Path, tones: tuple[Path, Path], exp_dir: Path, beam_size: int = 0, **changes) -> dict[str, float]:
+def run(
+    model: Path, tones: tuple[Path, Path], exp_dir: Path, beam_size: int = 0, on_request: bool = False, **changes
+) -> dict[str, float]:
     settings = {
         "max_steps": 140, "freeze_steps": 20, "lr": 5e-3, "head_lr": 5e-3, "seconds_per_batch": 24.0,
         "train_extractor": True, **changes,
     }  # fmt: skip
     config = FinetuneConfig(**settings)
     settings = {"validate_every": config.max_steps // 2, "beam_size": beam_size, "accelerator": "cpu", "workers": 0}
-    return finetune(FinetuneRun(str(model), *tones, exp_dir, config, **settings))
+    return finetune(FinetuneRun(str(model), *tones, exp_dir, config, **settings, continue_with_changes=on_request))
 
 
 @pytest.mark.slow
@@ -106,7 +114,8 @@ def test_the_freeze_trains_the_output_layer_alone(random_model, tones, tmp_path)
     after = load_model(tmp_path / "a" / "final.pth").state_dict()
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"encoder"}
-    module = CTCModule(load_model(random_model), VOCABULARY, FinetuneConfig(freeze_steps=1))
+    standing = Standing(tmp_path / "last.ckpt", Record([]))
+    module = CTCModule(load_model(random_model), VOCABULARY, FinetuneConfig(freeze_steps=1), standing)
     dataset = SpeechDataset(read_transcripts(tones[1]), VOCABULARY)
     module.log = lambda *args, **kwargs: None
     module.training_step(dataset[[0, 1]], 0).backward()
@@ -118,22 +127,28 @@ def test_the_freeze_trains_the_output_layer_alone(random_model, tones, tmp_path)
 def test_a_stopped_run_resumes(random_model, tones, tmp_path):
     run(random_model, tones, tmp_path, max_steps=8, freeze_steps=2)
     steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "metrics.csv").open())]
-    run(random_model, tones, tmp_path, max_steps=16, freeze_steps=2)
+    with pytest.raises(UserError, match=r"last\.ckpt is of a run with other settings: max_steps 8 -> 16; to go on"):
+        run(random_model, tones, tmp_path, max_steps=16, freeze_steps=2)
+    run(random_model, tones, tmp_path, max_steps=16, freeze_steps=2, on_request=True)
     again = [int(row["step"]) for row in csv.DictReader((tmp_path / "metrics.csv").open())]
     assert again[: len(steps)] == steps and max(again) > max(steps) and len(set(again)) == len(again)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpts", "final.pth", "metrics.csv", "results.json"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["ckpts", "final.pth", "history.yaml", "metrics.csv", "results.json"]
+    start, change = yaml.safe_load((tmp_path / "history.yaml").read_text())
+    assert start["settings"]["max_steps"] == 8
+    assert change == {"update": 8, "changed": {"max_steps": [8, 16], "validate_every": [4, 8]}}
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["last.ckpt"]
 
     other = load_model(random_model)  # neither its weights nor its results may be taken for this one's
     with torch.no_grad():
         other.encoder.transformer.layers[0].attention.k_proj.bias[0] += 1
     save_model(tmp_path / "other.pth", other)
-    with pytest.raises(UserError, match=r"last\.ckpt: of another model or other characters than this run"):
-        run(tmp_path / "other.pth", tones, tmp_path, max_steps=16, freeze_steps=2)
+    with pytest.raises(UserError, match=r"weights \w{12} -> \w{12}; weights cannot change in the middle of a run"):
+        run(tmp_path / "other.pth", tones, tmp_path, max_steps=16, freeze_steps=2, on_request=True)
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_an_uninterrupted_one(random_model, tones, tmp_path, monkeypatch):
+def test_a_stopped_and_killed_run_ends_as_an_uninterrupted_one(random_model, tones, tmp_path, monkeypatch):
     settings = {"max_steps": 8, "freeze_steps": 2, "seconds_per_batch": 12.0}  # validates and saves after 4
     model = load_model(random_model)
     dropping = wav2vec2_model(**{**model.config, "encoder_dropout": 0.3})
@@ -147,6 +162,14 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(random_model, tones, tmp_path
             raise KeyError("killed")
         return step(self, batch, batch_idx)
 
+    def stopped(self, batch, batch_idx):
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGUSR1 at update 3: saved in"):
+        patch.setattr(CTCModule, "training_step", stopped)
+        run(tmp_path / "dropping.pth", tones, tmp_path / "cut", **settings)
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
         patch.setattr(CTCModule, "training_step", killed)
         run(tmp_path / "dropping.pth", tones, tmp_path / "cut", **settings)

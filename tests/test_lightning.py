@@ -17,6 +17,8 @@ from distillation.optimisation import OptimConfig
 from distillation.sparsity import PruningConfig, make_prunable
 from distillation.training.guards import BatchGuard
 from distillation.training.memory import TrialUpdates
+from distillation.training.record import Record
+from distillation.training.resuming import Standing
 from distillation.training.step import seed_micro_batch
 from lightning import DistillModule, accumulation
 from wav2vec2 import kernels, wav2vec2_model
@@ -30,7 +32,7 @@ def build(config: dict, layers: list[list[int]], pruning: PruningConfig | None):
     settings = ObjectiveConfig(layer_to_layer=LayerToLayer.Config(layers=layers))
     recipe = Recipe(objective=settings, trainer=TrainerConfig(precision="32-true"))
     step = build_step(recipe, OptimConfig(max_steps=10, warmup_steps=2), student, teacher, pruning)
-    return DistillModule(step, recipe.seed, "")
+    return DistillModule(step, recipe.seed, "", Standing(Path("last.ckpt"), Record([])))
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])

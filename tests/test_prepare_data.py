@@ -1,4 +1,6 @@
+import json
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,9 @@ import pytest
 import soundfile
 
 import prepare_data
+from distillation.data import corpus
 from distillation.data.manifest import read_tsv
+from distillation.data.preparation import KEPT
 
 SCRIPT = Path(__file__).parents[1] / "prepare_data.py"
 
@@ -41,7 +45,12 @@ def write(path, num_frames=4000, rate=16000, channels=1, scale=0.3):
 
 
 def files(out):
-    return sorted(path.name for path in out.iterdir()) if out.exists() else []
+    """All but what is kept for the next try where no list was written."""
+    return sorted(path.name for path in out.iterdir() if path.name != KEPT) if out.exists() else []
+
+
+def read_kept(out):
+    return [json.loads(line)["key"] for line in (out / KEPT).read_text().splitlines()[1:]]
 
 
 @pytest.fixture
@@ -189,13 +198,60 @@ def test_check_reports_and_skips_what_cannot_be_used(run, tmp_path):
     table = [line.split()[:2] for line in printed.splitlines()]
     assert ["unreadable", "2"] in table and ["silent", "1"] in table
 
+    kept = read_kept(out)
+    assert len(kept) == 10  # of text.flac there was no header
     run("--data", data, "--out", out, "--check", "--skip_broken")
+    assert not (out / KEPT).exists()
     listed = [name for list_ in ("train", "valid") for name in read_tsv(out / f"{list_}.tsv").paths]
     assert sorted(listed) == [*(f"{k}.flac" for k in range(6)), "clipped.flac", "silent.flac"]
     for name in ("silent.flac", "clipped.flac", "cut.flac", "text.flac", "nan.wav"):
         (data / name).unlink()
     run("--data", data, "--out", out, "--check")
     assert files(out) == ["train.tsv", "valid.tsv"]
+
+
+def test_what_was_found_is_not_looked_for_again(run, tmp_path, monkeypatch):
+    data, out = tmp_path / "data", tmp_path / "out"
+    for k in range(4):
+        write(data / f"{k}.wav", 20000 + k)
+    write(data / "silent.wav", scale=0)
+    run("--data", data, "--out", out, "--check", code=2)
+    write(data / "1.wav", 30000)
+    (data / "2.wav").unlink()
+    looked = []
+    for name in ("read_header", "check_audio"):
+        original = getattr(corpus, name)
+        monkeypatch.setattr(
+            corpus, name, lambda path, *rest, f=original: (looked.append((f.__name__, path.name)), f(path, *rest))[1]
+        )
+    args = ("--data", data, "--out", out, "--check", "--skip_broken")
+    run(*args)
+    assert sorted(looked) == [("check_audio", "1.wav"), *(("read_header", f"{k}.wav") for k in ("0", "1", "3", "silent"))]
+    manifests = [read_tsv(out / f"{name}.tsv") for name in ("train", "valid")]
+    frames = {name: int(n) for manifest in manifests for name, n in zip(manifest.paths, manifest.num_frames)}
+    assert frames == {"0.wav": 20000, "1.wav": 30000, "3.wav": 20003, "silent.wav": 4000}
+    assert (out / "broken.tsv").read_text().count("\n") == 1 and not (out / KEPT).exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_stopped_check_goes_on(server, tmp_path, name):
+    data, out = tmp_path / "data", tmp_path / "out"
+    for k in range(60):
+        write(data / f"{k}.flac", 16000 * 60)
+    words = ["prepare_data.py", "--data", data, "--check", "--num_threads", 2, "--out"]
+    process = server.start(*words, out)
+    process.until(lambda: (out / KEPT).exists())
+    process.kill(getattr(signal, name))
+    stopped = process.wait()
+    kept = f"what was found in the files so far is in {out / KEPT}"
+    assert (stopped.code, stopped.error) == (75, f"stopped: {name}: {kept}; the same command goes on")
+    assert files(out) == []
+    before = read_kept(out)
+    assert f"going on after {len(before)} findings" in server.run(*words, out).stderr or not before
+    server.run(*words, tmp_path / "whole")
+    for name in files(tmp_path / "whole"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert files(out) == ["train.tsv", "valid.tsv"] and not (out / KEPT).exists()
 
 
 def test_command_line_mistakes(run, tmp_path):

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from tests.helpers import ROOT, assert_same_run, metrics, weights
-from wav2vec2 import load_model
+from tests.helpers import ROOT, assert_same_run, copy_lists, metrics, run_here, weights
+from wav2vec2 import load_model, save_model
+from wav2vec2.checkpoint import load_checkpoint
 
 
 def test_chain(reference, script, tiny_flags, teacher_path, tmp_path):
@@ -37,7 +40,8 @@ def test_chain(reference, script, tiny_flags, teacher_path, tmp_path):
 
     final = reference / "final"
     content = torch.load(final / "final.pth", weights_only=True)
-    assert set(content) == {"state_dict", "config", "distill_linear_projs"}
+    assert set(content) == {"state_dict", "config", "distill_linear_projs", "run"}
+    assert content["run"]["update"] == 6 and content["run"]["student"]["update"] == 12
     assert set(content["distill_linear_projs"]) == {f"{i}.{name}" for i in range(3) for name in ("weight", "bias")}
     model = load_model(final / "final.pth")
     assert sum(p.numel() for p in model.parameters()) == count
@@ -47,9 +51,14 @@ def test_chain(reference, script, tiny_flags, teacher_path, tmp_path):
     assert metrics(final)[-1]["valid/distill"]
 
     # a finished run is left as it is
-    before_time = (final / "ckpts/last.ckpt").stat().st_mtime_ns
-    script("final_distill.py", *tiny_flags, "--student_ckpt", reference / "pruned.pth", "--exp_dir", final)
-    assert (final / "ckpts/last.ckpt").stat().st_mtime_ns == before_time
+    files = [reference / "pruned.pth", *(final / name for name in ("ckpts/last.ckpt", "final.pth", "config.yaml"))]
+    before_times = [path.stat().st_mtime_ns for path in files]
+    again = script("final_distill.py", *tiny_flags, "--student_ckpt", reference / "pruned.pth", "--exp_dir", final)
+    assert "final is complete: it has made all of its 6 updates" in again.stderr
+    assert "pruned.pth is up to date" in script("prune.py", "--distilled_ckpt", last).stderr
+    script("final_distill.py", *tiny_flags, "--student_ckpt", reference / "pruned.pth", "--exp_dir", final,
+           "--trainer.log_every", 3)  # fmt: skip  # nothing ran with it
+    assert [path.stat().st_mtime_ns for path in files] == before_times
 
 
 def test_run_folder(reference):
@@ -114,22 +123,109 @@ def test_a_stop_while_other_machines_are_awaited(server, tiny_flags, tmp_path):
     run = server.start("distill.py", *tiny_flags, "--exp_dir", tmp_path / "run", "--trainer.num_nodes", 2)
     run.until(lambda: "micro-batches each per update" in run.logs[1].read_text())
     time.sleep(3)
-    run.kill(signal.SIGTERM)
-    assert run.wait().code == -signal.SIGTERM
+    run.kill(signal.SIGUSR1)
+    finished = run.wait()
+    assert finished.code == 75 and finished.error == "stopped: SIGUSR1: nothing was to be saved yet; run it again"
 
 
-def test_checkpoint_of_another_network_is_refused(reference, script_error, tiny_flags, tmp_path):
+def left_as_it_was(exp, reference):
+    """Nothing that did not run is recorded."""
+    names = ["config.yaml", "history.yaml", "metrics.csv", "ckpts/last.ckpt"]
+    return all((exp / name).read_bytes() == (reference / name).read_bytes() for name in names)
+
+
+def test_another_run_in_the_same_folder_is_refused(reference, script_error, tiny_flags, corpus, teacher_path, tmp_path):
     exp = tmp_path / "run"
     shutil.copytree(reference, exp)
-    message = script_error("distill.py", *tiny_flags, "--exp_dir", exp, "--pruning.units", "[head]",
-                           "--pruning.target_sparsity", 0.1, "--optim.max_steps", 20)  # fmt: skip
-    assert "another network" in message and "last.ckpt" in message
-    assert (exp / "config.yaml").read_text() == (reference / "config.yaml").read_text()
-    message = script_error(
-        "final_distill.py", *tiny_flags, "--exp_dir", exp, "--student_ckpt", reference / "pruned.pth"
+    step_1 = ["distill.py", *tiny_flags, "--exp_dir", exp]
+    other = load_model(teacher_path)
+    with torch.no_grad():
+        other.encoder.transformer.layers[0].attention.q_proj.weight[0, 0] += 1
+    save_model(tmp_path / "other.pth", other)
+    copy_lists(Path(tiny_flags[tiny_flags.index("--data.tsv_dir") + 1]), corpus, tmp_path)
+    lines = (tmp_path / "train100.tsv").read_text().splitlines()
+    (tmp_path / "train100.tsv").write_text("\n".join(lines[:-1]) + "\n")
+    for changes, said in (
+        (["--teacher_ckpt", tmp_path / "other.pth", "--seed", 7], ["teacher ", "seed 2022 -> 7; "]),
+        (["--data.tsv_dir", tmp_path], ["train list 14 utterances of 0.01 h, ", " -> 13 utterances of 0.01 h, "]),
+        (["--pruning.target_sparsity", 0.2, "--optim.max_steps", 20], ["pruning.target_sparsity 0.3 -> 0.2"]),
+        (["--objective.layer_to_layer.cos", 2], ["objective.layer_to_layer.cos 1.0 -> 2.0"]),
+    ):
+        for on_request in ([], ["--continue_with_changes"]):
+            message = script_error(*step_1, *changes, *on_request)
+            assert "last.ckpt is of a run with other settings: " in message and "use another --exp_dir" in message
+            assert all(words in message for words in said)
+    assert "optim.max_steps 12 -> 20; to go on with the new ones after update 12 give --continue_with_changes" in (
+        script_error(*step_1, "--optim.max_steps", 20)
     )
-    assert "another network" in message  # --exp_dir of step 1 by mistake
-    assert (exp / "config.yaml").read_text() == (reference / "config.yaml").read_text()
+    assert "stands at update 12, after the last of 5" in script_error(
+        *step_1, "--optim.max_steps", 5, "--continue_with_changes"
+    )
+    assert left_as_it_was(exp, reference)
+    message = script_error("final_distill.py", *tiny_flags, "--exp_dir", exp, "--student_ckpt", exp / "pruned.pth")
+    assert "student cannot change" in message or "holds another network" in message  # --exp_dir of step 1 by mistake
+    assert left_as_it_was(exp, reference)
+
+
+def test_changes_on_request_take_effect(reference, script, tiny_flags, tmp_path):
+    """They are used from the next update on, and the folder says which ran when."""
+    exp = tmp_path / "run"
+    shutil.copytree(reference, exp)
+    changes = ["--optim.max_steps", 16, "--optim.lr", 0.02, "--trainer.log_every", 1, "--continue_with_changes"]
+    result = script("distill.py", *tiny_flags, "--exp_dir", exp, *changes)
+    assert (
+        "after update 12: optim.max_steps 12 -> 16; optim.lr 0.001 -> 0.02; trainer.log_every 2 -> 1" in result.stderr
+    )
+    assert "the last of 16 updates is made" in result.stderr
+    rows = {int(row["step"]): row for row in metrics(exp)}
+    for step in range(13, 17):
+        assert float(rows[step]["lr/weights"]) == pytest.approx(0.02 * (16 - (step - 1)) / 14)
+    assert float(rows[12]["lr/weights"]) == pytest.approx(0.001 * (12 - 11) / 10)  # what the update had, not the next
+    checkpoint = torch.load(exp / "ckpts/last.ckpt", weights_only=True)
+    assert checkpoint["lr_schedulers"][0]["base_lrs"][:2] == [0.02, 0.02]
+    history = yaml.safe_load((exp / "history.yaml").read_text())
+    assert history == checkpoint["run"]["history"] and [entry["update"] for entry in history] == [0, 12]
+    used = yaml.safe_load((exp / "config.yaml").read_text())
+    assert used["optim"]["lr"] == 0.02 and history[0]["settings"]["optim.lr"] == 0.001
+    # without the changes it is another run now
+    assert "optim.lr 0.02 -> 0.001" in script("distill.py", *tiny_flags, "--exp_dir", exp, code=2).error
+
+
+def test_stages_take_what_belongs_to_their_recipe(reference, script_error, server, tiny_flags, tmp_path):
+    final = ["final_distill.py", *tiny_flags, "--exp_dir", tmp_path / "final", "--student_ckpt"]
+    message = script_error(*final, reference / "pruned.pth", "--pruning.target_sparsity", 0.5)
+    assert "pruned.pth was made by another recipe: pruning.target_sparsity 0.3 -> 0.5; run distill.py" in message
+    other = tmp_path / "pruned.pth"
+    run_here("prune.py", "--distilled_ckpt", reference / "ckpts/last.ckpt", "--out", other, "--target_sparsity", 0.2)
+    assert "pruning.target_sparsity 0.2 -> 0.3" in script_error(*final, other)
+    exp = tmp_path / "run"
+    shutil.copytree(reference, exp)
+    shutil.copy(other, exp / "pruned.pth")
+    message = script_error(
+        "final_distill.py", *tiny_flags, "--exp_dir", exp / "final", "--student_ckpt", exp / "pruned.pth",
+        "--continue_with_changes",
+    )  # fmt: skip
+    assert "student " in message and "student cannot change in the middle of a run" in message
+    assert left_as_it_was(exp / "final", reference / "final")
+    message = script_error(
+        "final_distill.py", *tiny_flags, "--exp_dir", exp / "final", "--final", "null", "--student_ckpt",
+        reference / "pruned.pth",
+    )  # fmt: skip
+    assert "holds a run, and this recipe has no step 2" in message
+    assert "run distill.py, then prune.py first" in script_error(*final, tmp_path / "none" / "pruned.pth")
+    (exp / "pruned.pth").unlink()
+    message = script_error(*final, exp / "pruned.pth")
+    assert f"no such file; run prune.py --distilled_ckpt {exp / 'ckpts/last.ckpt'} first" in message
+    assert "run distill.py first" in script_error("prune.py", "--distilled_ckpt", tmp_path / "ckpts" / "last.ckpt")
+
+
+def test_prune_waits_for_the_end_of_step_1(server, script_error, tiny_flags, tmp_path):
+    last = tmp_path / "run/ckpts/last.ckpt"
+    server.run("distill.py", *tiny_flags, "--exp_dir", tmp_path / "run", fault=["SIGTERM", "update", 4], code=75)
+    message = script_error("prune.py", "--distilled_ckpt", last)
+    assert "stands at update 5 of 12: run distill.py to its end first, or give --unfinished" in message
+    run_here("prune.py", "--distilled_ckpt", last, "--unfinished")
+    assert load_checkpoint(tmp_path / "run/pruned.pth").extra["run"]["update"] == 5
 
 
 def test_no_step_2(reference, script, tiny_flags, tmp_path):

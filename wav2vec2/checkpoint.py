@@ -380,10 +380,15 @@ def _write_safetensors_file(path: str | Path, content: dict[str, Any]) -> None:
         write_safetensors(temporary, tensors, metadata)
 
 
-def fingerprint(model: Wav2Vec2Model) -> str:
-    """SHA-256 of a model's config and weights, whatever the file that it came from."""
+def fingerprint(model: Wav2Vec2Model, heads: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256 of a model's config and weights, whatever the file that it came from.
+
+    Args:
+        model: masks and all.
+        heads: state of the distillation heads that go with it.
+    """
     digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in [*sorted(model.state_dict().items()), *sorted((heads or {}).items())]:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

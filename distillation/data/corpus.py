@@ -2,10 +2,12 @@
 
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -13,6 +15,7 @@ from tqdm import tqdm
 from distillation.data.audio import AUDIO_SUFFIXES, AudioError, Finding, Header, check_audio, read_header
 from distillation.data.manifest import Manifest
 from distillation.errors import UserError
+from distillation.journal import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +23,8 @@ TRAIN_PARTS = ("train-clean-100", "train-clean-360", "train-other-500")
 VALID_PARTS = ("dev-clean", "dev-other")
 # Where no folder is small enough for valid_fraction, the smallest is held out if it has at most this share.
 MAX_VALID_SHARE = 0.2
+# Findings are kept once a second. Those that come faster than so many per second are as fast to find as to keep.
+KEEP_SECONDS, KEEP_RATE = 1.0, 10_000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -48,8 +53,8 @@ def find_librispeech(data: Path) -> Path | None:
     return None
 
 
-def scan(root: Path, parts: Sequence[str], num_threads: int | None) -> Files:
-    """Find the audio below some folders of ``root`` and read every header.
+def scan(root: Path, parts: Sequence[str], num_threads: int | None, known: Journal) -> Files:
+    """Find the audio below some folders of ``root`` and read every header that is not ``known``.
 
     Raises:
         UserError: a folder cannot be read, or there is no audio.
@@ -74,13 +79,16 @@ def scan(root: Path, parts: Sequence[str], num_threads: int | None) -> Files:
         raise UserError(f"{root} holds no audio files ({', '.join(sorted(AUDIO_SUFFIXES))})")
     names.sort()
 
-    def header(name: str) -> Header | AudioError:
+    def header(index: int) -> Header | str:
         try:
-            return read_header(root / name)
+            return read_header(root / names[index])
         except AudioError as error:
-            return error
+            return error.reason
 
-    return Files(root, names, list(in_threads(header, names, "headers", num_threads, chunk=256)))
+    paths = [f"{root}/{name}" for name in names]
+    found = remembered(header, paths, paths, known, "headers", num_threads, chunk=256, slow=False)
+    headers = [AudioError(Path(path), it) if isinstance(it, str) else Header(*it) for path, it in zip(paths, found)]
+    return Files(root, names, headers)
 
 
 def usable_headers(files: Files, sample_rate: int, problems: list[Problem]) -> Manifest:
@@ -106,15 +114,21 @@ def usable_headers(files: Files, sample_rate: int, problems: list[Problem]) -> M
     return Manifest(files.root, names, np.array(frames, dtype=np.int64))
 
 
-def decodable(manifest: Manifest, num_threads: int | None, problems: list[Problem]) -> Manifest:
-    """Decode every file; the files that can be trained on, whatever is wrong with them is added to ``problems``."""
+def decodable(manifest: Manifest, num_threads: int | None, problems: list[Problem], known: Journal) -> Manifest:
+    """Decode every file that is not ``known``; the files that can be trained on.
+
+    Whatever is wrong with them is added to ``problems``.
+    """
 
     def decode(index: int) -> Finding | None:
         return check_audio(manifest.file(index), int(manifest.num_frames[index]))
 
+    paths = [f"{manifest.root}/{name}" for name in manifest.paths]
+    keys = [f"{path}, decoded to {num} samples" for path, num in zip(paths, manifest.num_frames.tolist())]
     keep = np.ones(len(manifest), dtype=bool)
-    for index, finding in enumerate(in_threads(decode, range(len(manifest)), "decoding", num_threads, chunk=8)):
-        if finding is not None:
+    for index, found in enumerate(remembered(decode, paths, keys, known, "decoding", num_threads, chunk=8)):
+        if found is not None:
+            finding = Finding(*found)
             problems.append(Problem(manifest.file(index), finding))
             keep[index] = finding.usable
     return subset(manifest, keep)
@@ -183,19 +197,79 @@ def subset(manifest: Manifest, keep: np.ndarray) -> Manifest:
     return Manifest(manifest.root, paths, manifest.num_frames[keep])
 
 
+def remembered(
+    function: Callable[[int], Any],
+    paths: Sequence[str],
+    keys: Sequence[str],
+    known: Journal,
+    label: str,
+    num_threads: int | None,
+    chunk: int,
+    slow: bool = True,
+) -> Iterator[Any]:
+    """What a function finds in each file, in order and in plain JSON types; it is kept, and looked for only once.
+
+    Args:
+        function: is given the index of a file.
+        paths: of the files; one that has another size or time than when it was looked at is looked at again.
+        keys: under which the findings are kept.
+        known: keeps them.
+        label: of the progress bar.
+        num_threads: files looked at once.
+        chunk: files that a thread takes at once.
+        slow: whether what is found in the first second is kept; then that is measured.
+    """
+
+    def look(index: int) -> tuple[Any, list[Any] | None]:
+        before = known.pieces.get(keys[index])
+        if before is None and not slow:
+            return function(index), None
+        try:
+            status = os.stat(paths[index])  # noqa: PTH116 (a Path of each of a million files would take longer)
+        except OSError:
+            return function(index), None
+        size, time_ns = status.st_size, status.st_mtime_ns
+        if before is not None and before[:2] == [size, time_ns]:
+            return before[2], None
+        return (found := function(index)), [size, time_ns, found]
+
+    new: dict[str, list[Any]] = {}
+    since, count = time.monotonic(), 0
+    try:
+        for key, (found, piece) in zip(keys, in_threads(look, range(len(paths)), label, num_threads, chunk)):
+            count += 1
+            if piece is not None:
+                new[key] = piece
+            if (elapsed := time.monotonic() - since) > KEEP_SECONDS:
+                slow = count < KEEP_RATE * elapsed
+                known.update(new)
+                new, since, count = {}, time.monotonic(), 0
+            yield found
+    finally:
+        known.update(new)
+
+
 def in_threads(
     function: Callable[[Item], Result], items: Sequence[Item], label: str, num_threads: int | None, chunk: int
 ) -> Iterator[Result]:
-    """Results in order, from several threads, with a progress bar when it takes longer than a second."""
+    """Results in order, from several threads, with a progress bar when it takes longer than a second.
+
+    Whoever stops waiting for them, as on a signal, waits for no more than one item of each thread.
+    """
+    ended = threading.Event()
 
     def work(start: int) -> list[Result]:
-        return [function(item) for item in items[start : start + chunk]]
+        return [function(item) for item in items[start : start + chunk] if not ended.is_set()]
 
-    num_threads = num_threads or 2 * (os.cpu_count() or 1)
-    with ThreadPoolExecutor(num_threads) as pool, tqdm(total=len(items), desc=label, unit="file", delay=1) as bar:
-        for results in pool.map(work, range(0, len(items), chunk)):
-            bar.update(len(results))
-            yield from results
+    pool = ThreadPoolExecutor(num_threads or 2 * (os.cpu_count() or 1))
+    try:
+        with tqdm(total=len(items), desc=label, unit="file", delay=1) as bar:
+            for results in pool.map(work, range(0, len(items), chunk)):
+                bar.update(len(results))
+                yield from results
+    finally:
+        ended.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def _unreadable_folder(error: OSError) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -110,7 +110,12 @@ class Place:
 
 
 def make_train_loader(
-    manifest: Manifest, config: DataConfig, seed: int, start: int = 0, place: Place | None = None
+    manifest: Manifest,
+    config: DataConfig,
+    seed: int,
+    start: int = 0,
+    place: Place | None = None,
+    ends: Sequence[int] = (),
 ) -> DataLoader[Batch]:
     """Endless loader of one rank's training batches; its ``sampler`` is the `BatchStream`.
 
@@ -120,6 +125,7 @@ def make_train_loader(
         seed: of the order and the crops, the same on every rank.
         start: micro-batches that all ranks together have used before.
         place: which rank, on what machine.
+        ends: of the epochs before ``start``, as `BatchStream.ends_before` told with the same list, batching and seed.
 
     Raises:
         UserError: no utterance has a usable length, or one is longer than a batch.
@@ -128,7 +134,9 @@ def make_train_loader(
     selection = select_utterances(manifest, config)
     if place.rank == 0:
         logger.info("training data, %s", selection.summary)
-    stream = BatchStream(selection, config, seed=seed, rank=place.rank, world_size=place.world_size, start=start)
+    stream = BatchStream(
+        selection, config, seed=seed, rank=place.rank, world_size=place.world_size, start=start, ends=ends
+    )
     return _make_loader(manifest, config, stream, _num_workers(config, place), place)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distillation.data.audio import CLIPPED_LEVEL, CLIPPED_SHARE, SILENCE_PEAK
 from distillation.data.corpus import (
     TRAIN_PARTS,
     VALID_PARTS,
@@ -22,9 +23,12 @@ from distillation.data.corpus import (
 )
 from distillation.data.manifest import Manifest, write_lines, write_tsv
 from distillation.errors import UserError
+from distillation.journal import Journal
+from distillation.stopping import keeping
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger("prepare_data")
+KEPT = ".prepare_data.jsonl"  # in OUT until the lists are there
 
 
 @dataclass
@@ -66,20 +70,29 @@ def prepare(config: Preparation) -> None:
     """Write the lists.
 
     LibriSpeech gives train100.tsv, train960.tsv (when its three training parts are there) and valid.tsv (dev-clean and
-    dev-other). Any other folder gives train.tsv and valid.tsv.
+    dev-other). Any other folder gives train.tsv and valid.tsv. What is found in the files is kept until they are there.
 
     Raises:
+        Stopped: a signal asked for it.
         UserError: no usable audio, or files that are not what was asked for.
     """
+    of = {"silence": SILENCE_PEAK, "clipped": [CLIPPED_LEVEL, CLIPPED_SHARE]}
+    known = Journal(config.out / KEPT, of, "findings")
+    with keeping(f"what was found in the files so far is in {known.path}"):
+        _prepare(config, known)
+    known.remove()
+
+
+def _prepare(config: Preparation, known: Journal) -> None:
     librispeech = find_librispeech(config.data)
     parts = TRAIN_PARTS + VALID_PARTS if librispeech else (".",)
-    sources = [scan(librispeech or config.data, parts, config.num_threads)]
+    sources = [scan(librispeech or config.data, parts, config.num_threads, known)]
     if config.valid is not None:
-        sources.append(scan(config.valid, (".",), config.num_threads))
+        sources.append(scan(config.valid, (".",), config.num_threads, known))
     problems: list[Problem] = []
     manifests = [usable_headers(files, config.sample_rate, problems) for files in sources]
     if config.check:
-        manifests = [decodable(manifest, config.num_threads, problems) for manifest in manifests]
+        manifests = [decodable(manifest, config.num_threads, problems, known) for manifest in manifests]
     _report(problems, config.out, config.check, config.skip_broken)
     if config.valid is not None:
         manifests[0] = _without(manifests[0], manifests[1])
@@ -131,7 +144,7 @@ def _report(problems: list[Problem], out: Path, check: bool, skip_broken: bool) 
         print(f"{kind:<16} {len(same):>7} {left_out:>9}  {same[0].file}: {same[0].finding.detail}")
     if not skip_broken:
         raise UserError(
-            f"{len(problems)} files have problems, see {out / 'broken.tsv'}; nothing else was written: repair them, or "
+            f"{len(problems)} files have problems, see {out / 'broken.tsv'}; no list was written: repair them, or "
             f"leave out the {num_unusable} unusable ones (and keep the silent and clipped ones) with --skip_broken"
         )
     logger.warning("%d unusable files left out, see %s", num_unusable, out / "broken.tsv")

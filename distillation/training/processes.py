@@ -12,17 +12,16 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from distillation.errors import FAILED, INTERRUPTED, MISTAKE, PeerLost, Stopped
+from distillation.errors import FAILED, INTERRUPTED, MISTAKE, PeerLost
+from distillation.stopping import ECHO_SECONDS, STOP_SIGNALS, Signalled, Stopped, listening
 
-# SIGTERM comes with a pre-emption; `sbatch --signal` announces the time limit with any of them
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 POLL_SECONDS = 0.5
 # for the other ranks to end by themselves when all of them have the same reason to
 GRACE_SECONDS = 5.0
@@ -34,17 +33,21 @@ class StopRequest:
     """Whether a signal has asked this process to stop; a context manager, within which :meth:`listen` takes effect.
 
     Ctrl-C counts as such a signal; the second one ends the process as it is.
+
+    Attributes:
+        signal: name of the first.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         return self
 
     def listen(self) -> None:
-        """From now on signals are noted; before, e.g. while processes wait for each other, they end the process."""
+        """From now on signals are noted; before, they end the process."""
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
@@ -54,9 +57,43 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == "SIGINT":
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number).name, now
+        elif number == signal.SIGINT and now - self._since > ECHO_SECONDS:
+            raise Signalled(number)
+
+
+@contextlib.contextmanager
+def waiting(trainer: pl.Trainer) -> Iterator[None]:
+    """Until several processes have found each other they wait where no handler runs: a thread ends them on a signal."""
+    if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    launched = "LOCAL_RANK" in os.environ  # by the process that tells; Lightning gives itself one, too
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        """The thread does it all."""
+
+    def watch() -> None:
+        while numbers := os.read(receiver, 1):
+            if signal.getsignal(numbers[0]) is handler:  # else training has begun to listen
+                if not launched:
+                    name = signal.Signals(numbers[0]).name
+                    print(f"\nstopped: {name}: nothing was to be saved yet; run it again", file=sys.stderr, flush=True)
+                _end_now(trainer, INTERRUPTED)
+        os.close(receiver)
+
+    threading.Thread(target=watch, daemon=True, name="early-stop").start()
+    with listening(handler):
+        signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(-1)
+            os.close(sender)
 
 
 def outlive_stop_signal(worker_id: int) -> None:
@@ -165,7 +202,19 @@ def _end_readers() -> None:
             reader.kill()
 
 
+def _launched(trainer: pl.Trainer) -> list[Any]:
+    return getattr(trainer.strategy.launcher, "procs", [])
+
+
+def _end_now(trainer: pl.Trainer, code: int) -> NoReturn:
+    for process in [*_launched(trainer), *multiprocessing.active_children()]:
+        process.kill()
+    os._exit(code)
+
+
 def _ended(code: int) -> str:
+    if code == INTERRUPTED:
+        return "was asked to stop"
     if code == -signal.SIGKILL:
         return "was killed (by the system, for want of memory?)"
     if code < 0:
@@ -192,23 +241,20 @@ class _Watchdog:
         """When this process ends before its time: give those it launched a moment to do the same, then end them."""
         self.finished.set()
         deadline = time.monotonic() + GRACE_SECONDS
-        for process in self._launched():
+        for process in _launched(self.trainer):
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             process.kill()
-
-    def _launched(self) -> list[Any]:
-        return getattr(self.trainer.strategy.launcher, "procs", [])
 
     def _watch(self) -> None:
         while not self.finished.wait(POLL_SECONDS):
             if self.parent is not None and os.getppid() != self.parent:
                 self._end(FAILED, "the process that started this one is gone")
-            for rank, process in enumerate(self._launched(), start=1):
+            for rank, process in enumerate(_launched(self.trainer), start=1):
                 code = process.poll()
                 if code:
                     self._end(
-                        MISTAKE if code == MISTAKE else FAILED,
+                        code if code in (MISTAKE, INTERRUPTED) else FAILED,
                         f"process {rank} of the run {_ended(code)}; the same command resumes",
                     )
 
@@ -216,7 +262,6 @@ class _Watchdog:
         """End this process from a thread while its main thread waits for somebody who will never answer."""
         if self.finished.wait(POLL_SECONDS):
             return
-        print(f"\nerror: {message}", file=sys.stderr, flush=True)  # below the progress bar
-        for process in [*self._launched(), *multiprocessing.active_children()]:
-            process.kill()
-        os._exit(code)
+        kind = "stopped" if code == INTERRUPTED else "error"
+        print(f"\n{kind}: {message}", file=sys.stderr, flush=True)  # below the progress bar
+        _end_now(self.trainer, code)

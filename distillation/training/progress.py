@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from distillation.config import Recipe
-from distillation.errors import Stopped, UserError, is_out_of_gpu_memory
+from distillation.errors import UserError, is_out_of_gpu_memory
+from distillation.stopping import Stopped
 from distillation.training import memory
 from distillation.training.metrics import MetricsCSV
 from distillation.training.processes import Agreement, StopRequest, shared
@@ -51,21 +52,22 @@ class UpdateBar(pl.Callback):
         self.on_train_end(trainer, module)
 
 
-class Progress(UpdateBar):
-    """Progress bar over updates, rows of metrics, and checkpoints; all at update boundaries.
+class SavingBar(UpdateBar):
+    """Progress bar over updates, and checkpoints at their boundaries: at intervals, at the end, and on a stop signal.
 
     Args:
-        recipe: intervals.
         last: path of the newest checkpoint.
+        every: updates between two checkpoints.
+        minutes: after which one is written in any case.
+        validate_every: updates between two validations; a checkpoint that is due with one waits for it.
 
     Attributes:
         stop: listens for signals from the start of training on; to be opened around it.
     """
 
-    def __init__(self, recipe: Recipe, last: Path) -> None:
-        self.recipe, self.config, self.last = recipe, recipe.trainer, last
+    def __init__(self, last: Path, every: int, minutes: float, validate_every: int) -> None:
+        self.last, self.every, self.minutes, self.validate_every = last, every, minutes, validate_every
         self.stop = StopRequest()
-        self.compared = False
         self.saved_at = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -76,23 +78,64 @@ class Progress(UpdateBar):
         super().on_train_start(trainer, module)
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: pl.Trainer, module: Trained, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After an update: log and save when it is time, stop when a signal asked for it."""
+        """After an update: save when it is time, stop when a signal asked for it."""
         if trainer.global_step == self.step:  # accumulating
             return
         assert self.bar is not None
         self.step = trainer.global_step
         self.bar.update(1)
+        self.on_update(trainer, module)
+        if self.step % min(self.validate_every, self.max_steps):
+            self._save_if_due(trainer)
+        # else after the validation, so that none is lost
+
+    def on_update(self, trainer: pl.Trainer, module: Any) -> None:
+        """After update ``self.step``, before it is saved."""
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The checkpoint that waited for the validation."""
+        if trainer.state.fn == "fit":
+            self._save_if_due(trainer, wait=True)
+
+    def _save_if_due(self, trainer: pl.Trainer, wait: bool = False) -> None:
+        late = time.monotonic() - self.saved_at > 60 * self.minutes
+        stop, late = self.agree([self.stop.signal is not None, late], wait)
+        stop = stop and self.step < self.max_steps
+        if stop or late or self.step % self.every == 0 or self.step == self.max_steps:
+            trainer.save_checkpoint(self.last)
+            self.saved_at = time.monotonic()
+            self.agree.forget()
+        if stop:
+            why = self.stop.signal or "another process of the run was asked to end"
+            raise shared(
+                trainer, Stopped(f"{why} at update {self.step}: saved in {self.last}; the same command resumes")
+            )
+
+
+class Progress(SavingBar):
+    """The bar of a distillation, with rows of metrics and a word about readers and memory.
+
+    Args:
+        recipe: intervals.
+        last: path of the newest checkpoint.
+    """
+
+    def __init__(self, recipe: Recipe, last: Path) -> None:
+        self.recipe, self.config, config = recipe, recipe.trainer, recipe.trainer
+        super().__init__(last, config.checkpoint_every, config.checkpoint_minutes, config.validate_every)
+        self.compared = False
+
+    def on_update(self, trainer: pl.Trainer, module: Trained) -> None:
+        """Log when it is time."""
+        assert self.bar is not None
         if self.step % self.config.log_every == 0 or self.step == self.max_steps:
             module.log_training()
             row = metrics_table(trainer).row(self.step)
             shown = {k.split("/")[1]: f"{float(row[k]):.4f}" for k in SHOWN if k in row}
             self.bar.set_postfix(shown, refresh=False)
             self._compare_readers(row)
-        if self.step % min(self.config.validate_every, self.max_steps):
-            self._save_if_due(trainer)
-        # else after the validation, so that none is lost
 
     def _compare_readers(self, row: dict[str, str]) -> None:
         """Say once whether the readers keep up."""
@@ -106,25 +149,6 @@ class Progress(UpdateBar):
             "the readers could give %.0f s of audio per second, training takes %.0f%s",
             given, taken, ": raise --data.num_workers, or move the data to a faster disk" if slow else "",
         )  # fmt: skip
-
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The checkpoint that waited for the validation."""
-        if trainer.state.fn == "fit":
-            self._save_if_due(trainer, wait=True)
-
-    def _save_if_due(self, trainer: pl.Trainer, wait: bool = False) -> None:
-        late = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
-        stop, late = self.agree([self.stop.signal is not None, late], wait)
-        stop = stop and self.step < self.max_steps
-        if stop or late or self.step % self.config.checkpoint_every == 0 or self.step == self.max_steps:
-            trainer.save_checkpoint(self.last)
-            self.saved_at = time.monotonic()
-            self.agree.forget()
-        if stop:
-            why = self.stop.signal or "another process of the run was asked to end"
-            raise shared(
-                trainer, Stopped(f"{why} at update {self.step}: saved in {self.last}; the same command resumes")
-            )
 
     def on_exception(  # type: ignore[override]
         self, trainer: pl.Trainer, module: Trained, exception: BaseException

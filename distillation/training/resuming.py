@@ -1,7 +1,12 @@
 """Checkpoints of a run: whole or not there; what does not fit is refused in one line before anything is trained."""
 
+from __future__ import annotations
+
+import contextlib
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +16,94 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from distillation.errors import UserError
+from distillation.optimisation import OptimConfig
 from distillation.training.lightning_internals import wrap_restoring
-from wav2vec2 import CheckpointError
-from wav2vec2.checkpoint import read_torch_file, write_torch_file
+from distillation.training.record import RUN, Identity, Record
+from wav2vec2 import CheckpointError, Wav2Vec2Model, save_model
+from wav2vec2.checkpoint import fingerprint, load_checkpoint, read_torch_file, write_torch_file
 
 # what reading and fitting a checkpoint of the right kind with wrong content raises
 UNREADABLE = (KeyError, TypeError, AttributeError, ValueError, IndexError, AssertionError)
 AFRESH = "move it away to start afresh"
+LAST = Path("ckpts") / "last.ckpt"  # newest checkpoint, in the folder of a run
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Standing:
+    """Where a run stands, and what it is.
+
+    Attributes:
+        last: its newest checkpoint, where there is one.
+        record: of its settings, as it goes on.
+        step: updates made.
+        content: of the checkpoint; empty for a new run.
+        length: updates of the whole run, once :meth:`resolve` has found them out.
+    """
+
+    last: Path
+    record: Record
+    step: int = 0
+    content: dict[str, Any] = field(default_factory=dict)
+    length: int = 0
+    epochs: int | None = None
+
+    def leave(self) -> None:
+        """Nothing is left to do: what is set otherwise now was not used."""
+        self.record = Record.read(self.content, self.last) or self.record
+
+    def resolve(self, optim: OptimConfig, updates_of: Callable[[int], int]) -> OptimConfig:
+        """The settings of this step with all lengths in updates, as the run found them out when it started.
+
+        Args:
+            optim: of the recipe.
+            updates_of: how many updates a number of epochs holds.
+
+        Raises:
+            UserError: the run has made more updates.
+        """
+        entry, self.epochs = self.content.get(RUN, {}), optim.max_epochs
+        known = entry.get("length") if entry.get("epochs") == self.epochs else None
+        resolved = optim.resolved(updates_of if known is None else lambda epochs: int(known))
+        self.extend_to(resolved.max_steps)
+        return resolved
+
+    def extend_to(self, length: int) -> None:
+        """Say how many updates the whole run has.
+
+        Raises:
+            UserError: it has made more.
+        """
+        if self.step > length:
+            raise UserError(f"{self.last} stands at update {self.step}, after the last of {length}: ask for more")
+        self.length = length
+
+    def entry(self, update: int, **more: Any) -> dict[str, Any]:
+        """What the run is, for a checkpoint or a model file made after an update."""
+        return self.record.entry(update, length=self.length, epochs=self.epochs, **more)
+
+
+def open_run(exp_dir: Path, identity: Identity, on_request: bool) -> Standing:
+    """Look what is in the folder of a run, and whether it is the run that the command names.
+
+    Args:
+        exp_dir: the folder.
+        identity: what the command is about to train.
+        on_request: whether length and rates may change.
+
+    Raises:
+        UserError: a run with other settings, or a checkpoint of another kind.
+        CheckpointError: a damaged one.
+    """
+    last = exp_dir / LAST
+    if not last.is_file():
+        return Standing(last, Record.start(identity))
+    content = read_run(last)
+    step, record = content["global_step"], Record.read(content, last)
+    if record is None:
+        logger.warning("%s does not say with which settings it was made: they cannot be compared", last)
+        record = Record.start(identity)
+    return Standing(last, record.go_on(identity, step, last, on_request), step, content)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -46,6 +132,38 @@ def read_run(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_state(module: pl.LightningModule, content: Mapping[str, Any], source: Path) -> None:
+    """Refuse a checkpoint whose tensors are not those of the module.
+
+    Raises:
+        UserError: naming ``source``.
+    """
+    state, expected = content.get("state_dict"), module.state_dict()
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        raise UserError(f"{source}: holds another network or objective than this run: use another --exp_dir")
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != expected[name].shape:
+            raise UserError(f"{source}: {name} does not fit this run: use another --exp_dir")
+
+
+def save_result(path: Path, model: Wav2Vec2Model, heads: Mapping[str, Tensor], entry: dict[str, Any] | None) -> None:
+    """Write the model that a run has made, unless the file holds it.
+
+    Args:
+        path: the file.
+        model: dense.
+        heads: state of its distillation heads.
+        entry: what the run is; None where that is not known.
+    """
+    with contextlib.suppress(CheckpointError):  # not there, or damaged
+        before = load_checkpoint(path)
+        if before.extra.get(RUN) == entry and fingerprint(before.model, before.heads) == fingerprint(model, heads):
+            logger.info("%s is up to date", path)
+            return
+    save_model(path, model, heads, **({} if entry is None else {RUN: entry}))
+    logger.info("wrote %s", path)
+
+
 def supervise_restoring(trainer: pl.Trainer, content: dict[str, Any], source: Path) -> None:
     """Let the trainer take a checkpoint so that all that its content makes fail is a UserError, and nothing else is.
 
@@ -59,12 +177,15 @@ def supervise_restoring(trainer: pl.Trainer, content: dict[str, Any], source: Pa
     def wrap(what: str, restore: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any, **kwargs: Any) -> None:
             fitting = trainer.state.fn == "fit"  # a validation after the training restores nothing
+            rates: list[dict[str, Any]] = []
             try:
                 if fitting and what == "state":
                     _check_kinds(trainer, content)
+                    rates = _rates_of(trainer.optimizers[0])
                 restore(*args, **kwargs)
                 if fitting and what == "state":
                     _check_moments(trainer.optimizers[0])
+                    _set_rates(trainer, rates)
             except UNREADABLE as error:
                 if isinstance(error, UserError | CheckpointError):
                     raise
@@ -110,6 +231,21 @@ def _same_kind(found: Any, fresh: Any) -> bool:
     if isinstance(fresh, int | float):
         return isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
     return type(found) is type(fresh)
+
+
+def _rates_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Settings of the groups of an optimizer that no update has changed."""
+    return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+
+
+def _set_rates(trainer: pl.Trainer, rates: list[dict[str, Any]]) -> None:
+    """Rates are the command's, which are the checkpoint's unless they were changed on request; moments are its own."""
+    scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
+    scheduler.base_lrs = [settings["initial_lr"] for settings in rates]
+    factors = (factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas)
+    scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors)]
+    for group, settings, lr in zip(trainer.optimizers[0].param_groups, rates, scheduler._last_lr):
+        group.update(settings, lr=lr)
 
 
 def _check_moments(optimizer: torch.optim.Optimizer) -> None:

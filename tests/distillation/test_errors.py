@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from distillation.errors import PeerLost, Stopped, UserError, command
+from distillation.errors import PeerLost, UserError, command
+from distillation.stopping import Signalled, Stopped
 from tests.helpers import ROOT
 from wav2vec2 import CheckpointError
 
@@ -37,7 +39,8 @@ from wav2vec2 import CheckpointError
         (RuntimeError("DataLoader timed out after 900 seconds"), 2, "error: DataLoader timed out after 900 seconds"),
         (UserError("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
                    "  File x\ndistillation.errors.UserError: a.flac: truncated\n"), 2, "error: a.flac: truncated"),
-        (KeyboardInterrupt(), 130, ""),
+        (Signalled(signal.SIGUSR1), 75, "stopped: SIGUSR1: nothing is half-written; run it again"),
+        (KeyboardInterrupt(), 75, "stopped: SIGINT: nothing is half-written; run it again"),
     ],
 )  # fmt: skip
 def test_one_line_and_exit_code(error, code, line, capsys):
@@ -49,7 +52,7 @@ def test_one_line_and_exit_code(error, code, line, capsys):
         main()
     assert stop.value.code == code
     printed = capsys.readouterr().err
-    assert printed.startswith(line) and printed.count("\n") == bool(line)
+    assert printed.startswith(line) and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), AssertionError()])

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import random
 import shutil
+import signal
+import tempfile
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,107 +16,35 @@ import torch
 
 from distillation.config import parse_recipe, save_resolved
 from distillation.errors import UserError
-from distillation.sparsity import PruningConfig, make_prunable
 from docs import two_steps
-from evaluation import cost
+from evaluation import report_data
 from evaluation.held_out import compare_layers
-from evaluation.report_data import closing_table, collect, read_curves
+from evaluation.report_data import (
+    MAX_POINTS,
+    Effort,
+    Report,
+    closing_table,
+    collect,
+    hash_files,
+    look_at,
+    read_curves,
+    thinned,
+    to_json,
+)
 from evaluation.report_page import render
 from evaluation.svg import Series, bar_chart, line_chart, nice_axis
+from tests.evaluation.pages import CSV_STEP_2, check_page
+from tests.helpers import run_here
 from wav2vec2 import load_model, prune, save_model
 from wav2vec2.architecture import architecture
 from wav2vec2.checkpoint import CheckpointError
 
-VOID = {"meta", "br"}
-CSV = """step,train/loss,train/distill,train/l1,train/cos,sparsity/expected,sparsity/target,lagrangian/lambda1,\
-lagrangian/lambda2,lr/weights,lr/biases_norms,lr/log_alpha,speed/audio_seconds_per_second,valid/distill,valid/l1
-2,1.5,0.5,0.9,-0.4,0.02,0.1,0.0,0.0,1e-4,1e-4,0.02,30,,
-3,,,,,,,,,,,,,-0.1,0.7
-4,1.2,nan,0.8,-0.5,0.05,0.3,-0.1,0.2,2e-4,2e-4,0.02,33,,
-"""
-CSV_STEP_2 = """step,train/loss,train/distill,lr/weights,speed/audio_seconds_per_second
-2,0.1,0.1,1e-4,50
-"""
+pytestmark = pytest.mark.usefixtures("no_child_process")
 
 
-@pytest.fixture(autouse=True)
-def no_child_process(monkeypatch):
-    """Memory is measured in a process of its own, which test_cost.py tests."""
-    monkeypatch.setattr(cost, "peak_memory", lambda path, cases: [123 << 20] * len(cases))
-
-
-@pytest.fixture
-def student(teacher_path):
-    """The teacher with masks, some of which drop units."""
-    torch.manual_seed(1)
-    masked = make_prunable(load_model(teacher_path), PruningConfig(units=["conv", "head", "interm"]))
-    for mask in masked.masks().values():
-        mask.log_alpha.data = torch.linspace(-6, 6, len(mask.log_alpha))
-    return masked.eval()
-
-
-@pytest.fixture
-def run(tmp_path, teacher_path, tiny_flags, student) -> Path:
-    """What a finished run leaves. Its final model is the teacher itself, with identity heads."""
-    folder = tmp_path / "a run"
-    (folder / "final").mkdir(parents=True)
-    _, resolved = parse_recipe([str(word) for word in tiny_flags])
-    for part, table in ((folder, CSV), (folder / "final", CSV_STEP_2)):
-        save_resolved(resolved, part)
-        (part / "metrics.csv").write_text(table)
-    heads = {f"{i}.{k}": v for i in range(3) for k, v in {"weight": torch.eye(24), "bias": torch.zeros(24)}.items()}
-    save_model(folder / "pruned.pth", prune(student)[0], heads)
-    save_model(folder / "final" / "final.pth", load_model(teacher_path), heads)
-    state = {f"student.{name}": value for name, value in student.state_dict().items()}
-    checkpoint = {"student_config": student.config, "state_dict": state, "heads": heads}
-    (folder / "ckpts").mkdir()
-    torch.save(checkpoint, folder / "ckpts" / "last.ckpt")
-    return folder
-
-
-def gather(path: Path, max_seconds: float = 900):
-    return collect(path, max_seconds=max_seconds, devices=["cpu"], rounds=1)
-
-
-class Page(HTMLParser):
-    """Fails on unbalanced tags; collects headings and anything that a browser would fetch or run."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.outside: list[str] = []
-        self.headings: list[str] = []
-        self.optional = {"th", "tr", "td", "li"}
-        self.feed(text)
-        assert not [tag for tag in self.open if tag not in self.optional]
-
-    def handle_starttag(self, tag, attrs):
-        if tag in ("script", "link", "img", "iframe"):
-            self.outside.append(tag)
-        self.outside += [value for name, value in attrs if name in ("src", "href") or name.startswith("on")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        while self.open[-1] != tag and self.open[-1] in self.optional:
-            self.open.pop()
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
-
-
-def check_page(text: str) -> list[str]:
-    page = Page(text)
-    assert page.outside == [] and "@import" not in text and "url(" not in text and "http" not in text
-    for drawing in text.split("<svg")[1:]:
-        for value in ElementTree.fromstring("<svg" + drawing.split("</svg>")[0] + "</svg>").iter():
-            assert all("nan" not in v and "inf" not in v for k, v in value.attrib.items() if k != "aria-label")
-    return page.headings
+def gather(path: Path, seconds: float = 900) -> Report:
+    subjects = look_at([path])
+    return collect(subjects[0], hash_files(subjects), Effort(seconds, ["cpu"], 1))
 
 
 def test_finished_run(run, teacher_path):
@@ -129,7 +61,9 @@ def test_finished_run(run, teacher_path):
     assert pruned.held_out.loss > -0.99 and min(pruned.held_out.l1) > 0.01
     assert report.held_out_data.startswith("4 utterances")
     assert report.notes == []
-    assert {f.role for f in report.files} == {"teacher", "pruned", "final", "train100.tsv", "valid.tsv"}
+    assert {f.role for f in report.files} == {
+        "teacher", "pruned", "final", "train100.tsv", "valid.tsv", "config.yaml", "metrics.csv", "final/metrics.csv"
+    }  # fmt: skip
     assert [step.name for step in report.steps] == ["Step 1: distillation and pruning", "Step 2: distillation"]
     headings = check_page(render(report))
     assert headings == ["Before and after", "Architecture", "Distance to the teacher, layer by layer", "Training",
@@ -139,16 +73,16 @@ def test_finished_run(run, teacher_path):
 def test_hashes_are_those_of_sha256sum(run, teacher_path):
     import hashlib
 
-    found = {f.role: f.sha256 for f in gather(run, max_seconds=1).files}
+    found = {f.role: f.sha256 for f in gather(run, seconds=1).files}
     assert found["teacher"] == hashlib.sha256(teacher_path.read_bytes()).hexdigest()
 
 
 def test_fewer_seconds_take_fewer_utterances(run):
-    assert gather(run, max_seconds=2.9).held_out_data.startswith(("1 utterances", "2 utterances"))
+    assert gather(run, seconds=2.9).held_out_data.startswith(("1 utterances", "2 utterances"))
 
 
 def test_closing_table(run):
-    header, _, *rows = closing_table(gather(run)).splitlines()
+    header, _, *rows = closing_table(gather(run).models).splitlines()
     assert header.split("  ")[0] == "model" and "held-out loss" in header and "CPU real-time factor" in header
     assert [row.split()[0] for row in rows] == ["teacher", "pruned", "final"]
     assert rows[2].split()[3] == "-1.0000"
@@ -160,7 +94,9 @@ def test_step_1_only(run, student):
     report = gather(run)
     assert [m.name for m in report.models] == ["teacher", "after step 1"]
     assert report.models[1].architecture == architecture(prune(student)[1])
-    assert {f.role for f in report.files} == {"teacher", "train100.tsv", "valid.tsv"}
+    assert {f.role for f in report.files} == {
+        "teacher", "ckpts/last.ckpt", "train100.tsv", "valid.tsv", "config.yaml", "metrics.csv"
+    }  # fmt: skip
     assert "Training" in check_page(render(report))
 
 
@@ -199,13 +135,14 @@ def test_without_teacher_or_data_there_is_still_a_report(run, teacher_path, tiny
 def test_names_from_outside_are_escaped(run):
     named = run.rename(run.parent / "<b>&amp;'\"x")
     (named / "config.yaml").write_text((named / "config.yaml").read_text() + "# <script>alert(1)</script>\n")
-    page = render(gather(named, max_seconds=1))
+    page = render(gather(named, seconds=1))
     check_page(page)
     assert "&lt;b&gt;&amp;amp;" in page and "<script>" not in page
 
 
 def test_read_curves(tmp_path, run):
-    curves = read_curves(run / "metrics.csv")
+    curves, rows = read_curves(run / "metrics.csv")
+    assert rows == 3
     assert curves["train/l1"] == [(2, 0.9), (4, 0.8)]
     assert curves["train/distill"] == [(2, 0.5)], "what is no number is no point"
     assert curves["valid/distill"] == [(3, -0.1)]
@@ -228,14 +165,9 @@ def test_compare_layers_ignores_padding(teacher_path, student):
     torch.testing.assert_close(rows["l1"], sums / frames, rtol=1e-4, atol=1e-5)
 
 
-def test_command_writes_page_and_numbers(run, script_error, monkeypatch, capsys, tmp_path):
-    import runpy
-    import sys
-
+def test_command_writes_page_and_numbers(run, capsys, tmp_path):
     out = tmp_path / "out" / "page.html"
-    root = Path(__file__).parents[2]
-    monkeypatch.setattr(sys, "argv", ["report.py", str(run), "--out", str(out), "--rounds", "1", "--device", "cpu"])
-    runpy.run_path(str(root / "report.py"), run_name="__main__")
+    run_here("report.py", run, "--out", out, "--rounds", 1, "--device", "cpu")
     assert sorted(p.name for p in out.parent.iterdir()) == ["page.html", "page.json"]
     numbers = json.loads(out.with_suffix(".json").read_text())
     table = capsys.readouterr().out
@@ -267,6 +199,163 @@ def test_damaged_model(run):
     (run / "pruned.pth").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(CheckpointError, match=r"pruned\.pth"):
         gather(run)
+
+
+def test_model_that_is_called_teacher_has_none(teacher_path):
+    assert teacher_path.stem == "teacher"
+    report = gather(teacher_path)
+    assert report.teacher is None and check_page(page := render(report))[0] == "Cost"
+    assert "A model of" in page
+
+
+def write_table(path: Path, rows: int, spike: int) -> None:
+    """Metrics of a long run; one row is far off."""
+    columns = ["train/loss", "train/distill", *(f"train/l{i}" for i in range(4)), "sparsity/expected",
+               "sparsity/target", "lagrangian/lambda1", "lagrangian/lambda2", "lr/weights", "lr/log_alpha",
+               "speed/audio_seconds_per_second", "valid/distill", "valid/l0"]  # fmt: skip
+    draw = random.Random(0)
+    lines = [",".join(["step", *columns])]
+    for i in range(rows):
+        values = [-987.25 if (i, c) == (spike, "train/distill") else draw.gauss(1, 0.1) for c in columns]
+        lines.append(",".join([str(10 * (i + 1)), *(f"{value:.8g}" for value in values)]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_run_with_many_rows_has_a_small_report_in_its_shape(run):
+    write_table(run / "metrics.csv", 50_000, 31_234)
+    shutil.copy(run / "metrics.csv", run / "final" / "metrics.csv")
+    report = gather(run, seconds=2)
+    page, numbers = render(report), to_json(report)
+    check_page(page)
+    assert len(page) < 1_000_000 and len(numbers) < 1_000_000
+    assert "50,000 rows" in page
+    step = json.loads(numbers)["steps"][0]
+    assert step["rows"] == 50_000 and f"at most {MAX_POINTS} points" in step["thinned"]
+    for name, points in step["curves"].items():
+        assert points[0][0] == 10 and points[-1][0] == 500_000 and len(points) <= MAX_POINTS, name
+    assert [312_350, -987.25] in step["curves"]["train/distill"]
+    assert "\u22121000" in page, "the axis of the loss reaches the spike"
+
+
+def test_thinned_curve_keeps_every_extreme():
+    draw = random.Random(0)
+    curve = [(i, draw.random()) for i in range(1001)]
+    for count in (3, 11, 40, 41, 1001):
+        whole = curve[:count]
+        thin = thinned(whole, 40)
+        assert len(thin) <= 40 and thin == sorted(set(thin)) and set(thin) <= set(whole)
+        assert {whole[0], whole[-1], min(whole, key=lambda p: p[1]), max(whole, key=lambda p: p[1])} <= set(thin)
+    assert thinned(curve[:40], 40) == curve[:40]
+
+
+def test_json_has_numbers_of_few_digits_on_one_line(run):
+    report = gather(run, seconds=2)
+    report.title = "a [\n1, 2]"
+    report.models[0].cost.speed[0].real_time_factor = 0.123456789
+    text = to_json(report)
+    assert json.loads(text)["title"] == report.title and "[2, 0.02]" in text and "0.123457" in text
+
+
+def test_config_of_an_older_version(run):
+    config = (run / "config.yaml").read_text()
+    for old, named in (("  masking: null\n", "objective.masking.span_lengths"), ("seed: 2022\n", "gelu")):
+        assert old in config
+        new = {"gelu": "gelu: true\n"}.get(named, "  masking:\n    span_lengths: [1, 2]\n")
+        (run / "config.yaml").write_text(config.replace(old, new))
+        report = gather(run)
+        assert [m.name for m in report.models] == ["pruned", "final"] and report.target_sparsity is None
+        assert str(run / "config.yaml") in report.notes[0] and named in report.notes[0]
+        assert {f.role for f in report.files} == {"pruned", "final", "config.yaml", "metrics.csv", "final/metrics.csv"}
+        assert {"Architecture", "Training", "Configuration"} <= set(check_page(render(report)))
+
+
+def test_heads_of_another_objective_leave_the_distances(run):
+    save_model(run / "pruned.pth", load_model(run / "pruned.pth"), {"0.weight": torch.eye(3)})
+    report = gather(run)
+    _, pruned, final = report.models
+    assert pruned.loss is None and len(pruned.held_out.l1) == 5 and final.loss is not None
+    assert len(report.notes) == 1 and "pruned" in report.notes[0] and "heads" in report.notes[0]
+    assert not report.incomplete
+
+
+def test_log_tells_once_what_is_left_out(run, caplog, tiny_flags):
+    flags = [str(word) for word in tiny_flags]
+    save_resolved(parse_recipe([*flags, "--data.max_frames", "24000", "--data.min_frames", "17000"])[1], run)
+    with caplog.at_level(logging.INFO):
+        gather(run, seconds=1.5)
+    lines = [message for message in caplog.messages if "utterances" in message]
+    frames = [
+        int(line.split("\t")[1])
+        for line in (parse_recipe(["--config", str(run / "config.yaml")])[0].data.tsv_dir / "valid.tsv")
+        .read_text()
+        .splitlines()[1:]
+    ]
+    kept = [n for n in frames if 17000 <= n <= 24000]
+    short, long = sum(n < 17000 for n in frames), sum(n > 24000 for n in frames)
+    assert len(lines) == 1 and short + long > 0 and len(kept) > 1
+    assert f"kept {len(kept)} " in lines[0] and f"shorter dropped {short} " in lines[0]
+    assert f"longer dropped {long} " in lines[0] and "; 1 of them are used" in lines[0]
+
+
+def test_only_what_changed_is_reported_again(run, teacher_path, capsys):
+    def report(*words: object) -> bool:
+        """Whether it was made."""
+        run_here("report.py", run, "--if_changed", "--device", "cpu", "--seconds", 2, "--rounds", *(words or (1,)))
+        said = capsys.readouterr().out.splitlines()
+        fresh = said == [f"-> {run / 'report.html'} is up to date"]
+        assert fresh or said[-1].startswith(f"-> {run / 'report.html'}, ")
+        return not fresh
+
+    assert report()
+    made = (run / "report.html").stat().st_mtime_ns
+    for path in run.rglob("*"):
+        os.utime(path)
+    assert not report() and not report()
+    with (run / "final" / "metrics.csv").open("a") as file:
+        file.write("4,0.1,0.1,1e-4,50\n")
+    old = made - 10**12
+    os.utime(run / "final" / "metrics.csv", ns=(old, old))
+    assert report() and not report()
+    (run / "config.yaml").write_text((run / "config.yaml").read_text() + "# a word\n")
+    assert report() and not report()
+    assert report(2) and not report(2), "other options"
+    save_model(run / "pruned.pth", load_model(run / "pruned.pth"), {})
+    assert report(2) and not report(2)
+    (run / "report.html").unlink()
+    assert report(2) and not report(2)
+    for damage in ("{", "[]", "{}", '{"files": 3}'):
+        (run / "report.json").write_text(damage)
+        assert report(2)
+
+
+def test_report_without_audio_is_tried_again(run, monkeypatch, capsys):
+    def broken(*args: object) -> None:
+        raise UserError("x.flac: no such file")
+
+    words = (run, "--if_changed", "--device", "cpu", "--seconds", 2, "--rounds", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(report_data, "evaluate", broken)
+        run_here("report.py", *words)
+    run_here("report.py", *words)
+    assert "up to date" not in capsys.readouterr().out
+    assert json.loads((run / "report.json").read_text())["notes"] == []
+
+
+def test_stop_leaves_nothing_half_written(run, tmp_path, monkeypatch):
+    (run / "pruned.pth").unlink()  # the model of the checkpoint is made in a temporary folder
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    existing = sorted(run.rglob("*"))
+
+    def stopped(paths: dict[str, Path], **options: object) -> None:
+        assert list((tmp_path / "temporary").rglob("*.pth"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal came late")
+
+    monkeypatch.setattr(report_data, "measure", stopped)
+    said = run_here("report.py", run, "--rounds", 1, "--device", "cpu", code=75)
+    assert said.splitlines()[-1].startswith("stopped: SIGTERM") and "Traceback" not in said
+    assert sorted(run.rglob("*")) == existing and not list((tmp_path / "temporary").iterdir())
 
 
 @pytest.mark.parametrize(

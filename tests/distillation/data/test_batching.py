@@ -1,6 +1,7 @@
 """Batches: what is selected, one epoch's plan, the stream over epochs and ranks, and the settings."""
 
 import itertools
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distillation.data.batching import BatchStream, DataConfig, ValidationBatches, plan_epoch, select_utterances
-from distillation.data.manifest import Manifest
+from distillation.data import batching
+from distillation.data.batching import BatchStream, DataConfig, Epoch, ValidationBatches, select_utterances
+from distillation.data.manifest import Manifest, read_tsv, write_tsv
 from distillation.errors import UserError
 
 
@@ -35,6 +37,9 @@ CONFIGS = {
     "fixed count, cropped": DataConfig(utterances_per_batch=7),
     "split": DataConfig(long="split", seconds_per_batch=40),
     "split, padded": DataConfig(long="split", crop=False, seconds_per_batch=40),
+    "long cropped": DataConfig(long="crop", seconds_per_batch=40),
+    "long cropped, padded": DataConfig(long="crop", crop=False, seconds_per_batch=15.625, num_buckets=100_000),
+    "one order": DataConfig(reshuffle="once", seconds_per_batch=16, num_buckets=3),
 }
 
 
@@ -45,6 +50,14 @@ def config(request):
 
 def take(stream, count):
     return list(itertools.islice(iter(stream), count))
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """Numbers of the epochs that streams pack from now on."""
+    epochs = []
+    monkeypatch.setattr(batching, "Epoch", lambda *args: epochs.append(args[-1]) or Epoch(*args))
+    return epochs
 
 
 # Selection
@@ -81,14 +94,14 @@ def test_long_utterances_are_cropped_anywhere_and_anew(padded):
     assert selection.index.tolist() == [1, 2, 3, 4, 5] and selection.spare.tolist() == [0, 0, 0, 3, 4200]
     starts = {i: set() for i in selection.index.tolist()}
     for epoch in range(200):
-        for crop in itertools.chain(*plan_epoch(selection, config, seed=0, epoch=epoch)):
+        for crop in itertools.chain(*Epoch(selection, config, seed=0, epoch=epoch)):
             assert crop.num_frames == min(frames[crop.index], 800) if padded else crop.num_frames <= 800
             assert crop.start >= 0 and crop.start + crop.num_frames <= frames[crop.index]
             starts[crop.index].add(crop.start)
     if padded:
         assert starts[4] == {0, 1, 2, 3} and all(starts[i] == {0} for i in (1, 2, 3))
     assert len(starts[5]) > 150 and min(starts[5]) < 100 and max(starts[5]) > 4100
-    (batch,) = ValidationBatches(selection, config).batches
+    (batch,) = ValidationBatches(selection, config)
     assert all(crop.start == 0 and crop.num_frames <= 800 for crop in batch.crops)
     assert selection.summary.endswith("longer cropped 2 (0.00 h)")
 
@@ -126,10 +139,11 @@ def test_batch_shorter_than_an_utterance(manifest, flag, crop):
 
 def test_plan_loses_nothing_repeats_nothing_and_stays_inside(manifest, config):
     selection = select_utterances(manifest, config)
-    plan = plan_epoch(selection, config, seed=3, epoch=1)
+    plan = Epoch(selection, config, seed=3, epoch=1)
     crops = [crop for batch in plan for crop in batch]
     pieces = {}  # (utterance, start of its piece): length
-    for i, start, length in zip(selection.index.tolist(), selection.start.tolist(), selection.num_frames.tolist()):
+    lengths = (selection.num_frames + selection.spare).tolist()
+    for i, start, length in zip(selection.index.tolist(), selection.start.tolist(), lengths):
         pieces.setdefault(i, []).append((start, length))
     assert Counter(crop.index for crop in crops) == Counter(selection.index.tolist())
     used = set()
@@ -137,14 +151,51 @@ def test_plan_loses_nothing_repeats_nothing_and_stays_inside(manifest, config):
         inside = [p for p in pieces[crop.index] if p[0] <= crop.start and crop.start + crop.num_frames <= sum(p)]
         assert len(inside) == 1 and (crop.index, inside[0]) not in used
         used.add((crop.index, inside[0]))
-        if not config.crop:
+        if not config.crop and config.long != "crop":
             assert (crop.start, crop.num_frames) == inside[0]
     assert len(used) == len(selection.index)
 
 
+def plan_step_by_step(selection, config, seed, epoch):
+    """What `Epoch` must give, one utterance after the other."""
+    random = np.random.default_rng((seed, 0 if config.reshuffle == "once" else epoch))
+    lengths = selection.num_frames
+    bucket = (lengths - lengths.min()) * config.num_buckets // (lengths.max() - lengths.min() + 1)
+    order = np.lexsort((random.random(len(lengths)), bucket)).tolist()
+    batches = [[]]
+    for i in order:
+        grown = [*lengths[batches[-1]].tolist(), int(lengths[i])]
+        if config.utterances_per_batch:
+            full = len(grown) > config.utterances_per_batch
+        else:
+            full = (sum(grown) if config.crop else max(grown) * len(grown)) > config.seconds_per_batch * 16000
+        batches[-1:] = [batches[-1], [i]] if full else [[*batches[-1], i]]
+    start, kept = selection.start[order], lengths[order]
+    if selection.spare.any():
+        start = start + random.integers(0, selection.spare[order], endpoint=True)
+    if config.crop:
+        kept = np.concatenate([np.full(len(batch), lengths[batch].min()) for batch in batches])
+        start = start + random.integers(0, lengths[order] - kept, endpoint=True)
+    crops = zip(selection.index[order].tolist(), start.tolist(), kept.tolist())
+    batches = [list(itertools.islice(crops, len(batch))) for batch in batches]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_plan_is_that_of_packing_step_by_step(manifest, config, epoch):
+    selection = select_utterances(manifest, config)
+    assert list(Epoch(selection, config, 5, epoch)) == plan_step_by_step(selection, config, 5, epoch)
+
+
+def test_equal_draws_keep_their_order():
+    draws = np.random.default_rng(0).integers(0, 50, 2000) / 50
+    for values in (draws, draws[:1], np.unique(draws)[::-1]):
+        assert batching._stable_argsort(values).tolist() == sorted(range(len(values)), key=lambda i: values[i])
+
+
 def test_plan_holds_the_budget_and_fills_it(manifest, config):
     selection = select_utterances(manifest, config)
-    plan = plan_epoch(selection, config, seed=3, epoch=1)
+    plan = Epoch(selection, config, seed=3, epoch=1)
     sizes = [len(batch) for batch in plan]
     if config.crop:
         assert all(len({crop.num_frames for crop in batch}) == 1 for batch in plan)
@@ -161,7 +212,7 @@ def test_plan_holds_the_budget_and_fills_it(manifest, config):
 
 def test_cropped_rows_are_as_long_as_the_shortest_of_their_batch(manifest):
     config = DataConfig()
-    for batch in plan_epoch(select_utterances(manifest, config), config, seed=0, epoch=0):
+    for batch in Epoch(select_utterances(manifest, config), config, seed=0, epoch=0):
         assert batch[0].num_frames == min(manifest.num_frames[crop.index] for crop in batch)
 
 
@@ -170,7 +221,7 @@ def test_every_legal_offset_is_drawn_and_no_other():
     selection = select_utterances(manifest_of([400, 403]), config)
     offsets = Counter()
     for epoch in range(400):
-        (batch,) = plan_epoch(selection, config, seed=0, epoch=epoch)
+        (batch,) = Epoch(selection, config, seed=0, epoch=epoch)
         offsets.update(crop.start for crop in batch if crop.index == 1)
     assert set(offsets) == {0, 1, 2, 3}
     assert min(offsets.values()) > 60  # 100 expected, standard deviation 9
@@ -179,7 +230,7 @@ def test_every_legal_offset_is_drawn_and_no_other():
 def test_more_buckets_waste_less(manifest):
     def kept(num_buckets):
         config = DataConfig(num_buckets=num_buckets)
-        plan = plan_epoch(select_utterances(manifest, config), config, seed=0, epoch=0)
+        plan = Epoch(select_utterances(manifest, config), config, seed=0, epoch=0)
         return sum(crop.num_frames for batch in plan for crop in batch)
 
     total = select_utterances(manifest, DataConfig()).num_frames.sum()
@@ -190,7 +241,7 @@ def test_epochs_and_seeds_differ_and_repeat_exactly(manifest, config):
     selection = select_utterances(manifest, config)
 
     def plan(seed, epoch, **changes):
-        return plan_epoch(selection, replace(config, **changes), seed, epoch)
+        return list(Epoch(selection, replace(config, **changes), seed, epoch))
 
     assert plan(0, 0) == plan(0, 0)
     assert plan(0, 0) != plan(0, 1)
@@ -202,7 +253,7 @@ def test_epochs_and_seeds_differ_and_repeat_exactly(manifest, config):
 
 def test_batches_are_not_in_order_of_length(manifest):
     config = DataConfig(seconds_per_batch=16)
-    lengths = [b[0].num_frames for b in plan_epoch(select_utterances(manifest, config), config, seed=0, epoch=0)]
+    lengths = [b[0].num_frames for b in Epoch(select_utterances(manifest, config), config, seed=0, epoch=0)]
     assert abs(np.corrcoef(lengths, np.arange(len(lengths)))[0, 1]) < 0.3
 
 
@@ -224,7 +275,7 @@ def test_ranks_share_one_numbered_stream(manifest, config, world_size):
 def test_epoch_follows_epoch_without_padding_or_loss(manifest):
     config = DataConfig(seconds_per_batch=16, num_buckets=3)  # few buckets: epochs differ in their number of batches
     selection = select_utterances(manifest, config)
-    plans = [plan_epoch(selection, config, seed=0, epoch=epoch) for epoch in range(4)]
+    plans = [Epoch(selection, config, seed=0, epoch=epoch) for epoch in range(4)]
     assert len({len(plan) for plan in plans}) > 1
     expected = [(epoch, batch) for epoch, plan in enumerate(plans) for batch in plan]
     stream = BatchStream(selection, config, seed=0)
@@ -256,17 +307,82 @@ def test_one_batch_on_four_ranks():
         assert all({crop.index for crop in item.crops} == {0, 1, 2} for item in items)
 
 
-def test_stream_plans_each_epoch_once(manifest, monkeypatch):
-    import distillation.data.batching as batching
-
-    calls = []
-    plan = batching.plan_epoch
-    monkeypatch.setattr(batching, "plan_epoch", lambda *args: calls.append(args[-1]) or plan(*args))
+def test_stream_packs_each_epoch_once(manifest, packed):
     config = DataConfig()
     selection = select_utterances(manifest, config)
-    num_batches = [len(plan(selection, config, 0, epoch)) for epoch in range(3)]
+    num_batches = [len(Epoch(selection, config, 0, epoch)) for epoch in range(3)]
     take(BatchStream(selection, config, seed=0), sum(num_batches))
-    assert calls == [0, 1, 2]
+    assert packed == [0, 1, 2]
+
+
+def test_epochs_of_one_length_are_not_packed_to_be_counted(manifest, packed):
+    config = DataConfig(utterances_per_batch=7)
+    selection = select_utterances(manifest, config)
+    stream = BatchStream(selection, config, seed=0)
+    assert stream.first_of(50) == 50 * len(Epoch(selection, config, 0, 9)) and packed == []
+    config = DataConfig(seconds_per_batch=16, num_buckets=3, reshuffle="once")
+    stream = BatchStream(selection, config, seed=0)
+    assert stream.first_of(50) == 50 * len(Epoch(selection, config, 0, 9)) and packed == [0]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_resume_with_recorded_ends_packs_no_earlier_epoch(manifest, config, world_size, packed):
+    selection = select_utterances(manifest, config)
+    lengths = [len(Epoch(selection, config, 1, epoch)) for epoch in range(6)]
+    ends = np.cumsum(lengths).tolist()
+    whole = take(BatchStream(selection, config, seed=1), ends[-1])
+    recorder = BatchStream(selection, config, seed=1, world_size=world_size)
+    for start in (0, 1, ends[0] - 1, ends[0], ends[0] + 1, ends[3] - 1, ends[3], ends[3] + 1, ends[4]):
+        record = recorder.ends_before(start)
+        assert record == [end for end in ends if end <= start]
+        for rank in range(world_size):
+            expected = [item for item in whole[start:] if item.number % world_size == rank][: lengths[-1]]
+            packed.clear()
+            stream = BatchStream(selection, config, seed=1, rank=rank, world_size=world_size, start=start, ends=record)
+            assert take(stream, len(expected)) == expected
+            assert config.reshuffle == "once" or min(packed) >= len(record)
+            # What is recorded next does not depend on the resumption.
+            assert stream.ends_before(ends[-1]) == ends
+
+
+def test_recorded_ends_do_not_depend_on_how_far_the_stream_was_read(manifest, config):
+    selection = select_utterances(manifest, config)
+    far = BatchStream(selection, config, seed=0)
+    take(far, 200)
+    for number in range(0, 150, 7):
+        near = BatchStream(selection, config, seed=0)
+        assert near.ends_before(number) == far.ends_before(number)
+        # A record is part of a checkpoint: plain, and the stream's own list stays as it is.
+        assert all(type(end) is int for end in near.ends_before(number))
+        near.ends_before(number).append(-1)
+        assert near.ends_before(number) == far.ends_before(number)
+
+
+@pytest.mark.parametrize(
+    "ends", [[0], [-3], [5, 5], [30, 20], [True], [20.0], ["20"], [None], [np.int64(20)], [20, 10**9]], ids=repr
+)
+def test_damaged_record_of_ends_costs_time_only(manifest, caplog, ends):
+    config = DataConfig(seconds_per_batch=80)
+    selection = select_utterances(manifest, config)
+    stream = BatchStream(selection, config, seed=1, start=70, ends=ends)
+    assert "the recorded ends of epochs are damaged" in caplog.text and repr(ends[-1]) in caplog.text
+    assert take(stream, 5) == take(BatchStream(selection, config, seed=1, start=70), 5)
+    assert stream.ends_before(70) == BatchStream(selection, config, seed=1).ends_before(70)
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_long_lists_resume_at_once(tmp_path, crop):
+    """A tenth of the largest corpora after 20 epochs; a Python step per utterance and epoch takes ten times as long."""
+    frames = np.random.default_rng(0).integers(32000, 250000, 300_000)
+    write_tsv(tmp_path / "long.tsv", Manifest(tmp_path, [f"folder/speaker/{i}.flac" for i in range(300_000)], frames))
+    begin = time.process_time()
+    config = DataConfig(crop=crop)
+    selection = select_utterances(read_tsv(tmp_path / "long.tsv"), config)
+    count = len(Epoch(selection, config, 0, 0))
+    ends = list(range(count, 20 * count + 1, count))
+    item = next(iter(BatchStream(selection, config, seed=0, start=20 * count, ends=ends)))
+    assert item.number == 20 * count and len(item.crops) > 5
+    assert time.process_time() - begin < 2.5
 
 
 def test_negative_seed(manifest):

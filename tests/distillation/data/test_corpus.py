@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import signal
+import threading
 import time
 
 import numpy as np
 import pytest
 
+from distillation.data import corpus
 from distillation.data.corpus import (
     MAX_VALID_SHARE,
     TRAIN_PARTS,
@@ -22,10 +26,17 @@ from distillation.data.corpus import (
 )
 from distillation.data.manifest import Manifest
 from distillation.errors import UserError
+from distillation.journal import Journal
+from distillation.stopping import Signalled
 
 
 def manifest(frames: dict[str, int]) -> Manifest:
     return Manifest("/corpus", list(frames), np.array(list(frames.values()), dtype=np.int64))
+
+
+@pytest.fixture
+def known(tmp_path) -> Journal:
+    return Journal(tmp_path / "known.jsonl", {}, "findings")
 
 
 @pytest.mark.parametrize("inside", ["", "LibriSpeech"])
@@ -38,7 +49,7 @@ def test_librispeech_is_found_by_its_parts(tmp_path, inside):
     assert find_librispeech(tmp_path) == tmp_path / inside
 
 
-def test_scan_follows_links_once_and_skips_what_is_hidden(tmp_path, noise):
+def test_scan_follows_links_once_and_skips_what_is_hidden(tmp_path, noise, known):
     root, disk = tmp_path / "root", tmp_path / "disk"
     for name in ("b/2.flac", "b/1.FLAC", "a.wav", "b/._1.flac", "b/text.txt", "elsewhere/3.flac"):
         if name.endswith("txt"):
@@ -50,42 +61,42 @@ def test_scan_follows_links_once_and_skips_what_is_hidden(tmp_path, noise):
     (root / "again").symlink_to(disk)
     (disk / "loop").symlink_to(disk)
     (root / "broken.flac").symlink_to(tmp_path / "gone.flac")
-    found = scan(root, [".", "none"], 2)
+    found = scan(root, [".", "none"], 2, known)
     assert found.root == root
     assert found.names == ["a.wav", "again/4.ogg", "b/1.FLAC", "b/2.flac", "broken.flac", "elsewhere/3.flac"]
     by_name = dict(zip(found.names, found.headers, strict=True))
     assert by_name["b/2.flac"].num_frames == 1600 and by_name["a.wav"].sample_rate == 16000
     assert "No such file" in str(by_name["broken.flac"])
-    assert scan(root, ["elsewhere", "b"], None).names == ["b/1.FLAC", "b/2.flac", "elsewhere/3.flac"]
+    assert scan(root, ["elsewhere", "b"], None, known).names == ["b/1.FLAC", "b/2.flac", "elsewhere/3.flac"]
     with pytest.raises(UserError, match=r"none holds no audio files \(.*\.flac"):
-        scan(tmp_path / "none", ["."], 1)
+        scan(tmp_path / "none", ["."], 1, known)
 
 
-def test_headers_that_can_be_used(tmp_path, noise):
+def test_headers_that_can_be_used(tmp_path, noise, known):
     for i in range(3):
         noise(tmp_path / f"{i}.flac", 0.1 * (i + 1), i)
     (tmp_path / "1.flac").write_bytes(b"not audio")
     problems: list = []
-    usable = usable_headers(scan(tmp_path, ["."], 1), 16000, problems)
+    usable = usable_headers(scan(tmp_path, ["."], 1, known), 16000, problems)
     assert (usable.paths, usable.num_frames.tolist()) == (["0.flac", "2.flac"], [1600, 4800])
     ((file, finding),) = problems
     assert (file, finding.kind, finding.usable) == (tmp_path / "1.flac", "unreadable", False)
     noise(tmp_path / "8k.flac", 0.1, 0, rate=8000)
     noise(tmp_path / "stereo.flac", 0.1, 0, channels=2)
     with pytest.raises(UserError, match=r"8k\.flac has 8000 Hz and 1 channel\(s\), wanted 16000 Hz .*; 2 of 5 files"):
-        usable_headers(scan(tmp_path, ["."], 1), 16000, [])
+        usable_headers(scan(tmp_path, ["."], 1, known), 16000, [])
 
 
-def test_decoding_finds_what_headers_do_not_show(tmp_path, noise):
+def test_decoding_finds_what_headers_do_not_show(tmp_path, noise, known):
     for name in ("cut", "good", "silent"):
         noise(tmp_path / f"{name}.wav", 1.0, 0)
     whole = (tmp_path / "cut.wav").read_bytes()
     (tmp_path / "silent.wav").write_bytes(whole[:44] + bytes(len(whole) - 44))
     problems: list = []
-    files = usable_headers(scan(tmp_path, ["."], 1), 16000, problems)
+    files = usable_headers(scan(tmp_path, ["."], 1, known), 16000, problems)
     (tmp_path / "cut.wav").write_bytes(whole[:5000])
     assert not problems
-    kept = decodable(files, 2, problems)
+    kept = decodable(files, 2, problems, known)
     assert kept.paths == ["good.wav", "silent.wav"]
     assert [(p.file.name, p.finding.kind, p.finding.usable) for p in problems] == [
         ("cut.wav", "length", False),
@@ -174,3 +185,39 @@ def test_threads_keep_the_order_and_raise():
     assert list(in_threads(slow_first, [], "x", None, chunk=3)) == []
     with pytest.raises(KeyError):
         list(in_threads(slow_first, range(90, 100), "x", 2, chunk=3))
+
+
+def test_a_stop_waits_for_no_more_than_what_is_being_done():
+    begun = []
+
+    def slow(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.02)
+        return item
+
+    with pytest.raises(Signalled):
+        for item in in_threads(slow, range(1000), "x", 4, chunk=50):
+            assert item == 0
+            raise Signalled(signal.SIGTERM)
+    assert len(begun) <= 50 * 4 + 4 and threading.active_count() == 1
+
+
+@pytest.mark.parametrize("rate", [0, math.inf])
+def test_headers_are_kept_where_they_come_slowly(tmp_path, noise, known, monkeypatch, rate):
+    """What comes fast is as fast to find as to keep."""
+    monkeypatch.setattr(corpus, "KEEP_RATE", rate)
+    monkeypatch.setattr(corpus, "KEEP_SECONDS", 0.0)
+    for i in range(4):
+        noise(tmp_path / f"{i}.wav", 0.1 * (i + 1), i)
+    (tmp_path / "4.wav").write_text("not audio")
+    found = scan(tmp_path, ["."], 1, known)
+    (tmp_path / "5.wav").symlink_to(tmp_path / "gone.wav")
+    again = scan(tmp_path, ["."], 1, known)
+    assert bool(known.pieces) == (rate == math.inf)
+    assert [str(header) for header in again.headers[:5]] == [str(header) for header in found.headers]
+    assert "No such file" in str(again.headers[5]) and f"{tmp_path / '5.wav'}" not in known
+    if rate:
+        known.pieces = {key: [*stamp, [7, 16000, 1]] for key, (*stamp, _) in known.pieces.items()}
+        noise(tmp_path / "0.wav", 0.3, 0)
+        frames = [header.num_frames for header in scan(tmp_path, ["."], 1, known).headers[:5]]
+        assert frames == [4800, 7, 7, 7, 7]

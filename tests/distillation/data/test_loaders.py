@@ -9,8 +9,9 @@ import pytest
 import soundfile
 import torch
 
+from distillation.data import batching
 from distillation.data.audio import AudioError, check_audio, read_header
-from distillation.data.batching import BatchStream, Crop, DataConfig, MicroBatch, select_utterances
+from distillation.data.batching import BatchStream, Crop, DataConfig, Epoch, MicroBatch, select_utterances
 from distillation.data.loaders import AudioDataset, Place, make_train_loader, make_valid_loader
 from distillation.data.manifest import Manifest
 
@@ -185,6 +186,23 @@ def test_train_loader_resumes_exactly_with_and_without_workers(corpus, num_worke
         with pytest.raises(TypeError):
             len(loader)
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_record_of_a_loader_resumes_it(corpus, num_workers, monkeypatch):
+    """Reading ahead makes no difference to what is recorded."""
+    config = DataConfig(seconds_per_batch=5, num_workers=num_workers)
+    loader = make_train_loader(corpus, config, 2)
+    batches = list(itertools.islice(loader, 12))
+    ends = loader.sampler.ends_before(8)
+    assert ends and ends == BatchStream(select_utterances(corpus, config), config, seed=2).ends_before(8)
+    packed = []
+    monkeypatch.setattr(batching, "Epoch", lambda *args: packed.append(args[-1]) or Epoch(*args))
+    resumed = make_train_loader(corpus, config, 2, 8, ends=ends)
+    for batch, again in zip(batches[8:], resumed):
+        assert again.number == batch.number and again.files == batch.files
+        assert torch.equal(again.waveforms, batch.waveforms)
+    assert packed[0] == len(ends)
 
 
 def test_valid_loader_gives_the_same_pass_again(corpus):

@@ -1,10 +1,18 @@
 import numpy as np
 import pytest
 
+from distillation.data import manifest
 from distillation.data.manifest import Manifest, read_tsv, write_tsv
 from distillation.errors import UserError
 
 
+@pytest.fixture(params=[1, 20, manifest.BLOCK])
+def blocks(request, monkeypatch):
+    """Lists are checked in blocks of a line or two, or whole."""
+    monkeypatch.setattr(manifest, "BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("blocks")
 def test_round_trip_keeps_every_character(tmp_path):
     # U+2028 and U+0085 end a line for str.splitlines, not in this format.
     names = ["b/x.flac", "a/ü 1.wav", "c/\u2028\u0085.flac", " lead.flac"]
@@ -17,11 +25,13 @@ def test_round_trip_keeps_every_character(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.tsv"]
 
 
-def test_windows_line_ends_and_no_last_line_end(tmp_path):
-    (tmp_path / "t.tsv").write_bytes(f"{tmp_path}\r\na.flac\t5\r\nb.flac\t6".encode())
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("end", ["", "\r", "\n", "\r\n"])
+def test_windows_line_ends_and_no_last_line_end(tmp_path, end):
+    (tmp_path / "t.tsv").write_bytes(f"{tmp_path}\r\na.flac\t5\r\nb\r.flac\t6\nc.flac\t{'7'.zfill(20)}{end}".encode())
     back = read_tsv(tmp_path / "t.tsv")
-    assert back.paths == ["a.flac", "b.flac"]
-    assert back.num_frames.tolist() == [5, 6]
+    assert back.paths == ["a.flac", "b\r.flac", "c.flac"]
+    assert back.num_frames.tolist() == [5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -48,8 +58,19 @@ def test_windows_line_ends_and_no_last_line_end(tmp_path):
         (b"{root}\na.flac\t4294967297\n", "frames is not a whole number"),
         (b"{root}\na.flac\t" + b"9" * 5000 + b"\n", "frames is not a whole number"),
         (b"{root}\n\xff\xfe\t5\n", "is not UTF-8 text"),
+        # Tabs and lines are as many as they should be, but not where they should be.
+        (b"{root}\na.flac\t5\nb.flac\n7\t7\t8\n", "line 3 is not"),
+        (b"{root}\na.flac\t5\t5\nb.flac\n", "line 2 is not"),
+        (b"{root}\na.flac\t5\n\t\t\nb.flac\t5\n", "line 3 is blank"),
+        (b"{root}\na.flac\t5\n \xe2\x80\xa8\t5\nb.flac\t5\n", "line 3 is not"),
+        (b"{root}\na.flac\t5\r\r\nb.flac\t5\n", r"line 2: '5\r' frames is not"),
+        (b"{root}\na.flac\t5\nb.flac\t000000000000000000007\n", "line 3: '000000000000000000007' frames is not"),
+        # The first bad line is the one that is told.
+        (b"{root}\na.flac\t5\nb.flac\t0\nc.flac\n\nd.flac\t5", "line 3: '0' frames"),
+        (b"{root}\na.flac\t5\nb.flac\nc.flac\t0\nd.flac\t5", "line 3 is not"),
     ],
 )
+@pytest.mark.usefixtures("blocks")
 def test_bad_lists_give_one_line_that_names_the_file(tmp_path, content, message):
     path = tmp_path / "bad.tsv"
     path.write_bytes(content.replace(b"{root}", str(tmp_path).encode()))

@@ -12,7 +12,8 @@ import pytest
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
-from distillation.errors import INTERRUPTED, MISTAKE, PeerLost, Stopped, UserError
+from distillation.errors import INTERRUPTED, MISTAKE, PeerLost, UserError
+from distillation.stopping import Signalled, Stopped
 from distillation.training import processes
 from distillation.training.processes import STOP_SIGNALS, Agreement, StopRequest, shared, supervised
 
@@ -33,13 +34,18 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number):
     assert handlers() == before
 
 
-def test_the_second_ctrl_c_ends_the_process():
-    before = handlers()
+def test_the_second_ctrl_c_ends_the_process(monkeypatch):
+    now, before = 100.0, handlers()
+    monkeypatch.setattr("time.monotonic", lambda: now)
     with StopRequest() as stop:
         stop.listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        now += 0.5
+        os.kill(os.getpid(), signal.SIGINT)  # the echo: from the terminal and from a script
+        now += 1
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)  # the first
-        with pytest.raises(KeyboardInterrupt):
+        assert stop.signal == "SIGINT", "what the user sent first"
+        with pytest.raises(Signalled, match="SIGINT"):
             os.kill(os.getpid(), signal.SIGINT)
     assert handlers() == before
 
@@ -77,6 +83,7 @@ def test_what_is_said_of_a_process_that_died():
     assert "was killed (by the system, for want of memory?)" in processes._ended(-signal.SIGKILL)
     assert "was killed by SIGTERM" in processes._ended(-signal.SIGTERM)
     assert "ended with code 3, its own error tells why" in processes._ended(3)
+    assert "was asked to stop" in processes._ended(INTERRUPTED)
 
 
 def test_an_error_goes_through_and_a_lost_connection_says_so(monkeypatch):

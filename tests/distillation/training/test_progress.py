@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distillation.config import Recipe, TrainerConfig
-from distillation.errors import Stopped
+from distillation.stopping import Stopped
 from distillation.training.metrics import MetricsCSV
 from distillation.training.progress import Progress
 

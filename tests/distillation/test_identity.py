@@ -1,0 +1,277 @@
+"""Every setting of a recipe and of a fine-tuning has its place: part of what a run is, or free to change."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+
+from distillation.config import Recipe, flat_settings, parse_recipe
+from distillation.data.manifest import Manifest
+from distillation.errors import UserError
+from distillation.identity import PRUNED, STEP_1, STEP_2, check_student, content_of, step_1_identity, step_2_identity
+from distillation.training.record import RUN, Identity, Kinds, Record, differences
+from distillation.training.resuming import Standing
+from finetuning.config import KINDS, FinetuneConfig, FinetuneRun
+from tests.configs import TINY
+from wav2vec2 import wav2vec2_model
+from wav2vec2.checkpoint import Checkpoint
+
+# (distill.py, final_distill.py, shell recipes, which run both) -> settings. A new setting is placed here by hand.
+RECIPE = {
+    ("identity", "identity", "identity"): """
+        seed data.sample_rate data.min_frames data.max_frames data.long data.num_buckets data.crop data.reshuffle
+        objective.layer_to_layer.l1 objective.layer_to_layer.l2 objective.layer_to_layer.cos
+        objective.layer_to_layer.cos_type objective.layer_to_layer.layers
+        objective.prediction_layer.l1 objective.prediction_layer.l2 objective.prediction_layer.cos
+        objective.prediction_layer.cos_type objective.prediction_layer.layers objective.prediction_layer.heads
+        objective.hint.layers objective.hint.last objective.hint.hint
+        objective.masking.probability objective.masking.span objective.masking.spans objective.masking.min_space
+        objective.masking.min_spans objective.masking.layers objective.masking.last objective.masking.hint
+        objective.temporal_relation.layer objective.temporal_relation.intra objective.temporal_relation.attention
+        objective.temporal_relation.layers objective.temporal_relation.relative
+        objective.scale_gradients objective.extractor_gradient""",
+    ("identity", "elsewhere", "identity"): """
+        student.thin.num_layers student.thin.width student.thin.heads student.thin.ffn student.thin.channels
+        student.thin.pos_conv_kernel student.thin.pos_conv_groups student.thin.time_reduction
+        student.thin.reuse_attention student.thin.dropout student.thin.input_dropout
+        student.layers.layers student.layers.norms student.layers.ffn_dropout student.layers.input_dropout
+        student.slice.num_params
+        pruning.units pruning.target_sparsity pruning.warmup_steps pruning.drop_rates optim.decays""",
+    ("elsewhere", "identity", "identity"): "final.decays",
+    ("rates", "elsewhere", "rates"): """
+        pruning.lr_masks pruning.lr_lagrangian pruning.constant_lr optim.max_steps optim.max_epochs optim.lr
+        optim.warmup_steps optim.warmup_ratio optim.schedule optim.betas optim.eps optim.weight_decay optim.clip""",
+    ("elsewhere", "rates", "rates"): """
+        final.max_steps final.max_epochs final.lr final.warmup_steps final.warmup_ratio final.schedule final.betas
+        final.eps final.weight_decay final.clip""",
+    ("free", "free", "free"): """
+        data.seconds_per_batch data.utterances_per_batch data.num_workers data.valid_seconds_per_batch
+        data.max_bad_share trainer.accelerator trainer.devices trainer.num_nodes trainer.precision
+        trainer.teacher_precision trainer.recompute trainer.batches_per_update trainer.log_every
+        trainer.validate_every trainer.checkpoint_every trainer.checkpoint_minutes trainer.max_skipped_updates""",
+    # names of files and folders, whose content counts, and what is only checked or asked for
+    ("elsewhere", "elsewhere", "elsewhere"): """
+        base teacher_ckpt teacher_id teacher_layers teacher_width student_ckpt exp_dir data.tsv_dir data.train
+        data.valid continue_with_changes""",
+}  # fmt: skip
+FINETUNE = {
+    "identity": "seconds_per_batch train_extractor seed",
+    "rates": "max_steps freeze_steps lr head_lr warmup_ratio",
+    "free": "validate_every beam_size accelerator precision workers",
+    "elsewhere": "model train valid exp_dir continue_with_changes",
+}
+
+
+def names_of(kind: type, prefix: str = "") -> Iterator[str]:
+    """All settings, those of sections that are null by default too."""
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        kinds = (hints[field.name], *get_args(hints[field.name]))
+        section = next((k for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
+        if section is None:
+            yield prefix + field.name
+        else:
+            yield from names_of(section, f"{prefix}{field.name}.")
+
+
+def test_every_setting_of_a_recipe_is_placed():
+    found: dict[tuple[str, str, str], set[str]] = {}
+    for name in names_of(Recipe):
+        first, second = STEP_1.of(name), STEP_2.of(name)
+        both = next(kind for kind in ("identity", "rates", "free", "elsewhere") if kind in (first, second))
+        found.setdefault((first, second, both), set()).add(name)
+    assert found == {place: set(names.split()) for place, names in RECIPE.items()}
+
+
+def test_every_setting_of_a_fine_tuning_is_placed():
+    found: dict[str, set[str]] = {}
+    for name in names_of(FinetuneRun):
+        found.setdefault(KINDS.of(name.removeprefix("config.")), set()).add(name.removeprefix("config."))
+    assert found == {place: set(names.split()) for place, names in FINETUNE.items()}
+
+
+@pytest.fixture(scope="module")
+def lists() -> dict[str, Manifest]:
+    frames = np.array([20000, 30000])
+    return {kind: Manifest(Path("/data"), [f"{kind}/a.flac", f"{kind}/b.flac"], frames) for kind in ("train", "valid")}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wav2vec2_model(**TINY)
+
+
+def recipe_of(*flags: object) -> Recipe:
+    return parse_recipe(["--config", "conf/demo.yaml", "--teacher_ckpt", "t.pth", *map(str, flags)])[0]
+
+
+@pytest.fixture(scope="module")
+def verdicts(lists, model):
+    """What becomes of the same command with other flags: of its step 1, of the student for step 2, of its step 2."""
+
+    def identities(recipe: Recipe) -> tuple[Identity, Identity]:
+        content = content_of(recipe, model, lists)
+        return step_1_identity(recipe, content), step_2_identity(recipe, content, model, {})
+
+    first, second = (Record.start(identity) for identity in identities(recipe_of()))
+    student = Checkpoint(model, model.config, extra={RUN: first.entry(500, **{PRUNED: {}})})
+
+    def run(*flags: object, on_request: bool = False) -> list[str]:
+        step_1, step_2 = identities(recipe_of(*flags))
+        found = []
+        for attempt in (
+            lambda: first.go_on(step_1, 500, "last.ckpt", on_request),
+            lambda: check_student(student, "pruned.pth", step_1, on_request),
+            lambda: second.go_on(step_2, 200, "last.ckpt", on_request),
+        ):
+            try:
+                record = attempt()
+            except UserError as error:
+                found.append(str(error))
+            else:
+                found.append("same" if record is None or len(record.history) == 1 else "applied")
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seed", 1],
+        ["--data.min_frames", 9000],
+        ["--data.seconds_per_batch", 40],  # another update
+        ["--data.utterances_per_batch", 4],
+        ["--trainer.batches_per_update", 2],
+        ["--objective.layer_to_layer.l1", 0.5],
+        ["--objective.layer_to_layer", "null", "--objective.hint", "{}"],
+        ["--objective.hint", "{}"],  # another section is set
+    ],
+)
+def test_what_a_run_is_cannot_change(verdicts, flags):
+    for on_request in (False, True):
+        first, student, second = verdicts(*flags, on_request=on_request)
+        for verdict in (first, second):
+            assert "last.ckpt is of a run with other settings: " in verdict and " -> " in verdict
+            assert "cannot change in the middle of a run: use another --exp_dir" in verdict
+        assert ("pruned.pth was made by another recipe: " in student) != on_request
+
+
+@pytest.mark.parametrize(
+    "flags", [["--pruning.target_sparsity", 0.3], ["--pruning.units", "[head]"], ["--student.slice", "{num_params: 9}"]]
+)
+def test_step_2_takes_the_student_of_its_recipe(verdicts, flags):
+    first, student, second = verdicts(*flags)
+    assert "cannot change in the middle" in first and "was made by another recipe" in student and second == "same"
+
+
+def test_length_and_rates_change_on_request(verdicts):
+    for flags, step in ((["--optim.lr", 0.5], 0), (["--optim.max_steps", 900], 0), (["--final.max_steps", 900], 2),
+                        (["--pruning.lr_lagrangian", 1.0], 0), (["--final.schedule", "constant"], 2)):  # fmt: skip
+        refused, applied = verdicts(*flags), verdicts(*flags, on_request=True)
+        assert "give --continue_with_changes, or use another --exp_dir" in refused[step]
+        assert applied == (["applied", "same", "same"] if step == 0 else ["same", "same", "applied"])
+        assert refused[2 - step] == "same"
+        assert ("was made by another recipe" in refused[1]) == (step == 0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trainer.devices", 2],
+        ["--trainer.precision", "bf16-mixed"],
+        ["--data.num_workers", 3],
+        ["--trainer.validate_every", 7],
+        ["--data.seconds_per_batch", 10, "--trainer.batches_per_update", 2],  # the same update
+    ],
+)
+def test_machine_and_intervals_change_at_any_time(verdicts, flags, caplog):
+    with caplog.at_level("INFO"):
+        assert verdicts(*flags) == ["applied", "same", "applied"]
+    assert caplog.text.count(f"{flags[0][2:]} ") == 2 and " -> " in caplog.text
+
+
+def test_names_of_folders_do_not_count(verdicts):
+    assert verdicts("--data.tsv_dir", "x", "--exp_dir", "y", "--teacher_layers", 3) == ["same"] * 3
+
+
+def test_content_counts_wherever_it_lies(lists, model):
+    recipe = recipe_of()
+    same = {kind: dataclasses.replace(manifest, root=Path("/mnt")) for kind, manifest in lists.items()}
+    content = content_of(recipe, model, lists)
+    assert content_of(recipe, model, same) == content
+    for kind in ("train", "valid"):
+        for other in (
+            dataclasses.replace(lists[kind], paths=[f"{kind}/a.flac", f"{kind}/c.flac"]),
+            dataclasses.replace(lists[kind], num_frames=np.array([20000, 30001])),
+        ):
+            assert differences(content, content_of(recipe, model, {**lists, kind: other})).keys() == {f"{kind} list"}
+    other_teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        other_teacher.encoder.transformer.layers[3].final_layer_norm.bias[0] += 1e-7
+    assert differences(content, content_of(recipe, other_teacher, lists)).keys() == {"teacher"}
+    heads = {"0.weight": next(model.parameters()).detach()}
+    identities = [
+        step_2_identity(recipe, content, *pair) for pair in ((model, {}), (model, heads), (other_teacher, {}))
+    ]
+    assert len({identity.settings["student"] for identity in identities}) == 3
+    started = step_1_identity(recipe, content, model).settings
+    assert "student" in started and "student.thin" not in started, "what the file replaces does not count"
+
+
+def test_lengths_in_epochs_count_as_epochs(lists, model):
+    """How many updates they are is found out once, when the run starts: cut in another way, epochs pack otherwise."""
+    recipe = recipe_of("--optim.max_epochs", 3, "--optim.warmup_ratio", 0.1)
+    settings = step_1_identity(recipe, content_of(recipe, model, lists)).settings
+    assert not {"optim.max_steps", "optim.warmup_steps"} & settings.keys()
+    run = Standing(Path("last.ckpt"), Record([]), 7, {RUN: {"length": 40, "epochs": 3}})
+    assert run.resolve(recipe.optim, lambda epochs: 41).max_steps == 40
+    longer = dataclasses.replace(recipe.optim, max_epochs=4)
+    assert run.resolve(longer, lambda epochs: 10 * epochs + 13).max_steps == 53
+    with pytest.raises(UserError, match=r"last\.ckpt stands at update 7, after the last of 5: ask for more"):
+        run.resolve(dataclasses.replace(recipe.optim, max_epochs=None, max_steps=5), lambda epochs: 0)
+
+
+def test_a_setting_that_one_version_lacks_is_no_difference():
+    kinds = Kinds(frozenset(), frozenset({"free"}), frozenset())
+    record = Record.start(Identity({"seed": 1, "gone": 2, "old.a": 3}, kinds))
+    assert record.go_on(Identity({"seed": 1, "new": 5}, kinds), 3, "x", False) is record
+    with pytest.raises(UserError, match="old set -> null; old cannot change"):
+        record.go_on(Identity({"seed": 1, "old": None}, kinds), 3, "x", False)
+
+
+def test_history_of_what_ran_from_which_update():
+    kinds = Kinds(frozenset(), frozenset({"free"}), frozenset({"lr"}))
+    first = Record.start(Identity({"lr": 1.0, "free": "a", "seed": 0}, kinds))
+    second = first.go_on(Identity({"lr": 2.0, "free": "a", "seed": 0}, kinds), 10, "x", True)
+    third = Record.read({RUN: second.entry(20)}, "x").go_on(
+        Identity({"lr": 2.0, "free": "b", "seed": 0}, kinds), 20, "x", False
+    )
+    assert third.settings == {"lr": 2.0, "free": "b", "seed": 0}
+    assert third.history[1:] == [
+        {"update": 10, "changed": {"lr": [1.0, 2.0]}},
+        {"update": 20, "changed": {"free": ["a", "b"]}},
+    ]
+
+
+@pytest.mark.parametrize(
+    "history", [None, [], [{"update": 0}], [{"update": 0, "settings": {}}, {"update": "x", "changed": {}}],
+                [{"update": 0, "settings": {}}, {"update": 1, "changed": {"lr": 3}}], 7]
+)  # fmt: skip
+def test_a_damaged_record_is_refused(history):
+    with pytest.raises(UserError, match=r"x\.ckpt: damaged, its record of the run cannot be read"):
+        Record.read({RUN: {"update": 1, "history": history}}, "x.ckpt")
+    assert Record.read({}, "x.ckpt") is None
+
+
+def test_flat_settings_are_plain():
+    flat = flat_settings(FinetuneRun("m", Path("a"), Path("b"), Path("c"), FinetuneConfig()))
+    assert flat["train"] == "a" and flat["config.max_steps"] == 20_000
+    assert flat_settings(recipe_of())["optim.betas"] == [0.9, 0.999]

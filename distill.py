@@ -13,7 +13,7 @@ from distillation.errors import command
 from distillation.identity import content_of, step_1_identity
 from distillation.sparsity import check_target, make_prunable
 from distillation.training.lock import run_lock
-from distillation.training.resuming import open_run, save_result
+from distillation.training.standing import open_run, save_result
 from wav2vec2 import prune
 from wav2vec2.architecture import format_architecture
 from wav2vec2.counting import count_params

@@ -13,7 +13,7 @@ from distillation.errors import UserError, command
 from distillation.identity import check_student, content_of, step_1_identity, step_2_identity
 from distillation.training.lock import run_lock
 from distillation.training.record import RUN
-from distillation.training.resuming import LAST, open_run, save_result
+from distillation.training.standing import LAST, open_run, save_result
 from wav2vec2.checkpoint import load_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -8,43 +8,18 @@ exp_dir, a recipe of two settings. An update keeps its seconds of audio (DPHuBER
 Run again, it searches only where recipe, teacher or GPU are others.
 """
 
-import hashlib
-import json
 import logging
-from pathlib import Path
 
-import torch
 import yaml
 
 from distillation.build import build_step, load_teacher, starting_student
-from distillation.config import Recipe, flat_settings, parse_recipe
+from distillation.config import parse_recipe
 from distillation.errors import UserError, command
 from distillation.sparsity import make_prunable
-from distillation.training.memory import TrialUpdates, same_update, search
+from distillation.training.memory import TrialUpdates, is_current, same_update, search, searched_for
 from wav2vec2.checkpoint import write_text
 
 logger = logging.getLogger(__name__)
-SEARCHED = "# "  # the first line says what the batches were searched for
-
-
-def searched_for(recipe: Recipe) -> str:
-    """Digest of all that decides about the memory of a step but the GPU."""
-    machine = ("devices", "num_nodes", "precision", "teacher_precision", "recompute", "batches_per_update")
-    decide = ("student.", "objective.", "pruning.units", "data.", *(f"trainer.{name}" for name in machine))
-    used = {name: value for name, value in flat_settings(recipe).items() if name.startswith(decide)}
-    files = [
-        path.stat().st_size for path in (recipe.teacher_ckpt, recipe.student_ckpt) if path is not None and path.exists()
-    ]
-    return hashlib.sha256(json.dumps([used, files]).encode()).hexdigest()
-
-
-def is_current(path: Path, searched: dict[str, str]) -> bool:
-    """Whether batch.yaml is of this search; on a machine without a GPU whichever it was made for."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8").splitlines()[0].removeprefix(SEARCHED))
-        return {name: found[name] for name in searched} == searched
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
 
 
 @command
@@ -52,9 +27,7 @@ def main() -> None:
     """Run the search."""
     recipe, _ = parse_recipe(description=__doc__ or "")
     data, trainer, path = recipe.data, recipe.trainer, recipe.exp_dir / "batch.yaml"
-    searched = {"of": searched_for(recipe)} | (
-        {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    )
+    searched = searched_for(recipe)
     if is_current(path, searched):
         print(f"-> {path} is up to date")
         return
@@ -76,7 +49,7 @@ def main() -> None:
     seconds = search(TrialUpdates(step, trainer.dtype, data), data, most_seconds, device)
     name, value, count = same_update(data, trainer, world_size, seconds)
     content = yaml.safe_dump({"data": {name: value}, "trainer": {"batches_per_update": count}})
-    write_text(path, f"{SEARCHED}{json.dumps(searched)}\n{content}")
+    write_text(path, f"{searched}\n{content}")
     logger.info("micro-batches of up to %.0f s are safe; the update is %d of %s %g", seconds, count, name, value)
     print(f"--data.{name} {value:g} --trainer.batches_per_update {count}")
     print(f"-> {path}")

@@ -8,7 +8,6 @@ This file shadows the package ``lightning`` for programs run from here: import `
 
 import logging
 import os
-import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -31,14 +30,12 @@ from distillation.training.metrics import MetricsCSV, RunningMeans
 from distillation.training.processes import outlive_stop_signal, supervised, waiting
 from distillation.training.progress import Progress
 from distillation.training.record import RUN
-from distillation.training.resuming import LAST, AtomicCheckpointIO, Standing, check_state, supervise_restoring
+from distillation.training.resuming import AtomicCheckpointIO, check_state, supervise_restoring
+from distillation.training.standing import LAST, Standing
 from distillation.training.step import TrainingStep, seed_micro_batch
 from wav2vec2 import kernels
 
 logger = logging.getLogger(__name__)
-# Lightning's own advice on the console; what a user must know is logged here or raised
-logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", module="pytorch_lightning")
 
 
 class DistillModule(pl.LightningModule):

@@ -13,7 +13,7 @@ from distillation.commandline import make_parser, parse_arguments
 from distillation.distilled import read_distilled, target_sparsity
 from distillation.errors import UserError, command
 from distillation.identity import PRUNED
-from distillation.training.resuming import save_result
+from distillation.training.standing import save_result
 from wav2vec2 import prune
 from wav2vec2.architecture import format_architecture
 from wav2vec2.counting import count_params

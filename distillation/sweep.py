@@ -39,10 +39,11 @@ def runs_of(argv: list[str]) -> list[Run]:
     Raises:
         UserError: nothing is swept, a value is not accepted, or two runs would share a folder.
     """
-    fixed, swept = [], {}
+    fixed: list[str] = []
+    swept: dict[str, list[str]] = {}
     for flag, value in _pairs(argv):
         values = _list_of(value)
-        if values is None or _takes(flag, value):
+        if value is None or values is None or _takes(flag, value):
             fixed += [flag] if value is None else [flag, value]
         elif len(values) < 2:
             raise UserError(f"{flag} {value}: a sweep needs at least two values")
@@ -53,11 +54,11 @@ def runs_of(argv: list[str]) -> list[Run]:
     last = [flag.rpartition(".")[2].lstrip("-") for flag in swept]
     short = [name if last.count(name) == 1 else flag.lstrip("-") for flag, name in zip(swept, last)]
     runs: list[Run] = []
-    for values in itertools.product(*swept.values()):
-        flags = [*fixed, *(word for pair in zip(swept, values) for word in pair)]
+    for point in itertools.product(*swept.values()):
+        flags = [*fixed, *(word for pair in zip(swept, point) for word in pair)]
         recipe, _ = parse_recipe(flags)
         name = ",".join(
-            f"{key}={re.sub(r'[^A-Za-z0-9.+-]+', '_', value).strip('_')}" for key, value in zip(short, values)
+            f"{key}={re.sub(r'[^A-Za-z0-9.+-]+', '_', value).strip('_')}" for key, value in zip(short, point)
         )
         exp_dir = recipe.exp_dir / name
         if any(run.exp_dir == exp_dir for run in runs):
@@ -94,12 +95,12 @@ def _list_of(value: str | None) -> list[str] | None:
     )
 
 
-def _takes(flag: str, value: str | None) -> bool:
+def _takes(flag: str, value: str) -> bool:
     """Whether a setting takes this list as its one value."""
     if not _is_list(flag):
         return False
     try:
-        parse_recipe([flag, str(value)])
+        parse_recipe([flag, value])
     except UserError:
         return False
     return True

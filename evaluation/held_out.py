@@ -113,7 +113,6 @@ def evaluate(
             states = teacher.extract_features(batch.waveforms, batch.lengths)[0] if comparable else []
             for name, student in students.items():
                 if name in objectives:
-                    torch.manual_seed(recipe.seed + chosen.number)  # objectives may draw masks: for all the same
                     loss = objectives[name](frozen, student.model, batch.waveforms, batch.lengths)
                     losses[name].append({"loss": loss.total, **loss.terms})
                 if name in comparable:

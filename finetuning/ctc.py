@@ -17,7 +17,7 @@ from tqdm import tqdm
 from distillation.optimisation import lr_factor
 from distillation.training.progress import SavingBar
 from distillation.training.record import RUN
-from distillation.training.resuming import Standing
+from distillation.training.standing import Standing
 from distillation.training.step import seed_micro_batch
 from finetuning.config import FinetuneConfig
 from finetuning.decoding import Decoder, greedy_decoder

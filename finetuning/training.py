@@ -14,7 +14,8 @@ from distillation.training.lock import run_lock
 from distillation.training.metrics import MetricsCSV
 from distillation.training.processes import outlive_stop_signal
 from distillation.training.record import RUN
-from distillation.training.resuming import AtomicCheckpointIO, check_state, open_run, supervise_restoring
+from distillation.training.resuming import AtomicCheckpointIO, check_state, supervise_restoring
+from distillation.training.standing import open_run
 from finetuning.config import FinetuneRun
 from finetuning.ctc import CTCModule, RatesBar, error_rates
 from finetuning.decoding import beam_decoder

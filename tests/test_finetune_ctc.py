@@ -19,7 +19,7 @@ import export
 from distillation.errors import UserError
 from distillation.stopping import Stopped
 from distillation.training.record import Record
-from distillation.training.resuming import Standing
+from distillation.training.standing import Standing
 from exporting import verify
 from finetuning.config import FinetuneConfig, FinetuneRun
 from finetuning.ctc import CTCModule

@@ -18,7 +18,7 @@ from distillation.sparsity import PruningConfig, make_prunable
 from distillation.training.guards import BatchGuard
 from distillation.training.memory import TrialUpdates
 from distillation.training.record import Record
-from distillation.training.resuming import Standing
+from distillation.training.standing import Standing
 from distillation.training.step import seed_micro_batch
 from lightning import DistillModule, accumulation
 from wav2vec2 import kernels, wav2vec2_model

@@ -200,7 +200,7 @@ class Epoch:
 
     @cached_property
     def _drawn(self) -> tuple[_Cut, np.ndarray]:
-        """The batches and their order. Apart, for an epoch that is only counted needs no crops."""
+        """The batches and their order; apart, as an epoch that is only counted needs no crops."""
         random, order, bounds = self._random, self._order, self._bounds
         frames, start = self.selection.num_frames[order], self.selection.start[order]
         if self.selection.spare.any():

@@ -1,10 +1,16 @@
 """Every private part of Lightning that this toolkit touches; a test holds that they exist in the pinned version."""
 
+import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies.launchers import subprocess_script
+
+# Lightning's own advice on the console; what a user must know is logged by us or raised
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", module="pytorch_lightning")
 
 
 def supervise_alone(trainer: pl.Trainer) -> None:

@@ -1,15 +1,18 @@
 """How large a micro-batch fits on a GPU, in the recipe's terms: searched before a run, or told after it ran out."""
 
 import gc
+import hashlib
+import json
 import logging
 import math
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from distillation.config import TrainerConfig
+from distillation.config import Recipe, TrainerConfig, flat_settings
 from distillation.data.batching import DataConfig
 from distillation.errors import UserError, is_out_of_gpu_memory
 from distillation.training.step import TrainingStep
@@ -118,6 +121,22 @@ def search(step: Callable[[Tensor], None], data: DataConfig, most_seconds: float
             "lost), try --trainer.recompute true, or use a GPU with more memory"
         )
     return max(longest, USABLE * count * longest)
+
+
+def searched_for(recipe: Recipe) -> str:
+    """A comment for a YAML: a digest of all that decides about the memory of a step, and the GPU where there is one."""
+    machine = ("devices", "num_nodes", "precision", "teacher_precision", "recompute", "batches_per_update")
+    decide = ("student.", "objective.", "pruning.units", "data.", *(f"trainer.{name}" for name in machine))
+    used = {name: value for name, value in flat_settings(recipe).items() if name.startswith(decide)}
+    models = [path for path in (recipe.teacher_ckpt, recipe.student_ckpt) if path is not None and path.exists()]
+    digest = hashlib.sha256(json.dumps([used, [path.stat().st_size for path in models]]).encode()).hexdigest()
+    return f"# {digest} {torch.cuda.get_device_name() if torch.cuda.is_available() else ''}".rstrip()
+
+
+def is_current(path: Path, searched: str) -> bool:
+    """Whether batch.yaml is of this search; on a machine without a GPU whichever it was made for."""
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0] if path.is_file() else ""
+    return first == searched or (first.startswith(f"{searched} ") and not torch.cuda.is_available())
 
 
 def same_update(data: DataConfig, trainer: TrainerConfig, world_size: int, seconds: float) -> tuple[str, float, int]:

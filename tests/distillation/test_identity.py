@@ -17,7 +17,7 @@ from distillation.data.manifest import Manifest
 from distillation.errors import UserError
 from distillation.identity import PRUNED, STEP_1, STEP_2, check_student, content_of, step_1_identity, step_2_identity
 from distillation.training.record import RUN, Identity, Kinds, Record, differences
-from distillation.training.resuming import Standing
+from distillation.training.standing import Standing
 from finetuning.config import KINDS, FinetuneConfig, FinetuneRun
 from tests.configs import TINY
 from wav2vec2 import wav2vec2_model

@@ -43,7 +43,7 @@ def write_run(folder: Path, flags: Sequence[object], student: Wav2Vec2Model, tea
     save_model(folder / "pruned.pth", prune(student)[0], heads)
     save_model(folder / "final" / "final.pth", load_model(teacher), heads)
     state = {f"student.{name}": value for name, value in student.state_dict().items()}
-    checkpoint = {"student_config": student.config, "state_dict": state, "heads": heads}
+    checkpoint = {"student_config": student.config, "state_dict": state, "heads": heads, "global_step": 4}
     (folder / "ckpts").mkdir()
     torch.save(checkpoint, folder / "ckpts" / "last.ckpt")
     return folder

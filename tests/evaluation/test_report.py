@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from distillation.config import parse_recipe, save_resolved
+from distillation.data.manifest import read_tsv
 from distillation.errors import UserError
 from docs import two_steps
 from evaluation import report_data
@@ -221,6 +222,7 @@ def write_table(path: Path, rows: int, spike: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.slow
 def test_run_with_many_rows_has_a_small_report_in_its_shape(run):
     write_table(run / "metrics.csv", 50_000, 31_234)
     shutil.copy(run / "metrics.csv", run / "final" / "metrics.csv")
@@ -278,18 +280,13 @@ def test_heads_of_another_objective_leave_the_distances(run):
     assert not report.incomplete
 
 
-def test_log_tells_once_what_is_left_out(run, caplog, tiny_flags):
+def test_log_tells_once_what_is_left_out(run, caplog, tiny_flags, tsv_dir):
     flags = [str(word) for word in tiny_flags]
     save_resolved(parse_recipe([*flags, "--data.max_frames", "24000", "--data.min_frames", "17000"])[1], run)
     with caplog.at_level(logging.INFO):
         gather(run, seconds=1.5)
     lines = [message for message in caplog.messages if "utterances" in message]
-    frames = [
-        int(line.split("\t")[1])
-        for line in (parse_recipe(["--config", str(run / "config.yaml")])[0].data.tsv_dir / "valid.tsv")
-        .read_text()
-        .splitlines()[1:]
-    ]
+    frames = read_tsv(tsv_dir / "valid.tsv").num_frames.tolist()
     kept = [n for n in frames if 17000 <= n <= 24000]
     short, long = sum(n < 17000 for n in frames), sum(n > 24000 for n in frames)
     assert len(lines) == 1 and short + long > 0 and len(kept) > 1
@@ -297,6 +294,7 @@ def test_log_tells_once_what_is_left_out(run, caplog, tiny_flags):
     assert f"longer dropped {long} " in lines[0] and "; 1 of them are used" in lines[0]
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_reported_again(run, teacher_path, capsys):
     def report(*words: object) -> bool:
         """Whether it was made."""

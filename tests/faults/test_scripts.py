@@ -8,13 +8,15 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.faults.test_processes import wait_for
 from tests.helpers import ROOT, shell_environment
 
 
-def test_slurm_job_is_requeued(server, tiny_flags, corpus, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_slurm_job_is_requeued(server, tiny_flags, corpus, tmp_path, number):
     """The batch script with a stand-in for the shell recipe's data and a stand-in for scontrol."""
     exp, log, bin_dir = tmp_path / "run", tmp_path / "log", tmp_path / "bin"
     bin_dir.mkdir()
@@ -33,9 +35,9 @@ def test_slurm_job_is_requeued(server, tiny_flags, corpus, tmp_path):
         job = subprocess.Popen([str(word) for word in command], env=environment, stdout=file, stderr=file, cwd=tmp_path)
     assert teacher.is_file()
     wait_for(exp / "ckpts/last.ckpt", log)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(number)
     assert job.wait(60) == 75, log.read_text()
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
-    assert "stopped: SIGTERM at update" in log.read_text()
+    assert f"stopped: {number.name} at update" in log.read_text(), "the signal that the user sent"
     assert not (exp / "pruned.pth").exists() and not (exp / ".lock").exists()
     assert 0 < torch.load(exp / "ckpts/last.ckpt", weights_only=True)["global_step"] < 2000

@@ -7,7 +7,9 @@ import torch
 import transformers
 import yaml
 
-from tests.helpers import run_shell
+from distillation.config import parse_recipe
+from distillation.training.memory import searched_for
+from tests.helpers import run_here, run_shell
 from wav2vec2 import load_model
 
 SMALL = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512, "conv_dim": [64] * 7,
@@ -67,15 +69,22 @@ def test_recipe(server, name, corpus, tmp_path):
     script, *recipe = name.split()
     args = [corpus, *recipe, *(word for key, value in flags.items() for word in (f"--{key}", value))]
     variables = {}
-    if recipe:  # batches that fit_batch.py found on an earlier start
+    if recipe:  # batches that fit_batch.py found on an earlier start, before the teacher was converted
         variables["FIT_BATCH"] = "1"
         exp.mkdir()
-        (exp / "batch.yaml").write_text("data: {seconds_per_batch: 2.5}\ntrainer: {batches_per_update: 1}\n")
+        words = [str(word) for word in args[2:]]
+        run_here("convert_hubert_from_hf.py", "--model", tmp_path / "hf", "--out", tmp_path / "teacher.pth")
+        searched = searched_for(parse_recipe(["--config", f"conf/{recipe[0]}.yaml", *words])[0])
+        (exp / "batch.yaml").write_text(
+            f"{searched} of a GPU\ndata: {{seconds_per_batch: 2.5}}\ntrainer: {{batches_per_update: 1}}\n"
+        )
     out = run_shell(script, *args, python=python, **variables)
+    if recipe:
+        assert "batch.yaml is up to date" in out
     for folder in (exp, exp / "final"):
         used = yaml.safe_load((folder / "config.yaml").read_text())["data"]
         assert used["seconds_per_batch"] == (2.5 if recipe else 2)
-    assert "over all layers" in out and "FFN units" in out  # parity of the conversion, architecture found
+    assert ("over all layers" in out) != bool(recipe) and "FFN units" in out  # parity of the conversion, architecture
     final = exp / "final" / "final.pth"
     model = load_model(final)
     target = 0.30 if recipe else 0.25
@@ -84,10 +93,17 @@ def test_recipe(server, name, corpus, tmp_path):
     assert all(torch.isfinite(state).all() for state in hidden)
     assert (exp / "report.html").stat().st_size > 10_000
 
-    left = [final, exp / "report.html"]
+    left = [exp / "config.yaml", exp / "pruned.pth", final, exp / "report.html"]
     stamps = [path.stat().st_mtime_ns for path in left]
+    for path in (exp / "pruned.pth", exp / "ckpts" / "last.ckpt"):  # content counts, not when it was written
+        path.touch()
+        stamps[1] = left[1].stat().st_mtime_ns
     run_shell(script, *args, python=python, **variables)  # again: nothing is left to do
     assert [path.stat().st_mtime_ns for path in left] == stamps
+    if recipe:
+        out = run_shell(script, *args, "--pruning.target_sparsity", 0.3, code=2, python=python, **variables)
+        assert "pruning.target_sparsity 0.7 -> 0.3; pruning.target_sparsity cannot change" in out and "Done" not in out
+        assert [path.stat().st_mtime_ns for path in left] == stamps
 
 
 def test_usage_and_errors(tmp_path):

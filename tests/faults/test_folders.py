@@ -101,6 +101,7 @@ def test_checkpoint_with_wrong_content(server, reference, tiny_flags, tmp_path, 
     change(content)
     torch.save(content, last)
     before = last.read_bytes()
-    message = server.run("distill.py", *tiny_flags, "--exp_dir", exp, "--optim.max_steps", 15, code=2).error
+    longer = ("--optim.max_steps", 15, "--continue_with_changes")
+    message = server.run("distill.py", *tiny_flags, "--exp_dir", exp, *longer, code=2).error
     assert reason in message and str(last) in message
     assert last.read_bytes() == before and not (exp / ".lock").exists()

@@ -48,6 +48,28 @@ def test_step_1_killed_everywhere(server, reference, tiny_flags, tmp_path):
             assert not (exp / ".lock").exists()
     server.run(*args)
     assert_same_run(reference, exp)
+    ends, same = (torch.load(run / "ckpts/last.ckpt", weights_only=True)["AudioDataModule"] for run in (reference, exp))
+    assert ends == same and len(ends["ends"]) > 3, "epochs that are over are not counted again"
+
+
+def test_an_update_may_be_cut_in_another_way(server, tiny_flags, tmp_path):
+    """On other GPUs: the update keeps its seconds, and the folder says from when on."""
+    exp = tmp_path / "run"
+    args = ["distill.py", *tiny_flags, "--exp_dir", exp]
+    server.run(*args, fault=["SIGTERM", "update", 6], code=75)
+    cut = ["--data.seconds_per_batch", 2.5, "--trainer.batches_per_update", 4, "--trainer.precision", "bf16-mixed"]
+    finished = server.run(*args, *cut)
+    assert "with other micro-batches the rest of this epoch is drawn anew" in finished.output
+    changed = {
+        "data.seconds_per_batch": [5.0, 2.5],
+        "trainer.batches_per_update": [2, 4],
+        "trainer.precision": ["32-true", "bf16-mixed"],
+    }
+    checkpoint = torch.load(exp / "ckpts/last.ckpt", weights_only=True)
+    assert checkpoint["run"]["history"][1:] == [{"update": 7, "changed": changed}]
+    assert checkpoint["AudioDataModule"]["cut"] == [2.5, None] and checkpoint["global_step"] == 12
+    message = server.run(*args, "--data.seconds_per_batch", 3, code=2).error
+    assert "update 10 s -> 6 s" in message and "update cannot change in the middle of a run" in message
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
-from evaluation import compare_page, report_data, report_page
+from evaluation import compare_page, report_data, report_page, subjects
 from evaluation.compare_data import compare
 from evaluation.cost import resolve_devices
 from wav2vec2.checkpoint import write_text
@@ -44,17 +44,17 @@ def main() -> None:
         raise UserError(f"--rounds {options.rounds}: it must be at least 1")
 
     effort = report_data.Effort(options.seconds, resolve_devices(options.device), options.rounds)
-    subjects = report_data.look_at(options.runs)
-    files = report_data.hash_files(subjects)
-    if options.if_changed and report_data.is_up_to_date(out, files, report_data.made_with(subjects, effort)):
+    arguments = subjects.look_at(options.runs)
+    files = subjects.hash_files(arguments)
+    if options.if_changed and report_data.is_up_to_date(out, files, report_data.made_with(arguments, effort)):
         print(f"-> {out} is up to date")
         return
     report: report_data.Page
-    if len(subjects) == 1:
-        report = report_data.collect(subjects[0], files, effort)
+    if len(arguments) == 1:
+        report = report_data.collect(arguments[0], files, effort)
         page = report_page.render(report)
     else:
-        report = compare(subjects, files, effort)
+        report = compare(arguments, files, effort)
         page = compare_page.render(report)
     for path, text in ((out, page), (out.with_suffix(".json"), report_data.to_json(report))):  # no numbers without page
         write_text(path, text + "\n")

@@ -8,18 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distillation.config import Recipe, flat_settings
-from evaluation.report_data import (
-    TEACHER,
-    Effort,
-    HashedFile,
-    Page,
-    Step,
-    Subject,
-    compare_with_teacher,
-    made_with,
-    measure_models,
-    set_teacher,
-)
+from evaluation.report_data import Effort, Page, compare_with_teacher, made_with, measure_models, set_teacher
+from evaluation.subjects import TEACHER, HashedFile, Step, Subject
 
 CURVES = ("train/distill", "valid/distill", "sparsity/expected", "sparsity/target")
 NAMES_OF_PLACES = ("exp_dir", "base")

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from evaluation.compare_data import Comparison
-from evaluation.report_data import ONE_STEP, STEP_1, STEP_2, Curve
 from evaluation.report_page import MINUS, UNITS, layer_charts, millions, outline_of, table_rows
+from evaluation.subjects import ONE_STEP, STEP_1, STEP_2, Curve
 from evaluation.svg import TEMPLATES, Series, bar_chart, line_chart
 
 

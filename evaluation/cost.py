@@ -1,14 +1,18 @@
 """What models cost: parameters, multiply-accumulates, memory, and speed measured in turns.
 
 python -m evaluation.cost teacher.pth final.pth [--seconds 1 5 15 35] [--batch 1 8] [--device auto] [--out cost.json]
+
+With --out it goes on when it is run again after a stop.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,11 +20,14 @@ from tqdm import tqdm
 from distillation.commandline import make_parser, parse_arguments
 from distillation.data.batching import MIN_INPUT_FRAMES
 from distillation.errors import UserError, command
+from distillation.journal import Journal
+from distillation.stopping import keeping
+from evaluation.conditions import conditions
 from evaluation.peak_memory import peak_memory
 from evaluation.tables import format_table
 from evaluation.timing import in_turns
 from wav2vec2 import load_model
-from wav2vec2.checkpoint import load_checkpoint, write_text
+from wav2vec2.checkpoint import fingerprint, load_checkpoint, write_text
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 # The utterances of the SUPERB challenge's profiling protocol, in samples: LibriSpeech test-clean sorted by length,
@@ -87,6 +94,7 @@ def measure(
     devices: Sequence[str],
     rounds: int = 5,
     progress: bool = True,
+    known: Journal | None = None,
 ) -> list[Cost]:
     """Cost of several models, timed in turns.
 
@@ -97,6 +105,7 @@ def measure(
         devices: "cpu", "cuda".
         rounds: timed runs per model and case.
         progress: show a bar.
+        known: keeps what is measured, and spares what was.
 
     Raises:
         CheckpointError: a file is no model.
@@ -104,21 +113,30 @@ def measure(
     costs = [cost_of_file(name, path) for name, path in paths.items()]
     # The smallest first: what the allocator keeps of one case never counts for the next.
     cases = sorted(((s, b) for s in seconds for b in batch), key=lambda case: case[0] * case[1])
+    found: Journal | dict[str, Any] = {} if known is None else known
     total = len(devices) * len(costs) * (1 + len(cases) * (1 + rounds))
     with tqdm(total=total, desc="cost", unit="run", dynamic_ncols=True, disable=not progress) as bar:
         for device in devices:
             peaks = []
-            for path in paths.values():
-                peaks.append((_peak_on_gpu if device == "cuda" else peak_memory)(path, cases))
+            for name, path in paths.items():
+                key = f"memory of {name} on {device}"
+                if key not in found:
+                    found[key] = (_peak_on_gpu if device == "cuda" else peak_memory)(path, cases)
+                peaks.append(found[key])
                 bar.update()
             models = [load_model(path, device=device) for path in paths.values()]
             for i, (length, size) in enumerate(cases):
-                # The noise is the same for all; what it is does not change the time.
-                waveforms = torch.randn(size, round(length * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
-                runs = dict(enumerate(partial(model.extract_features, waveforms.to(device)) for model in models))
-                with torch.inference_mode():
-                    times = in_turns(runs, rounds, "", bar)
-                for cost, elapsed, peak in zip(costs, times.values(), peaks):
+                key = f"{size} x {length:g} s on {device}"
+                if key in found:
+                    bar.update((1 + rounds) * len(costs))
+                else:
+                    # The noise is the same for all; what it is does not change the time.
+                    generator = torch.Generator().manual_seed(0)
+                    waveforms = torch.randn(size, round(length * SAMPLE_RATE), generator=generator)
+                    runs = dict(enumerate(partial(model.extract_features, waveforms.to(device)) for model in models))
+                    with torch.inference_mode():
+                        found[key] = list(in_turns(runs, rounds, "", bar).values())
+                for cost, elapsed, peak in zip(costs, found[key], peaks):
                     factor = elapsed / (length * size)
                     cost.speed.append(Speed(device, length, size, factor, peak[i] if peak is not None else None))
     return costs
@@ -196,18 +214,30 @@ def main() -> None:
     for flag, smallest in (("batch", min(options.batch)), ("rounds", options.rounds)):
         if smallest < 1:
             raise UserError(f"--{flag} {smallest}: it must be at least 1")
-    costs = measure(
-        name_files(options.models),
-        seconds=options.seconds,
-        batch=options.batch,
-        devices=resolve_devices(options.device),
-        rounds=options.rounds,
-    )
+    out: Path | None = options.out
+    paths, known, kept = name_files(options.models), None, contextlib.ExitStack()
+    if out is not None:
+        of = conditions(
+            models={name: fingerprint(load_model(path)) for name, path in paths.items()}, rounds=options.rounds,
+            seconds=options.seconds, batch=options.batch,
+        )  # fmt: skip
+        known = Journal(out.with_name(f".{out.stem}.jsonl"), of, "measurements")
+        kept.enter_context(keeping(f"what was measured so far is in {known.path}"))
+    with kept:
+        costs = measure(
+            paths,
+            seconds=options.seconds,
+            batch=options.batch,
+            devices=resolve_devices(options.device),
+            rounds=options.rounds,
+            known=known,
+        )
     print(format_costs(costs))
     print(f"\n{torch.get_num_threads()} CPU thread(s)")
-    if options.out is not None:
+    if out is not None and known is not None:
         content = {"cpu_threads": torch.get_num_threads(), "models": [asdict(cost) for cost in costs]}
-        write_text(options.out, json.dumps(content, indent=2) + "\n")
+        write_text(out, json.dumps(content, indent=2) + "\n")
+        known.remove()
 
 
 if __name__ == "__main__":

@@ -1,47 +1,33 @@
-"""What the page says, as data: gathered from the folder of a run, or from one model file.
+"""What the page about one run or model says, as data, and what it has in common with the page about several."""
 
-An argument of the command is first looked at (:func:`look_at`), which reads its tables and says what files the numbers
-will depend on; then their hashes are taken, and only then something is measured.
-"""
-
-import csv
-import hashlib
 import importlib.metadata
 import json
 import logging
 import math
 import platform
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from distillation.config import Recipe, parse_recipe
-from distillation.distilled import read_distilled
+from distillation.config import Recipe
 from distillation.errors import UserError
 from evaluation.cost import Cost, Speed, measure
 from evaluation.held_out import Distance, HeldOut, evaluate, floor_of
+from evaluation.subjects import STEP_1, TEACHER, HashedFile, Step, Subject
 from evaluation.tables import format_table
-from wav2vec2 import prune, save_model
+from wav2vec2 import prune
 from wav2vec2.architecture import Architecture, architecture
 from wav2vec2.checkpoint import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
-TEACHER, MASKED, PRUNED, FINAL, STUDENT = "teacher", "after step 1", "pruned", "final", "student"
-STEP_1, STEP_2, ONE_STEP = "Step 1: distillation and pruning", "Step 2: distillation", "Distillation"
 PACKAGES = ("torch", "numpy", "pytorch-lightning", "jsonargparse", "soundfile")
 SPEED_SECONDS, SPEED_BATCH = 10.0, 1
-MAX_POINTS = 400  # of a curve; charts are 288 pixels wide inside
 DIGITS = 6  # significant ones in the JSON
-
-Curve = list[tuple[int, float]]  # (update, value)
 
 
 @dataclass(frozen=True)
@@ -82,26 +68,6 @@ class ModelReport:
 
 
 @dataclass
-class Step:
-    """Curves of one training step."""
-
-    name: str
-    rows: int  # of its metrics.csv, where all points are
-    thinned: str | None  # how the curves were thinned; None where they are whole
-    curves: dict[str, Curve]  # by column of metrics.csv
-
-
-@dataclass
-class HashedFile:
-    """A file that the numbers depend on."""
-
-    role: str
-    path: str
-    num_bytes: int
-    sha256: str
-
-
-@dataclass
 class Page:
     """What the pages about one argument and about several have in common."""
 
@@ -137,157 +103,9 @@ class Report(Page):
         return self.model(self.models[-1].teacher)
 
 
-@dataclass
-class Subject:
-    """An argument of the command, before anything is measured: the folder of a run, or a model file.
-
-    Attributes:
-        name: unique among the arguments.
-        path: the argument.
-        models: stage -> file in the order of the stages; ``ckpts/last.ckpt`` stands for the model that its masks make.
-        is_run: or a model file.
-        config: resolved YAML of a run.
-        recipe: what the config says; None where it cannot be read.
-        steps: curves of a run.
-        tables: files that the steps were read from.
-        notes: what is missing, and why.
-    """
-
-    name: str
-    path: Path
-    models: dict[str, Path]
-    is_run: bool = False
-    config: str | None = None
-    recipe: Recipe | None = None
-    steps: list[Step] = field(default_factory=list)
-    tables: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def teacher(self) -> Path | None:
-        """The teacher of a run, where it is there."""
-        return self.recipe.teacher_ckpt if self.recipe is not None and self.recipe.teacher_ckpt.is_file() else None
-
-    def files(self) -> dict[str, Path]:
-        """Everything that the page depends on, by its role."""
-        if not self.is_run:
-            return {"model": self.path}
-        found = {TEACHER: self.teacher} if self.teacher is not None else {}
-        for stage, path in self.models.items():
-            found[str(path.relative_to(self.path)) if path.suffix == ".ckpt" else stage] = path
-        if self.recipe is not None:
-            data = self.recipe.data
-            found |= {name: data.tsv_dir / name for name in (data.train, data.valid) if (data.tsv_dir / name).is_file()}
-        own = (self.path / "config.yaml", *self.tables)
-        return found | {str(path.relative_to(self.path)): path for path in own}
-
-    @contextmanager
-    def students(self) -> Iterator[dict[str, Path]]:
-        """Model files by stage. Before prune.py has run, the eval masks of the checkpoint make the model."""
-        with tempfile.TemporaryDirectory() as folder:
-            found = {}
-            for stage, path in self.models.items():
-                found[stage] = path
-                if path.suffix == ".ckpt":
-                    found[stage] = Path(folder) / "student.pth"
-                    _save_student(path, found[stage])
-            yield found
-
-
-def look_at(paths: Sequence[Path]) -> list[Subject]:
-    """Look at the arguments of the command.
-
-    Args:
-        paths: folders of runs, and model files; equal names get their whole paths. Of several runs only the last models
-            count.
-
-    Raises:
-        UserError: one is neither a run nor a model, is named twice, or a table of a run is damaged.
-    """
-    for i, path in enumerate(paths):
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder; name the folder of a run, or a model (.pth)")
-        if any(path.samefile(other) for other in paths[:i]):
-            raise UserError(f"{path}: named twice; name each run or model once")
-        if path.suffix == ".ckpt":
-            raise UserError(f"{path}: a training checkpoint; name the folder of its run, or a model (.pth)")
-    names = [path.absolute().name if path.is_dir() else path.stem for path in paths]
-    names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths)]
-    subjects = [
-        _look_at_run(name, path) if path.is_dir() else Subject(name, path, {name: path})
-        for name, path in zip(names, paths)
-    ]
-    if len(subjects) > 1:
-        for subject in subjects:
-            subject.models = dict([list(subject.models.items())[-1]])
-    return subjects
-
-
-def _look_at_run(name: str, run: Path) -> Subject:
-    config, table = run / "config.yaml", run / "metrics.csv"
-    if not config.is_file() or not table.is_file():
-        raise UserError(
-            f"{run}: no run in it (config.yaml, metrics.csv); name the --exp_dir of a stage, or a .pth file"
-        )
-    found = Subject(name, run, {}, is_run=True, config=config.read_text(encoding="utf-8", errors="replace"))
-    try:
-        found.recipe, _ = parse_recipe(["--config", str(config)])
-    except UserError as error:  # of an older version
-        found.notes.append(f"{error}. Left out: the teacher, and what is compared with it.")
-    else:
-        if found.teacher is None:
-            missing = found.recipe.teacher_ckpt
-            found.notes.append(f"The teacher {missing} of {name} was not found: nothing is compared with it.")
-    curves, rows = read_curves(table)
-    prunes = "sparsity/expected" in curves  # the recipe of step 2 names the units, too
-    found.tables.append(table)
-    found.steps.append(_step(STEP_1 if prunes else ONE_STEP, curves, rows))
-    if prunes and (table := run / "final" / "metrics.csv").is_file():
-        found.tables.append(table)
-        found.steps.append(_step(STEP_2, *read_curves(table)))
-    if not prunes and (run / "final.pth").is_file():
-        found.models[STUDENT] = run / "final.pth"
-    elif (run / "pruned.pth").is_file():
-        found.models[PRUNED] = run / "pruned.pth"
-        if (run / "final" / "final.pth").is_file():
-            found.models[FINAL] = run / "final" / "final.pth"
-    elif (run / "ckpts" / "last.ckpt").is_file():
-        found.models[MASKED if prunes else STUDENT] = run / "ckpts" / "last.ckpt"
-    else:
-        raise UserError(f"{run}: no model in it yet (ckpts/last.ckpt, pruned.pth or final.pth)")
-    return found
-
-
-def _save_student(last: Path, out: Path) -> None:
-    student = read_distilled(last, pruned=False)
-    model = prune(student.model)[0] if student.model.masks() else student.model
-    save_model(out, model, student.heads)
-
-
 def made_with(subjects: Sequence[Subject], effort: Effort) -> dict[str, Any]:
     """What decides about the numbers besides the files."""
     return {"arguments": [subject.name for subject in subjects], **asdict(effort)}
-
-
-def hash_files(subjects: Sequence[Subject]) -> list[HashedFile]:
-    """SHA-256 of everything that the page depends on; what several arguments share is there once."""
-    users: dict[tuple[str, Path], list[str]] = {}
-    for subject in subjects:
-        for role, path in subject.files().items():
-            users.setdefault((role, path), []).append(subject.name)
-    roles = {(role if len(subjects) == 1 else f"{', '.join(names)}: {role}"): path
-             for (role, path), names in users.items()}  # fmt: skip
-    hashed = []
-    total = sum(path.stat().st_size for path in roles.values())
-    with tqdm(total=total, desc="sha256", unit="B", unit_scale=True, dynamic_ncols=True, delay=3) as bar:
-        for role, path in roles.items():
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-                    bar.update(len(block))
-            hashed.append(HashedFile(role, str(path), path.stat().st_size, digest.hexdigest()))
-    return hashed
 
 
 def is_up_to_date(page: Path, files: Sequence[HashedFile], made_with: dict[str, Any]) -> bool:
@@ -391,47 +209,6 @@ def compare_with_teacher(
     assert entry is not None
     entry.held_out = Distance(loss=floor_of(recipe, network))
     return held_out
-
-
-def read_curves(path: Path) -> tuple[dict[str, Curve], int]:
-    """Columns of a metrics.csv without their gaps, and its number of rows; what is no finite number is left out.
-
-    Raises:
-        UserError: the file is no table of metrics.
-    """
-    curves: dict[str, Curve] = {}
-    rows = 0
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                rows += 1
-                step = int(row.pop("step"))
-                for name, text in row.items():
-                    if text and math.isfinite(value := float(text)):
-                        curves.setdefault(name, []).append((step, value))
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path}: not the metrics of a run ({error}); remove it or train again") from None
-    return curves, rows
-
-
-def _step(name: str, curves: dict[str, Curve], rows: int) -> Step:
-    thin = {column: thinned(points) for column, points in curves.items()}
-    how = None
-    if any(len(points) < len(curves[column]) for column, points in thin.items()):
-        how = f"at most {MAX_POINTS} points per curve: first, last, lowest and highest of equal stretches of rows"
-    return Step(name, rows, how, thin)
-
-
-def thinned(points: Curve, most: int = MAX_POINTS) -> Curve:
-    """At most ``most`` points of a curve: first, last, and the lowest and highest of equal stretches between them."""
-    if len(points) <= most:
-        return points
-    inner, stretches = points[1:-1], (most - 2) // 2
-    kept = {points[0], points[-1]}
-    for i in range(stretches):
-        stretch = inner[i * len(inner) // stretches : (i + 1) * len(inner) // stretches]
-        kept |= {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
-    return sorted(kept)
 
 
 def closing_table(models: Sequence[ModelReport]) -> str:

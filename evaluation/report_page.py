@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from evaluation.cost import MIB
-from evaluation.report_data import FINAL, PRUNED, ModelReport, Page, Report, Step
+from evaluation.report_data import ModelReport, Page, Report
+from evaluation.subjects import FINAL, PRUNED, Step
 from evaluation.svg import TEMPLATES, Series, bar_chart, line_chart
 from wav2vec2.architecture import Architecture
 

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from distillation.config import parse_recipe, save_resolved
-from evaluation import report_data
+from evaluation import report_data, subjects
 from evaluation.compare_data import Comparison, compare, differing
 from evaluation.compare_page import render
-from evaluation.report_data import Effort, closing_table, collect, hash_files, look_at, to_json
+from evaluation.report_data import Effort, closing_table, collect, to_json
+from evaluation.subjects import hash_files, look_at
 from tests.configs import TINY, first_layers
 from tests.evaluation.pages import check_page, keep_step_1, write_run
 from tests.helpers import run_here
 from wav2vec2 import load_model, save_model, wav2vec2_model
+from wav2vec2.checkpoint import fingerprint
 
 pytestmark = pytest.mark.usefixtures("no_child_process")
 EFFORT = Effort(900, ["cpu"], 1)
@@ -212,7 +215,7 @@ def test_command(run, other, capsys, tmp_path):
 
 def test_bad_input_is_one_line_before_anything_is_measured(run, other, script_error, monkeypatch, tmp_path):
     monkeypatch.setattr(report_data, "measure", lambda *args, **options: pytest.fail("measured"))
-    monkeypatch.setattr(report_data, "hash_files", lambda *args: pytest.fail("read"))
+    monkeypatch.setattr(subjects, "hash_files", lambda *args: pytest.fail("read"))
     name = "report.py"
     assert f"{tmp_path / 'none'}: no such file or folder" in script_error(name, run, tmp_path / "none")
     assert "named twice" in script_error(name, run, other, run / "ckpts" / "..")
@@ -220,3 +223,21 @@ def test_bad_input_is_one_line_before_anything_is_measured(run, other, script_er
     assert "a training checkpoint" in script_error(name, run, run / "ckpts" / "last.ckpt")
     assert "no run in it" in script_error(name, run, run / "ckpts")
     assert "name an .html file" in script_error(name, run, other, "--out", tmp_path / "x.json")
+
+
+def test_nothing_stale_is_compared(run, teacher_path):
+    """A teacher file that holds another model now, and a final model of an earlier pruned one."""
+    identity = {"teacher": fingerprint(load_model(teacher_path))}
+    history = [{"update": 0, "settings": identity}]
+    (run / "history.yaml").write_text(yaml.safe_dump(history))
+    (found,) = subjects.look_at([run])
+    assert found.teacher == teacher_path and not found.notes
+    history[0]["settings"]["teacher"] = "0" * 64
+    (run / "history.yaml").write_text(yaml.safe_dump(history))
+    for stage, entry in (("pruned", {"update": 4}), ("final/final", {"update": 2, "student": {"update": 3}})):
+        content = torch.load(run / f"{stage}.pth", weights_only=True)
+        torch.save(content | {"run": entry}, run / f"{stage}.pth")
+    (found,) = subjects.look_at([run])
+    assert found.teacher is None
+    assert "is another teacher now than a run was trained with: nothing is compared with it" in found.notes[0]
+    assert "final.pth of a run was not made of its pruned.pth" in found.notes[1]

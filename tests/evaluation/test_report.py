@@ -20,19 +20,9 @@ from distillation.errors import UserError
 from docs import two_steps
 from evaluation import report_data
 from evaluation.held_out import compare_layers
-from evaluation.report_data import (
-    MAX_POINTS,
-    Effort,
-    Report,
-    closing_table,
-    collect,
-    hash_files,
-    look_at,
-    read_curves,
-    thinned,
-    to_json,
-)
+from evaluation.report_data import Effort, Report, closing_table, collect, to_json
 from evaluation.report_page import render
+from evaluation.subjects import MAX_POINTS, hash_files, look_at, read_curves, thinned
 from evaluation.svg import Series, bar_chart, line_chart, nice_axis
 from tests.evaluation.pages import CSV_STEP_2, check_page
 from tests.helpers import run_here

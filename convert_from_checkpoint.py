@@ -14,7 +14,7 @@ from distillation.commandline import command_of
 from distillation.errors import UserError
 from distillation.yamlfile import read_yaml
 from wav2vec2.checkpoint import model_from_state
-from wav2vec2.importers import load_pickled, naming, recognise, save_imported
+from wav2vec2.importers import Source, check_replaced, load_pickled, naming, recognise, save_imported
 
 logger = logging.getLogger("convert")
 
@@ -30,7 +30,8 @@ def convert(
     """Convert a checkpoint to a .pth file, without running its pickle; what it holds says which kind it is.
 
     Every tensor of the file is used exactly once or named as dropped. A student's heads of training are kept beside the
-    model, so that recipes with the same objective can go on with them.
+    model, so that recipes with the same objective can go on with them. The file names its source; a file of another one
+    is not replaced.
 
     Args:
         checkpoint: a .pt file with HuBERT or wav2vec 2.0 in fairseq's old (args) or new (cfg) layout, or WavLM of
@@ -49,7 +50,10 @@ def convert(
     if config is not None and not layout.has_settings:
         raise UserError(f"{checkpoint} is {layout.name}, which holds its own settings: leave --config out")
     settings = None if config is None else read_yaml(config, MAX_YAML_BYTES, "the settings of a student", aliases=False)
-    source = checkpoint if config is None else f"{checkpoint} with {config}"
+    files = [checkpoint] if config is None else [checkpoint, config]
+    out = Path("pretrained") / f"{checkpoint.stem}.{layout.suffix}.pth" if out is None else out
+    check_replaced(out, str(checkpoint), files)
+    source = " with ".join(map(str, files))
     with naming(source):
         imported = layout.read(content, settings, None if normalize == "auto" else normalize == "yes")
     if imported.dropped:
@@ -58,7 +62,7 @@ def convert(
         named = ", ".join(f"{part}.* ({n} tensors)" if n > 1 else last[part] for part, n in parts.items())
         logger.info("dropped from %s: %s", checkpoint, named)
     model = model_from_state(imported.config, imported.state_dict, source=source)
-    save_imported(out or Path("pretrained") / f"{checkpoint.stem}.{layout.suffix}.pth", imported, model, checkpoint)
+    save_imported(out, imported, model, Source.of(str(checkpoint), files))
 
 
 main = command_of(convert, __doc__)

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 from distillation.commandline import command_of
-from exporting.originals import TORCHAUDIO, read_huggingface, read_torchaudio
-from wav2vec2.importers import save_imported
+from exporting.originals import read_huggingface, read_torchaudio
+from wav2vec2.checkpoint import fingerprint
+from wav2vec2.importers import Source, check_replaced, converted_file, save_imported
+from wav2vec2.importers.folder import locate_folder, model_files
+from wav2vec2.importers.source import TORCHAUDIO
 
 logger = logging.getLogger("convert")
 
@@ -17,7 +20,8 @@ def convert(
     """Convert a teacher to a .pth file and prove that it computes the same as the original.
 
     Random waveforms go through both, alone and as a padded batch. Nothing is saved when any layer differs by more than
-    1e-4 (times the layer's largest value where that exceeds 1).
+    1e-4 (times the layer's largest value where that exceeds 1). The file names its source; a file of another one is not
+    replaced.
 
     Args:
         model: hub id or local folder of a transformers model (hubert, wav2vec2, wavlm; fine-tuned ones lose their
@@ -26,14 +30,19 @@ def convert(
         normalize: give the waveform zero mean and unit variance; auto does what the model was trained with: yes for
             models with a layer-norm extractor (Large), no for those with a group norm (Base).
     """
-    bundle = model.startswith(TORCHAUDIO)
-    name = Path(model.removeprefix(TORCHAUDIO)).resolve().name
+    out = converted_file(model) if out is None else out
+    check_replaced(out, model, model_files(Path(model)))
     wanted = None if normalize == "auto" else normalize == "yes"
-    imported, converted = read_torchaudio(name, wanted) if bundle else read_huggingface(model, wanted)
+    if model.startswith(TORCHAUDIO):
+        imported, converted = read_torchaudio(model.removeprefix(TORCHAUDIO), wanted)
+        source = Source(model, None, fingerprint(converted))
+    else:
+        folder = locate_folder(model)
+        imported, converted = read_huggingface(folder, wanted)
+        source = Source.of(model, model_files(folder))
     if imported.dropped:
         logger.info("dropped the head of %s: %s", model, ", ".join(sorted(imported.dropped)))
-    out = out or Path("pretrained") / f"{name}.{'torchaudio' if bundle else 'hf'}.pth"
-    save_imported(out, imported, converted, model)
+    save_imported(out, imported, converted, source)
 
 
 main = command_of(convert, __doc__)

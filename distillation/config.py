@@ -5,6 +5,7 @@ A recipe names another as its ``base`` and holds only what differs. Flags overri
 
 import dataclasses
 import functools
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from distillation.sparsity import PruningConfig
 from distillation.students import StudentConfig
 from distillation.yamlfile import read_yaml
 from wav2vec2.checkpoint import write_text
+from wav2vec2.importers import converted_file
 
 RECIPES = Path(__file__).parent.parent / "conf"
 MAX_RECIPE_BYTES = 1_000_000
@@ -102,10 +104,12 @@ class Recipe:
 
     base: str | None = None
     """Recipe that this one builds on, relative to its own folder."""
+    teacher_id: str | None = "facebook/hubert-base-ls960"
+    """What teacher_ckpt is converted from, hub id, local folder or torchaudio:NAME; null for any. The shell recipes
+    convert it where the file does not exist."""
     teacher_ckpt: Path = Path("pretrained/hubert-base-ls960.hf.pth")
-    """The teacher, a .pth file made by one of the converters."""
-    teacher_id: str = "facebook/hubert-base-ls960"
-    """Hub id (or local folder) that the shell recipes convert teacher_ckpt from, where it does not exist yet."""
+    """The teacher, a .pth file made by one of the converters; by default the one with the name of teacher_id. A recipe,
+    or the command line, that sets it without teacher_id to a file that exists takes it whatever it was made from."""
     teacher_layers: int | None = 12
     """Transformer layers of the teacher that the recipe is written for; null for any."""
     teacher_width: int | None = 768
@@ -171,7 +175,7 @@ def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[
 
 @functools.cache  # reads the docstrings of every setting
 def _recipe_parser(description: str) -> jsonargparse.ArgumentParser:
-    parser = make_parser(description, default_env=False)
+    parser = make_parser(description, default_env=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="Recipe, one of conf/*.yaml or your own.")
     parser.add_class_arguments(Recipe, fail_untyped=True, skip={"continue_with_changes"})
     add_continue_flag(parser)
@@ -192,7 +196,7 @@ def _expand_bases(argv: list[str]) -> tuple[list[str], list[str]]:
     """Put ``--config base`` before every ``--config recipe`` that names one; also return all recipes."""
     expanded: list[str] = []
     recipes: list[str] = []
-    words = iter(sorted(argv, key=lambda word: word.startswith("--print_config")))  # what it prints comes before it
+    words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
         if name != "--config":
@@ -209,7 +213,45 @@ def _expand_bases(argv: list[str]) -> tuple[list[str], list[str]]:
         for recipe in recipe_chain(Path(path)):
             expanded += ["--config", str(recipe)]
             recipes.append(str(recipe))
+    expanded += _teacher_flags(expanded)
+    expanded.sort(key=lambda word: word.startswith("--print_config"))  # what it prints comes before it
     return expanded, recipes
+
+
+def _teacher_flags(expanded: list[str]) -> list[str]:
+    """Settle which of ``teacher_ckpt`` and ``teacher_id`` counts: what is named in a later place.
+
+    Args:
+        expanded: a command line with all recipes. Each recipe is a place, all flags together are the last.
+
+    Returns:
+        Flags to add: the file that follows from the id; or no id, where a file that exists stands for itself.
+
+    Raises:
+        UserError: neither is named.
+    """
+    place = 0
+    named: dict[str, tuple[float, Any]] = {"teacher_ckpt": (0, None), "teacher_id": (0, Recipe.teacher_id)}
+    words = iter(expanded)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            place += 1
+            content = read_yaml(Path(next(words)), MAX_RECIPE_BYTES, "a recipe") or {}
+            named |= {key: (place, content[key]) for key in named if key in content}
+        elif (key := name.removeprefix("--")) in named:
+            given = value if equals else next(words, None)
+            named[key] = (math.inf, None if given == "null" else given)
+    (ckpt_place, ckpt), (id_place, teacher_id) = named["teacher_ckpt"], named["teacher_id"]
+    if not (isinstance(ckpt, str | None) and isinstance(teacher_id, str | None)):
+        return []  # the parser says it
+    if teacher_id is None:
+        if ckpt is None:
+            raise UserError("teacher_id is null: name the file of the teacher by --teacher_ckpt")
+        return []
+    if ckpt is None or id_place > ckpt_place:
+        return [f"--teacher_ckpt={converted_file(teacher_id)}"]
+    return ["--teacher_id=null"] if ckpt_place > id_place and Path(ckpt).exists() else []
 
 
 def recipe_chain(path: Path) -> list[Path]:
@@ -292,7 +334,10 @@ def save_resolved(resolved: str, exp_dir: Path) -> None:
 
 @command
 def main() -> None:
-    """Print values, a line each: ``python -m distillation.config --config conf/X.yaml data.train,seed``."""
+    """Print values, a line each, which is empty for null.
+
+    ``python -m distillation.config --config conf/X.yaml data.train,seed``
+    """
     *argv, keys = sys.argv[1:] or ["--help"]
     if keys in ("-h", "--help"):
         raise UserError("usage: python -m distillation.config --config conf/X.yaml data.train,seed")
@@ -304,7 +349,7 @@ def main() -> None:
             if not dataclasses.is_dataclass(value) or name not in (f.name for f in dataclasses.fields(value)):
                 raise UserError(f"{key}: no such setting")
             value = getattr(value, name)
-        values.append(value)
+        values.append("" if value is None else value)
     print(*values, sep="\n")
 
 

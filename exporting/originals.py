@@ -6,6 +6,7 @@ Shapes: B batch, N samples, T frames, D width, L layers.
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,35 +17,31 @@ from exporting.verify import TOLERANCE, relative_difference
 from wav2vec2.checkpoint import CheckpointError, model_from_state
 from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.importers import ImportedModel, import_huggingface, import_torchaudio, naming
-from wav2vec2.importers.folder import check_folder, locate_folder, read_weights
+from wav2vec2.importers.folder import check_folder, read_weights
+from wav2vec2.importers.source import TORCHAUDIO
 from wav2vec2.model import Wav2Vec2Model
 
 logger = logging.getLogger(__name__)
 
 PROBE_SAMPLES = (64_000, 41_000)  # over 160 frames, so that WavLM's logarithmic position buckets are reached
 PROBE_LEVELS = (1.0, 1e-3)  # so quiet that the constant in a waveform's normalisation counts
-TORCHAUDIO = "torchaudio:"
 
 # Hidden states: feature projection, layers 1..L and the model's output, each [B, T, D], or [T, D] of one utterance.
 States = list[Tensor]
 Forward = Callable[[list[Tensor]], States]  # of waveforms [N], as one padded batch
 
 
-def read_huggingface(model: str, normalize: bool | None) -> tuple[ImportedModel, Wav2Vec2Model]:
+def read_huggingface(folder: Path, normalize: bool | None) -> tuple[ImportedModel, Wav2Vec2Model]:
     """Convert a transformers model; what is returned computes the same as transformers.
 
     Args:
-        model: hub id or local folder.
+        folder: of the model, as :func:`wav2vec2.importers.folder.locate_folder` gives it.
         normalize: the waveform; None for what the model was trained with.
 
     Raises:
-        CheckpointError: it cannot be had, is not of this family or does not load.
+        CheckpointError: it is not of this family or does not load.
         UserError: the converted model differs.
     """
-    from huggingface_hub import logging as hub_logging
-
-    hub_logging.set_verbosity_error()  # it reports every retry
-    folder = locate_folder(model)
     normalize_waveform = check_folder(folder, normalize)
     import transformers
 
@@ -79,7 +76,7 @@ def read_huggingface(model: str, normalize: bool | None) -> tuple[ImportedModel,
     with naming(folder), refusing("transformers cannot run it"):
         # With a group norm, transformers lets padding into the statistics of every frame; ours does not.
         expected = run_probe(run, converted, padded=config["feat_extract_norm"] == "layer")
-    require_same(expected, converted, model)
+    require_same(expected, converted, str(folder))
     return imported, converted
 
 

@@ -101,6 +101,7 @@ prepare_recipe() {
     case $root in "$(realpath -- "$audio")" | "$(realpath -m -- "$audio/LibriSpeech")") ;; *)
         die "$train lists audio of $root, not of $audio: remove $lists, or name another folder with --data.tsv_dir" ;;
     esac
+    [ -f "$teacher" ] || [ -n "$teacher_id" ] || die "$teacher: no such file, and no --teacher_id to make it from"
     [ -f "$teacher" ] || stage python convert_hubert_from_hf.py --model "$teacher_id" --out "$teacher"
 }
 

@@ -10,7 +10,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ import pytest
 import soundfile
 import torch
 
+from distillation.config import parse_recipe
+from distillation.training.memory import searched_for
 from exporting import runner
 
 if TYPE_CHECKING:
@@ -107,6 +109,24 @@ def tiny_hf(model_class: type[PreTrainedModel], config_class: type, **options: o
 def run_exported_here(kind: str, exported: Path, batches: list) -> Iterator[dict[str, np.ndarray]]:
     """What verify.run_exported gives, without the start of a process; use the fixture ``exported_here``."""
     return itertools.starmap(getattr(runner, kind)(str(exported)), batches)
+
+
+# Batches that fit a GPU
+
+
+def write_batches(exp_dir: Path, flags: Sequence[object], seconds: float, count: int) -> None:
+    """What fit_batch.py leaves on a machine with a GPU.
+
+    Args:
+        exp_dir: folder of the run.
+        flags: of its recipe, ``--config`` included; its teacher is there.
+        seconds: of a micro-batch.
+        count: micro-batches in an update.
+    """
+    searched = searched_for(parse_recipe([str(word) for word in flags])[0])
+    exp_dir.mkdir(parents=True, exist_ok=True)
+    content = f"data: {{seconds_per_batch: {seconds}}}\ntrainer: {{batches_per_update: {count}}}\n"
+    (exp_dir / "batch.yaml").write_text(f"{searched} of a GPU\n{content}")
 
 
 # Scripts; as processes of their own: client.py

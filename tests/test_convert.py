@@ -1,6 +1,7 @@
 """The conversion commands on tiny models saved by transformers: outputs, parity check and every wrong turn."""
 
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ import convert_from_checkpoint
 import convert_hubert_from_hf
 from exporting import originals
 from tests.helpers import HF_BASE, HF_LARGE, tiny_hf
-from wav2vec2 import load_model
+from wav2vec2 import load_model, save_model
 from wav2vec2.checkpoint import load_checkpoint
 from wav2vec2.importers import ImportedModel
 from wav2vec2.importers.huggingface import NORMALIZE_EPS
@@ -101,6 +102,71 @@ def test_default_name(run: Run, hubert: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(hubert.parent)
     run("--model", "tiny-hubert/")
     assert load_model("pretrained/tiny-hubert.hf.pth").num_layers == 2
+
+
+def source(path: object) -> dict[str, object]:
+    return load_checkpoint(path).extra["source"]
+
+
+def test_a_file_names_its_source(run: Run, hubert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    digests = [hashlib.sha256((hubert / name).read_bytes()).digest() for name in ("config.json", "model.safetensors")]
+    content = {"revision": None, "sha256": hashlib.sha256(b"".join(digests)).hexdigest()}
+    relative = f"../{tmp_path.name}/tiny-hubert"
+    for given, name in ((hubert, "tiny-hubert"), ("tiny-hubert/", "tiny-hubert"), (relative, relative)):
+        run("--model", given, "--out", "out.pth")
+        assert source("out.pth") == {"id": name, **content}
+    save_model("out.safetensors", load_model("out.pth"), **load_checkpoint("out.pth").extra)
+    assert source("out.safetensors") == source("out.pth")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Puts a snapshot of a model into a cache of the hub, which cannot be asked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+    def put(name: str, commit: str, **options: object) -> Path:
+        folder = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        tiny(HubertModel, HubertConfig, **HF_BASE, **options).save_pretrained(folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+        return folder / "snapshots" / commit
+
+    return put
+
+
+def test_two_models_of_one_name_on_the_hub(run: Run, hub: Callable[..., Path]) -> None:
+    hub("one/tiny", "a" * 40)
+    hub("two/tiny", "b" * 40, intermediate_size=40)
+    run("--model", "one/tiny")
+    out = Path("pretrained/tiny.hf.pth")
+    assert (source(out)["id"], source(out)["revision"]) == ("one/tiny", "a" * 40)
+    message = f"{out} was converted from one/tiny at aaaaaaa, not from two/tiny: give another file by --out, or remove"
+    before = out.read_bytes()
+    assert message in run("--model", "two/tiny", fails=True)
+    assert "not from torchaudio:HUBERT_BASE" in run("--model", "torchaudio:HUBERT_BASE", "--out", out, fails=True)
+    assert out.read_bytes() == before
+    run("--model", "two/tiny", "--out", "pretrained/two.pth")
+    hub("one/tiny", "c" * 40, num_hidden_layers=1)  # a later commit
+    run("--model", "one/tiny")
+    assert source(out)["revision"] == "c" * 40 and load_model(out).num_layers == 1
+
+
+def test_what_a_conversion_may_replace(run: Run, hubert: Path, tmp_path: Path) -> None:
+    """The same folder's own file, what names no source, what is damaged; not what the folder held before."""
+    out = tmp_path / "out.pth"
+    out.write_text("damaged")
+    run("--model", hubert, "--out", out)
+    run("--model", hubert, "--out", out, "--normalize", "yes")
+    assert load_model(out).normalize_waveform
+    tiny(HubertModel, HubertConfig, intermediate_size=40, **HF_BASE).save_pretrained(hubert)
+    error = run("--model", hubert, "--out", out, fails=True)
+    assert f"{out} was converted from tiny-hubert, which has changed since" in error
+    save_model(out, load_model(out))
+    run("--model", hubert, "--out", out)
+    assert load_model(out).config["encoder_ff_interm_features"] == [40, 40]
 
 
 def test_fine_tuned_half_precision_and_sharded(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -294,6 +360,8 @@ def test_torchaudio_bundle(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyP
     printed = run("--model", "torchaudio:TINY", "--out", tmp_path / "out.pth")
     assert float(printed.split()[-1]) < 1e-4
     assert load_model(tmp_path / "out.pth").normalize_waveform is normalize
+    named = source(tmp_path / "out.pth")
+    assert (named["id"], named["revision"], len(named["sha256"])) == ("torchaudio:TINY", None, 64)
     assert "HUBERT_BASE" in run("--model", "torchaudio:NONE", fails=True)
 
 
@@ -346,6 +414,14 @@ def test_fairseq_command(
     checkpoint = load_checkpoint("pretrained/tiny.fairseq.pth")
     assert checkpoint.model.normalize_waveform
     assert torch.equal(checkpoint.extra["mask_embedding"], content["model"]["mask_emb"])
+    digest = hashlib.sha256(hashlib.sha256(Path("tiny.pt").read_bytes()).digest()).hexdigest()
+    assert checkpoint.extra["source"] == {"id": "tiny.pt", "revision": None, "sha256": digest}
+    run("--checkpoint", "tiny.pt", script=convert_from_checkpoint)
+    content["model"]["encoder.layer_norm.weight"][0] = 0.5
+    Path("other").mkdir()
+    torch.save(content, "other/tiny.pt")
+    error = run("--checkpoint", "other/tiny.pt", script=convert_from_checkpoint, fails=True)
+    assert "pretrained/tiny.fairseq.pth was converted from tiny.pt, not from other/tiny.pt: give another file" in error
     content["model"]["encoder.layer_norm.weight"][0] = float("nan")
     torch.save(content, "nan.pt")
     assert "not finite" in run("--checkpoint", "nan.pt", script=convert_from_checkpoint, fails=True)

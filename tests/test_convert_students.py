@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import hashlib
 import logging
 import os
 import pickletools
@@ -86,6 +87,14 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert "dropped from s.ckpt: teacher_model.* (2 tensors)" in done.stderr
     assert [path.name for path in Path("made").iterdir()] == ["arm.pth"]
     assert load_model("made/arm.pth").config["encoder_reuse_attention"] == [False, True, False]
+
+
+def test_the_file_names_both_of_its_sources(run: Run) -> None:
+    write("starhubert")
+    run()
+    digests = [hashlib.sha256(Path(name).read_bytes()).digest() for name in ("s.ckpt", "s.yaml")]
+    content = {"revision": None, "sha256": hashlib.sha256(b"".join(digests)).hexdigest()}
+    assert load_checkpoint("pretrained/s.student.pth").extra["source"] == {"id": "s.ckpt", **content}
 
 
 @pytest.mark.parametrize("num_frames", [12, 13])

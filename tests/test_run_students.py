@@ -7,7 +7,7 @@ import torch
 import transformers
 import yaml
 
-from tests.helpers import run_shell
+from tests.helpers import run_here, run_shell, write_batches
 from wav2vec2 import load_model
 
 
@@ -44,19 +44,21 @@ def test_from_audio_to_report(server, corpus, tmp_path):
         "trainer.log_every": 1,
     }
     args = ["armhubert_s_100h", corpus, *(word for key, value in flags.items() for word in (f"--{key}", value))]
-    (tmp_path / "exp").mkdir()  # batches that fit_batch.py found on an earlier start
-    (tmp_path / "exp" / "batch.yaml").write_text("data: {seconds_per_batch: 2.5}\ntrainer: {batches_per_update: 2}\n")
+    run_here("convert_hubert_from_hf.py", "--model", tmp_path / "hf", "--out", tmp_path / "teacher.pth")
+    write_batches(tmp_path / "exp", ["--config", "conf/armhubert_s_100h.yaml", *args[2:]], 2.5, 2)
     out = run_shell("run_students.sh", *args, python=server.bin, FIT_BATCH="1")
     used = yaml.safe_load((tmp_path / "exp" / "config.yaml").read_text())
     assert (used["data"]["seconds_per_batch"], used["trainer"]["batches_per_update"]) == (2.5, 2)
     final = tmp_path / "exp" / "final.pth"
-    assert f"Done: {final}" in out and "over all layers" in out
+    assert f"Done: {final}" in out and "batch.yaml is up to date" in out
     model = load_model(final)
     assert model.config["encoder_reuse_attention"] == [False, True] * 6
     assert (tmp_path / "exp" / "report.html").stat().st_size > 10_000
     stamp = final.stat().st_mtime_ns
-    run_shell("run_students.sh", *args, python=server.bin)  # again: nothing is left to do
+    run_shell("run_students.sh", *args, python=server.bin, FIT_BATCH="1")  # again: nothing is left to do
     assert final.stat().st_mtime_ns == stamp
+    without = run_shell("run_students.sh", *args, code=2, python=server.bin)
+    assert "update cannot change in the middle of a run" in without  # batch.yaml cut it in another way
 
 
 def test_usage_and_unknown_names(tmp_path):

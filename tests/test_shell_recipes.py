@@ -7,9 +7,7 @@ import torch
 import transformers
 import yaml
 
-from distillation.config import parse_recipe
-from distillation.training.memory import searched_for
-from tests.helpers import run_here, run_shell
+from tests.helpers import run_here, run_shell, write_batches
 from wav2vec2 import load_model
 
 SMALL = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512, "conv_dim": [64] * 7,
@@ -69,15 +67,10 @@ def test_recipe(server, name, corpus, tmp_path):
     script, *recipe = name.split()
     args = [corpus, *recipe, *(word for key, value in flags.items() for word in (f"--{key}", value))]
     variables = {}
-    if recipe:  # batches that fit_batch.py found on an earlier start, before the teacher was converted
+    if recipe:  # batches that fit_batch.py found on an earlier start
         variables["FIT_BATCH"] = "1"
-        exp.mkdir()
-        words = [str(word) for word in args[2:]]
         run_here("convert_hubert_from_hf.py", "--model", tmp_path / "hf", "--out", tmp_path / "teacher.pth")
-        searched = searched_for(parse_recipe(["--config", f"conf/{recipe[0]}.yaml", *words])[0])
-        (exp / "batch.yaml").write_text(
-            f"{searched} of a GPU\ndata: {{seconds_per_batch: 2.5}}\ntrainer: {{batches_per_update: 1}}\n"
-        )
+        write_batches(exp, ["--config", f"conf/{recipe[0]}.yaml", *args[2:]], 2.5, 1)
     out = run_shell(script, *args, python=python, **variables)
     if recipe:
         assert "batch.yaml is up to date" in out

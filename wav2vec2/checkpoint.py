@@ -1,7 +1,7 @@
 """The ``.pth`` file: ``{"state_dict", "config", "distill_linear_projs"}`` of plain types, safe and strict.
 
 Interchangeable with the files of the released DPHuBERT and DPWavLM. Other top-level entries are allowed and kept:
-``mask_embedding`` [D] of a converted teacher, ``vocabulary`` of a fine-tuned model.
+``mask_embedding`` [D] and ``source`` of a converted teacher, ``vocabulary`` of a fine-tuned model.
 
 The same as ``.safetensors``: tensors by their names in ``state_dict``, heads under ``distill_linear_projs.``, other
 top-level tensors under ``extra.``; in the metadata, as JSON, ``config`` and the other top-level entries, ``extra``.

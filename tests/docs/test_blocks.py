@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from distillation.config import parse_recipe
+from distillation.sweep import runs_of
 from tests.configs import TINY, first_layers
 from tests.helpers import ROOT
 from wav2vec2 import save_model, wav2vec2_model
@@ -117,6 +118,8 @@ def check_shell(script: str, words: list[str]) -> None:
     name = Path(script).name
     if name == "superb.sh":
         check_python(["-m", "evaluation.superb", *words])
+    if name == "sweep.sh":
+        assert len(runs_of(["--config", f"conf/{words[1]}.yaml", *words[2:]])) > 1
     if not words or name not in (*TWO_STEPS, "run_students.sh"):
         return
     if name == "run_students.sh":

@@ -6,11 +6,15 @@ from .fairseq import import_fairseq
 from .huggingface import import_huggingface
 from .mapping import ImportedModel, naming
 from .pickles import load_pickled
+from .source import Source, check_replaced, converted_file
 from .students import import_student
 from .torchaudio import import_torchaudio
 
 __all__ = [
     "ImportedModel",
+    "Source",
+    "check_replaced",
+    "converted_file",
     "import_distiller",
     "import_fairseq",
     "import_huggingface",

@@ -15,6 +15,7 @@ from wav2vec2.model import Wav2Vec2Model
 from .distiller import DISTILLER, import_distiller
 from .fairseq import import_fairseq
 from .mapping import MASK_EMBEDDING, ImportedModel
+from .source import SOURCE, Source
 from .students import STUDENT, import_student
 
 logger = logging.getLogger(__name__)
@@ -85,14 +86,14 @@ def recognise(content: Any) -> Layout:
     )
 
 
-def save_imported(out: Path, imported: ImportedModel, model: Wav2Vec2Model, source: object) -> None:
-    """Write a ``.pth`` file, with the mask embedding and the distillation heads where the source has them.
+def save_imported(out: Path, imported: ImportedModel, model: Wav2Vec2Model, source: Source) -> None:
+    """Write a ``.pth`` file that names its source, with mask embedding and distillation heads where that has them.
 
     Args:
         out: the file.
         imported: what the source holds.
         model: made of it.
-        source: its name, for messages.
+        source: what it was read from.
 
     Raises:
         CheckpointError: values that are not finite.
@@ -103,7 +104,7 @@ def save_imported(out: Path, imported: ImportedModel, model: Wav2Vec2Model, sour
     if not all(tensor.isfinite().all() for tensor in (output, *heads)):
         raise CheckpointError(f"{source}: the converted model gives values that are not finite; nothing saved")
     extra: dict[str, Any] = {} if imported.mask_embedding is None else {MASK_EMBEDDING: imported.mask_embedding}
-    save_model(out, model, imported.heads, **extra)
+    save_model(out, model, imported.heads, **extra, **{SOURCE: source.entry()})
     num_params, num_head_params = (sum(tensor.numel() for tensor in group) for group in (tensors, heads))
     logger.info(
         "%s: %s parameters and %s in heads, %d layers; %d tensors saved, %d dropped",

@@ -37,6 +37,9 @@ def locate_folder(model: str) -> Path:
         )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise CheckpointError(f"{model}: no such folder")
+    from huggingface_hub import logging as hub_logging
+
+    hub_logging.set_verbosity_error()  # it reports every retry
 
     def fetch(name: str) -> Path | None:
         try:
@@ -92,16 +95,35 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a file is missing, damaged or names what is in another.
     """
-    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if path is None:
+    files = _weight_files(folder)
+    if not files:
         raise CheckpointError(f"{folder}: no weights; expected one of {', '.join(WEIGHTS)}")
     weights: dict[str, Tensor] = {}
-    for file in [folder / name for name in _shards(path)] if path.suffix == ".json" else [path]:
+    for file in files:
         tensors = _read_tensors(file) if file.suffix == ".safetensors" else read_torch_file(file)
         if twice := weights.keys() & tensors.keys():
             raise CheckpointError(f"{file}: tensor {min(twice)!r} is in another shard too")
         weights |= tensors
     return weights
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that make the model of a folder, config and weights; none where they are not all there.
+
+    Raises:
+        CheckpointError: the index of a sharded model is damaged.
+    """
+    weights = _weight_files(folder)
+    files = [folder / CONFIG, *weights]
+    return files if weights and all(file.is_file() for file in files) else []
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The one file, or those that the index names; none where there is neither."""
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        return []
+    return [folder / name for name in _shards(path)] if path.suffix == ".json" else [path]
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

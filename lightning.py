@@ -24,6 +24,7 @@ from distillation.data.loaders import Batch, Place, make_train_loader, make_vali
 from distillation.data.manifest import Manifest, read_tsv
 from distillation.errors import UserError
 from distillation.optimisation import OptimConfig, lr_factor
+from distillation.stopping import keeping
 from distillation.training.guards import BatchGuard
 from distillation.training.lightning_internals import supervise_alone
 from distillation.training.metrics import MetricsCSV, RunningMeans
@@ -362,8 +363,10 @@ def train(module: DistillModule, data: AudioDataModule, recipe: Recipe) -> None:
         save_resolved(module.recipe, exp_dir)
         run.record.write(exp_dir)
     progress = next(callback for callback in trainer.callbacks if isinstance(callback, Progress))  # type: ignore[attr-defined]
-    with waiting(trainer), progress.stop, supervised(trainer):
-        trainer.fit(module, data, ckpt_path=run.last if run.step else None, weights_only=True)
+    with waiting(trainer), supervised(trainer):
+        with progress.stop:
+            trainer.fit(module, data, ckpt_path=run.last if run.step else None, weights_only=True)
         if validate_last:
-            trainer.validate(module, data, verbose=False)
+            with keeping(f"all updates are made, and saved in {run.last}"):
+                trainer.validate(module, data, verbose=False)
     logger.info("%s: the last of %d updates is made", exp_dir, optim.max_steps)

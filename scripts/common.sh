@@ -50,6 +50,8 @@ stage() {
         # shellcheck disable=SC2064
         trap "signalled=$name; kill -$name $child 2>/dev/null || true" "$name"
     done
+    # shellcheck disable=SC2064
+    trap "signalled=TERM; kill -TERM $child 2>/dev/null || true" HUP # the terminal is gone
     wait "$child" || code=$?
     while [ -n "$signalled" ]; do # a signal ends the wait, not the child
         name=$signalled signalled="" code=0
@@ -59,7 +61,7 @@ stage() {
             code=75
         fi
     done
-    trap - INT TERM USR1 USR2
+    trap - INT TERM USR1 USR2 HUP
     return "$code"
 }
 

@@ -125,7 +125,7 @@ def test_a_stop_while_other_machines_are_awaited(server, tiny_flags, tmp_path):
     time.sleep(3)
     run.kill(signal.SIGUSR1)
     finished = run.wait()
-    assert finished.code == 75 and finished.error == "stopped: SIGUSR1: nothing was to be saved yet; run it again"
+    assert finished.code == 75 and finished.error == "stopped: SIGUSR1: all that was saved stays; run it again"
 
 
 def left_as_it_was(exp, reference):

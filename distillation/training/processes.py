@@ -66,7 +66,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def waiting(trainer: pl.Trainer) -> Iterator[None]:
-    """Until several processes have found each other they wait where no handler runs: a thread ends them on a signal."""
+    """Outside training, several processes wait for each other where no handler runs: a thread ends them on a signal."""
     if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -82,7 +82,7 @@ def waiting(trainer: pl.Trainer) -> Iterator[None]:
             if signal.getsignal(numbers[0]) is handler:  # else training has begun to listen
                 if not launched:
                     name = signal.Signals(numbers[0]).name
-                    print(f"\nstopped: {name}: nothing was to be saved yet; run it again", file=sys.stderr, flush=True)
+                    print(f"\nstopped: {name}: all that was saved stays; run it again", file=sys.stderr, flush=True)
                 _end_now(trainer, INTERRUPTED)
         os.close(receiver)
 

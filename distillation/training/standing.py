@@ -57,7 +57,7 @@ class Standing:
         """
         entry, self.epochs = self.content.get(RUN, {}), optim.max_epochs
         known = entry.get("length") if entry.get("epochs") == self.epochs else None
-        resolved = optim.resolved(updates_of if known is None else lambda epochs: int(known))
+        resolved = optim.resolved((lambda epochs: known) if isinstance(known, int) else updates_of)
         self.extend_to(resolved.max_steps)
         return resolved
 

@@ -79,6 +79,7 @@ def test_step_2_killed_everywhere(server, reference, tiny_flags, tmp_path, worke
     args = ["final_distill.py", *tiny_flags, "--student_ckpt", reference / "pruned.pth", "--exp_dir", exp,
             "--data.num_workers", workers]  # fmt: skip
     faults = [["kill", "update", 5], ["SIGTERM", "update", 3], ["kill", "write", 0], ["kill", "valid", 6]]
+    faults += [["SIGINT", "valid", 6]]  # after the last update nothing waits for one to end
     faults += [["kill", "write", 0]]  # of final.pth: the run itself is complete
     for fault in faults if workers == 0 else faults[:2]:
         server.run(*args, fault=fault, code=75 if fault[0] != "kill" else -signal.SIGKILL)

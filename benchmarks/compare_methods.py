@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import statistics
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,10 +30,11 @@ from distillation.commandline import make_parser, parse_arguments
 from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError, command
 from distillation.objectives import Objectives
+from distillation.stopping import keeping, run_child
 from distillation.students import CopiedLayers, StudentConfig, ThinStudent, build_student
 from evaluation.tables import markdown_table
 from wav2vec2 import Wav2Vec2Model, load_model
-from wav2vec2.checkpoint import load_checkpoint, write_text
+from wav2vec2.checkpoint import fingerprint, load_checkpoint, write_text
 from wav2vec2.counting import count_params
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,12 @@ def recipe_of(method: Method, teacher: Wav2Vec2Model, budget: int, seed: int, co
 
 
 def train(exp: Path, recipe: dict[str, Any]) -> Path:
-    """Run the stages that are not finished; the final model."""
+    """Run the stages that are not finished; the final model.
+
+    Raises:
+        Signalled: a signal asked for it; the stage has saved.
+        UserError: a stage failed, or the folder holds a run with other settings.
+    """
     pruned = recipe["pruning"].get("units") != []
     final = exp / "final" / "final.pth" if pruned else exp / "final.pth"
     path = exp / "recipe.yaml"
@@ -209,7 +214,7 @@ def train(exp: Path, recipe: dict[str, Any]) -> Path:
     with (exp / "log.txt").open("a") as log:
         for stage in stages:
             command = [sys.executable, str(ROOT / str(stage[0])), *map(str, stage[1:])]
-            if subprocess.run(command, stdout=log, stderr=log, cwd=Path.cwd()).returncode:
+            if run_child(command, stdout=log, stderr=log):
                 last = (exp / "log.txt").read_text().strip().splitlines()[-1]
                 raise UserError(f"{stage[0]} failed, see {exp / 'log.txt'}: {last}")
     return final
@@ -218,10 +223,11 @@ def train(exp: Path, recipe: dict[str, Any]) -> Path:
 def measure(name: str, seed: int, final: Path, teacher: Wav2Vec2Model, recipe_path: Path, budget: int) -> Result:
     """Sizes and distances of a finished run, kept beside it."""
     kept = final.with_suffix(".distance.json")
-    if kept.is_file() and kept.stat().st_mtime >= final.stat().st_mtime:
-        return Result(**json.loads(kept.read_text()))
-    recipe, _ = parse_recipe(["--config", str(recipe_path)])
     model = load_checkpoint(final).model
+    content = fingerprint(model)
+    if kept.is_file() and (saved := json.loads(kept.read_text())).get("model") == content:
+        return Result(**saved["result"])
+    recipe, _ = parse_recipe(["--config", str(recipe_path)])
     num_params = used_params(model)
     if abs(num_params / budget - 1) > TOLERANCE:  # the unit at the edge of the ranking may be a whole head
         logger.warning(
@@ -230,7 +236,7 @@ def measure(name: str, seed: int, final: Path, teacher: Wav2Vec2Model, recipe_pa
     num_heads = Objectives(recipe.objective, model, teacher).num_params()
     distances = linear_distances(model.eval(), teacher, recipe.data)
     result = Result(name, seed, num_params, num_heads, distances.unexplained, distances.layers)
-    write_text(kept, json.dumps(asdict(result)))
+    write_text(kept, json.dumps({"model": content, "result": asdict(result)}))
     return result
 
 
@@ -254,7 +260,12 @@ def spread(values: Any) -> float:
 
 
 def compare(comparison: Comparison) -> None:
-    """Train, measure, print and plot."""
+    """Train, measure, print and plot.
+
+    Raises:
+        Stopped: a signal asked for it.
+        UserError: a setting or a file that does not fit.
+    """
     demo, methods, seeds, steps = comparison.demo, comparison.methods, comparison.seeds, comparison.steps
     num_params, out = comparison.num_params, comparison.out or demo / "compare"
     if unknown := [name for name in methods if name not in METHODS]:
@@ -274,10 +285,11 @@ def compare(comparison: Comparison) -> None:
     logger.info("teacher: %s parameters, budget of the students: %s", f"{used_params(teacher):,}", f"{budget:,}")
     results = []
     runs = [(name, seed) for seed in range(1, seeds + 1) for name in methods]
-    for name, seed in tqdm(runs, desc="compare", unit="run", dynamic_ncols=True):
-        exp = out / name / f"seed{seed}"
-        final = train(exp, recipe_of(METHODS[name], teacher, budget, seed, comparison))
-        results.append(measure(name, seed, final, teacher, exp / "recipe.yaml", budget))
+    with keeping(f"the runs, also the one that was training, are in {out}"):
+        for name, seed in tqdm(runs, desc="compare", unit="run", dynamic_ncols=True):
+            exp = out / name / f"seed{seed}"
+            final = train(exp, recipe_of(METHODS[name], teacher, budget, seed, comparison))
+            results.append(measure(name, seed, final, teacher, exp / "recipe.yaml", budget))
     results.sort(key=lambda result: (methods.index(result.method), result.seed))
     series = {
         METHODS[name].title: [result.unexplained for result in results if result.method == name] for name in methods

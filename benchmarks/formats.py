@@ -5,7 +5,7 @@
 
 Speed is measured in turns: every round runs each of them once on the same 10 s. Accuracy is phones per frame of
 mini-SUPERB, a linear probe on the weighted layers, with 95 % intervals over 30 held-out speakers. Prints a table,
-writes formats.json and formats.svg. Needs requirements/export.txt.
+writes formats.json and formats.svg. Stopped and run again, it goes on. Needs requirements/export.txt.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.minisuperb.evaluate import Features, frame_counts, rates, start
+from benchmarks.minisuperb.evaluate import Features, frame_counts, probe_settings, rates, start
 from benchmarks.plots import write
 from distillation.commandline import command_of
+from distillation.journal import Journal
+from distillation.stopping import keeping
+from evaluation.conditions import conditions
 from evaluation.tables import markdown_table
 from evaluation.timing import in_turns
 from exporting.graphs import export_graph
 from exporting.verify import ExportedOutputs
 from wav2vec2 import load_model
+from wav2vec2.checkpoint import fingerprint
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 SECONDS = 10.0
@@ -114,12 +118,18 @@ def run(
 ) -> None:
     """Export, measure, print and plot.
 
+    What is finished is kept in OUT/.formats.jsonl until all is there.
+
     Args:
         demo: folder that scripts/demo.sh has left.
         out: folder of the exports, the probes' corpus, formats.json and formats.svg; DEMO/minisuperb by default.
         rounds: timed runs of each model.
         steps: updates of each probe.
         threads: of torch and ONNX Runtime.
+
+    Raises:
+        Stopped: a signal asked for it.
+        UserError: the demo's folder lacks a file.
     """
     torch.set_num_threads(threads)
     out, data = start(demo, out, "teacher.pth", "final.pth")
@@ -130,33 +140,42 @@ def run(
         "compressed, ONNX": out / "final.onnx",
         "compressed, ONNX int8": out / "final.int8.onnx",
     }
-    for name, int8 in (("compressed, ONNX", False), ("compressed, ONNX int8", True)):
-        export_graph(ExportedOutputs(student, last=False), "onnx", files[name], int8)
-    extracts: dict[str, Extract] = {
-        "teacher": teacher.extract_features,
-        "compressed": student.extract_features,
-        **{name: onnx_extract(path, threads) for name, path in files.items() if path.suffix == ".onnx"},
-    }
-    factors = real_time_factors(extracts, rounds)
-    rows = []
-    for name, extract in tqdm(extracts.items(), "probing", unit="model"):
-        features = Features(extract)
-        runs = [{"phones": frame_counts("phones", data, features(data.train), features(data.test), steps)}]
-        drawn = rates(runs, "phones", np.random.default_rng(0), 2000)
-        checked = [u.waveform for u in data.test[:20]]
-        rows.append(
-            {
+    of = conditions(
+        teacher=fingerprint(teacher), student=fingerprint(student), rounds=rounds, probes=probe_settings(steps)
+    )
+    known = Journal(out / ".formats.jsonl", of, "parts")
+    with keeping(f"what is finished is in {known.path}"):
+        for name, int8 in (("compressed, ONNX", False), ("compressed, ONNX int8", True)):
+            if f"export: {name}" not in known or not files[name].is_file():
+                export_graph(ExportedOutputs(student, last=False), "onnx", files[name], int8)
+                known[f"export: {name}"] = None
+        extracts: dict[str, Extract] = {
+            "teacher": teacher.extract_features,
+            "compressed": student.extract_features,
+            **{name: onnx_extract(path, threads) for name, path in files.items() if path.suffix == ".onnx"},
+        }
+        if "real-time factors" not in known:
+            known["real-time factors"] = real_time_factors(extracts, rounds)
+        for name, extract in tqdm(extracts.items(), "probing", unit="model"):
+            if name in known:
+                continue
+            features = Features(extract)
+            runs = [{"phones": frame_counts("phones", data, features(data.train), features(data.test), steps)}]
+            drawn = rates(runs, "phones", np.random.default_rng(0), 2000)
+            checked = [u.waveform for u in data.test[:20]]
+            known[name] = {
                 "name": name,
                 "bytes": files[name].stat().st_size,
-                "real_time_factor": factors[name],
+                "real_time_factor": known["real-time factors"][name],
                 "max_difference": None if name in ("teacher", "compressed") else max_difference(
                     extract, student.extract_features, checked
                 ),
                 "phones": float(rates(runs, "phones", None, 1)[0]),
                 "interval": np.percentile(drawn, [2.5, 97.5]).tolist(),
-            }
-        )  # fmt: skip
+            }  # fmt: skip
+    rows = [known[name] for name in files]
     written = write(out, "formats", rows, draw(rows))
+    known.remove()
     print(table(rows))
     print(f"\n-> {written}")
 

@@ -6,7 +6,8 @@ Measures in bfloat16, beside the dense step on torchaudio's own HuBERT on the sa
 several sparsities, the largest batch that fits, what a step takes of the memory beside weights and optimizers, the
 share of the measured matrix multiplication peak, and how many seconds of audio per second the loader gives. From these:
 GPU-hours of both steps of the recipe, whose update is 4 x 160 s, against the paper's 18 + 6 hours of A100. As in
-training, each step has another number of frames: kernels that plan for a shape pay for it here as there.
+training, each step has another number of frames: kernels that plan for a shape pay for it here as there. Stopped and
+run again, it goes on after the last point.
 """
 
 import itertools
@@ -30,11 +31,15 @@ from benchmarks.steps import BF16, Ours, Peer, Step, autocast, matmul_peak, num_
 from distillation.commandline import command_of
 from distillation.config import RECIPES, parse_recipe
 from distillation.data.batching import DataConfig
-from distillation.data.loaders import make_train_loader
+from distillation.data.loaders import Place, make_train_loader
 from distillation.data.manifest import read_tsv
 from distillation.errors import UserError
+from distillation.journal import Journal
 from distillation.sparsity import make_prunable
+from distillation.stopping import keeping
 from distillation.training.memory import largest_batch, runs_in_memory
+from distillation.training.processes import outlive_stop_signal
+from evaluation.conditions import conditions
 from evaluation.timing import in_turns
 from wav2vec2 import prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
@@ -103,7 +108,8 @@ def loader_rate(folder: Path, seconds: float) -> float:
         lines.append(f"{i}.flac\t{len(noise)}")
     (folder / "train.tsv").write_text("\n".join(lines) + "\n")
     config = DataConfig(tsv_dir=folder, train="train.tsv", valid="train.tsv")
-    loader = iter(make_train_loader(read_tsv(folder / "train.tsv"), config, seed=0))
+    place = Place(worker_init_fn=outlive_stop_signal)
+    loader = iter(make_train_loader(read_tsv(folder / "train.tsv"), config, seed=0, place=place))
     for _ in range(3):
         next(loader)
     begin, read = time.perf_counter(), 0.0
@@ -121,9 +127,11 @@ def hours(points: dict[float, float]) -> float:
     return UPDATE_SECONDS * cost / 3600
 
 
-def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: int) -> dict[str, Any]:
-    """All but the loader; the keys of the result are those of gpu.json."""
-    peak = matmul_peak(BF16, 8192 if device == "cuda" else 256, device)
+def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: int, known: Journal) -> dict[str, Any]:
+    """All but the loader, what is not known; the keys of the result are those of gpu.json."""
+    if "matmul peak" not in known:
+        known["matmul peak"] = matmul_peak(BF16, 8192 if device == "cuda" else 256, device)
+    peak = known["matmul peak"]
     teacher = wav2vec2_model(**config).eval().to(device)
     recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
     layers = sorted({0, config["encoder_num_layers"]})
@@ -134,11 +142,16 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
     def timed(
         what: str, steps: dict[str, Callable[[], object]], macs: dict[str, float], seconds: float
     ) -> dict[str, float]:
-        peaks = {name: step_memory(step) if device == "cuda" else None for name, step in steps.items()}
-        found = in_turns(steps, rounds, what)
-        for name, elapsed in found.items():
-            points.append(Point(f"{what}, {name}", seconds, elapsed, peaks[name], macs[name] / elapsed / peak))
-        return found
+        if what not in known:
+            peaks = {name: step_memory(step) if device == "cuda" else None for name, step in steps.items()}
+            found = in_turns(steps, rounds, what)
+            known[what] = {
+                name: vars(Point(f"{what}, {name}", seconds, elapsed, peaks[name], macs[name] / elapsed / peak))
+                for name, elapsed in found.items()
+            }
+        rows = {name: Point(**point) for name, point in known[what].items()}
+        points.extend(rows.values())
+        return {name: point.seconds for name, point in rows.items()}
 
     masked = make_prunable(teacher, recipe.pruning).to(device)
     ours = Ours(masked, teacher, waveforms, recipe.objective)
@@ -182,7 +195,9 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
     result: dict[str, Any] = {"largest_batch_seconds": None}
     if device == "cuda":
         set_sparsity(masked, 0.0)
-        count = largest_batch(lambda count: runs_in_memory(lambda: step_of(count)), 256)
+        if "largest batch" not in known:
+            known["largest batch"] = largest_batch(lambda count: runs_in_memory(lambda: step_of(count)), 256)
+        count = known["largest batch"]
         result["largest_batch_seconds"] = count * UTTERANCE
         waveforms = torch.randn(max(1, count * 9 // 10), round(UTTERANCE * SAMPLE_RATE), device=device)
         seconds = waveforms.shape[0] * UTTERANCE
@@ -207,18 +222,26 @@ def run(
 ) -> None:
     """Measure, print and write.
 
+    What is measured is kept, point by point, beside OUT until all is there.
+
     Args:
         out: JSON file.
         batch_seconds: of audio per step.
         rounds: timed steps of each variant.
         device: cuda; cpu takes hours at the published size.
+
+    Raises:
+        Stopped: a signal asked for it.
+        UserError: there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no GPU is visible; this measures one (benchmarks.speed measures the CPU)")
     begin = time.perf_counter()
     torch.manual_seed(0)
-    result = measure(HUBERT_BASE, device, batch_seconds, rounds)
-    with tempfile.TemporaryDirectory() as folder:
+    of = conditions(device=device, batch_seconds=batch_seconds, rounds=rounds)
+    known = Journal(out.with_name(f".{out.stem}.jsonl"), of, "points")
+    with keeping(f"the points measured so far are in {known.path}"), tempfile.TemporaryDirectory() as folder:
+        result = measure(HUBERT_BASE, device, batch_seconds, rounds, known)
         result["loader_audio_per_second"] = loader_rate(Path(folder), 10.0)
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     result |= {"date": str(date.today()), "device": name, "torch": torch.__version__}
@@ -231,6 +254,7 @@ def run(
     print(f"GPU-hours: {result['hours']}; largest batch {result['largest_batch_seconds']} s; the loader gives "
           f"{result['loader_audio_per_second']:.0f} s of audio per second")  # fmt: skip
     write_text(out, json.dumps(result, indent=1) + "\n")
+    known.remove()
     print(f"{name}, {time.perf_counter() - begin:.0f} s -> {out}")
 
 

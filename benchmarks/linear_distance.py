@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from distillation.data.batching import DataConfig, select_utterances
-from distillation.data.loaders import make_valid_loader
+from distillation.data.loaders import Place, make_valid_loader
 from distillation.data.manifest import Manifest, read_tsv
 from distillation.errors import UserError
+from distillation.training.processes import outlive_stop_signal
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.feature_extractor import valid_frames
 
@@ -110,7 +112,8 @@ def _parts(manifest: Manifest, data: DataConfig, seconds: tuple[float, ...]) -> 
 @torch.inference_mode()
 def _moments(student: Wav2Vec2Model, teacher: Wav2Vec2Model, manifest: Manifest, data: DataConfig) -> Moments:
     moments = Moments(student.num_layers + 1, teacher.num_layers + 1)
-    for batch in make_valid_loader(manifest, data):
+    loader = make_valid_loader(manifest, data, Place(worker_init_fn=outlive_stop_signal))
+    for batch in tqdm(loader, "distance", unit="batch", leave=False, delay=1):
         if batch.errors:
             raise UserError("; ".join(f"{path}: {reason}" for path, reason in batch.errors.items()))
         states, frames = teacher.extract_features(batch.waveforms, batch.lengths)

@@ -8,10 +8,11 @@ Every round times each of them once, so that whatever else the machine does meet
 Weights are random, which costs the same; masks have the wanted expected sparsity, or that of the recipe's start, and
 are drawn anew in every step. The section phases takes a step apart; forms times one without each of the faster forms
 in wav2vec2/kernels.py, of which some are taken only where they win.
-Prints a table, writes speed.json and speed.svg.
+Prints a table, writes speed.json and speed.svg. Stopped and run again, it goes on after the last point.
 """
 
 import copy
+import functools
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,10 @@ from benchmarks.steps import BF16, Ours, Peer, Step, kept_bytes, matmul_peak, nu
 from distillation.commandline import command_of
 from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError
+from distillation.journal import Journal
 from distillation.sparsity import make_prunable
+from distillation.stopping import keeping
+from evaluation.conditions import conditions
 from evaluation.tables import machine, markdown_table
 from evaluation.timing import in_turns
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
@@ -43,6 +47,7 @@ from wav2vec2.kernels import FORMS, choices, usual_forms
 SPARSITIES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.85)
 NAMES = {"step1": "HuBERT Base", "wavlm": "WavLM Base+"}
 SECTIONS = ["step1", "phases", "step2", "wavlm", "inference", "forms"]
+PEAK = "matmul peak"
 START = "start"  # the masks as the recipe begins with them
 # What was aimed at, on two CPU threads: a row's name without its precision -> times faster, by precision.
 GOALS = {
@@ -90,6 +95,13 @@ class Row:
         return GOALS.get(what, {}).get(precision)
 
 
+def measured(known: Journal, point: str, measure: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of a point whose variants are timed beside each other, unless they are known."""
+    if point not in known:
+        known[point] = [vars(row) for row in measure()]
+    return [Row(**row) for row in known[point]]
+
+
 def noise(size: int, seconds: float) -> Tensor:
     """Waveforms [B, N]."""
     return torch.randn(size, round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
@@ -105,34 +117,41 @@ def masked_and_teacher(config: dict[str, Any], sparsity: float | None = None) ->
     return student, teacher
 
 
-def training_rows(what: Training, rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]:
+def training_rows(what: Training, rounds: int, peaks: dict[torch.dtype | None, float], known: Journal) -> list[Row]:
     """Step 1 at several sparsities, in float32 and bfloat16, against the dense step."""
     waveforms = noise(what.size, what.seconds)
-    student, teacher = masked_and_teacher(what.config)
-    ours = Ours(student, teacher, waveforms)
-    peer = Peer(what.peer_model(), what.peer_model(), waveforms)
-    dense_macs = 4 * num_macs(teacher, waveforms)  # teacher, and three times the student
-    before = count_params(teacher)
-    rows = []
-    for point in what.sparsities:
+
+    @functools.cache
+    def models() -> tuple[Ours, Peer, Wav2Vec2Model]:
+        student, teacher = masked_and_teacher(what.config)
+        return Ours(student, teacher, waveforms), Peer(what.peer_model(), what.peer_model(), waveforms), teacher
+
+    def measure(point: float | str, title: str) -> list[Row]:
+        ours, peer, teacher = models()
         if isinstance(point, str):
-            name, sparsity = START, 1 - ours.student.get_num_params().item() / before
+            sparsity = 1 - ours.student.get_num_params().item() / count_params(teacher)
         else:
-            name, sparsity = f"{point:.0%} pruned", point
+            sparsity = point
             set_sparsity(ours.student, point)
         steps: dict[str, Step] = {"peer": peer.step, "f32": ours.step, "bf16": lambda: ours.step(BF16)}
-        found = in_turns(steps, rounds, f"{what.section} {name}")
-        pruned_macs = num_macs(prune(ours.student)[0], waveforms)
-        macs = dense_macs / 4 + 3 * pruned_macs
+        found = in_turns(steps, rounds, title)
+        macs = num_macs(teacher, waveforms) + 3 * num_macs(prune(ours.student)[0], waveforms)
+        rows = []
         for precision, dtype in (("f32", None), ("bf16", BF16)):
-            share = macs / found[precision] / peaks[dtype]
-            title = f"{NAMES[what.section]}, step 1, {what.size} x {what.seconds:g} s, {name}, {precision}"
-            rows.append(Row(what.section, title, found[precision], found["peer"], share, {"sparsity": sparsity}))
+            share, extra = macs / found[precision] / peaks[dtype], {"sparsity": sparsity}
+            rows.append(Row(what.section, f"{title}, {precision}", found[precision], found["peer"], share, extra))
         if sparsity == 0.7:
             dense = kept_bytes(peer.forward, peer.student)
-            for row, dtype in zip(rows[-2:], (None, BF16)):
+            for row, dtype in zip(rows, (None, BF16)):
                 row.extra["kept"] = kept_bytes(partial(ours.forward, dtype), ours.student) / dense
-    return rows
+        return rows
+
+    found = []
+    for point in what.sparsities:
+        name = point if isinstance(point, str) else f"{point:.0%} pruned"
+        title = f"{NAMES[what.section]}, step 1, {what.size} x {what.seconds:g} s, {name}"
+        found += measured(known, title, partial(measure, point, title))
+    return found
 
 
 def phase_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]:
@@ -197,22 +216,24 @@ def step2_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]
     ]
 
 
-def inference_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[Row]:
+def inference_rows(rounds: int, peaks: dict[torch.dtype | None, float], known: Journal) -> list[Row]:
     """A 23.6 M student against its teacher, and the teacher against transformers' model."""
     from transformers import HubertConfig, HubertModel
 
-    masked, teacher = masked_and_teacher(HUBERT_BASE, 0.75)
-    student = prune(masked)[0].eval()
-    other = HubertModel(HubertConfig()).eval()
-    half = copy.deepcopy(student).bfloat16()
-    rows = []
-    for seconds in (1.0, 10.0, 35.0):
+    @functools.cache
+    def models() -> tuple[Wav2Vec2Model, Wav2Vec2Model, HubertModel]:
+        masked, teacher = masked_and_teacher(HUBERT_BASE, 0.75)
+        return prune(masked)[0].eval(), teacher, HubertModel(HubertConfig()).eval()
+
+    def measure(seconds: float) -> list[Row]:
+        student, teacher, other = models()
+        half = copy.deepcopy(student).bfloat16()
         waveform = noise(1, seconds)
 
-        def lowered(waveform: Tensor = waveform) -> None:
+        def lowered() -> None:
             half.extract_features(waveform.bfloat16())
 
-        def autocasted(waveform: Tensor = waveform) -> None:
+        def autocasted() -> None:
             with torch.autocast("cpu", BF16):
                 student.extract_features(waveform)
 
@@ -226,6 +247,7 @@ def inference_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[
         with torch.inference_mode():
             found = in_turns(steps, 3 * rounds, f"inference {seconds:g} s")
         macs = {model: num_macs(model, waveform) for model in (student, teacher)}
+        rows = []
         for how, dtype in (("f32", None), ("bf16", BF16), ("autocast to bf16", BF16)):
             share = macs[student] / found[how] / peaks[dtype]
             title = f"student against teacher, {seconds:g} s, {how}"
@@ -233,28 +255,40 @@ def inference_rows(rounds: int, peaks: dict[torch.dtype | None, float]) -> list[
         share = macs[teacher] / found["teacher"] / peaks[None]
         title = f"teacher against transformers, {seconds:g} s, f32"
         rows.append(Row("inference", title, found["teacher"], found["transformers"], share))
-    return rows
+        return rows
+
+    return [
+        row for seconds in (1.0, 10.0, 35.0)
+        for row in measured(known, f"inference, {seconds:g} s", partial(measure, seconds))
+    ]  # fmt: skip
 
 
-def form_rows(rounds: int) -> list[Row]:
+def form_rows(rounds: int, known: Journal) -> list[Row]:
     """A step at 70 % with all of FORMS against one without each of them, and without any."""
-    waveforms = noise(4, 5.0)
-    student, teacher = masked_and_teacher(HUBERT_BASE, 0.7)
-    ours = Ours(student, teacher, waveforms)
-    rows = []
-    for precision, dtype in (("f32", None), ("bf16", BF16)):
 
-        def step(names: Collection[str], dtype: torch.dtype | None = dtype) -> None:
+    @functools.cache
+    def ours() -> Ours:
+        student, teacher = masked_and_teacher(HUBERT_BASE, 0.7)
+        return Ours(student, teacher, noise(4, 5.0))
+
+    def measure(precision: str, dtype: torch.dtype | None) -> list[Row]:
+        def step(names: Collection[str]) -> None:
             with usual_forms(names):
-                ours.step(dtype)
+                ours().step(dtype)
 
         steps: dict[str, Step] = {name: partial(step, [name]) for name in FORMS}
         steps |= {"any": partial(step, FORMS), "all": partial(step, [])}
         found = in_turns(steps, rounds, f"forms {precision}")
         title = "HuBERT Base, step 1, 4 x 5 s, 70% pruned, against one without"
-        for name in [*FORMS, "any"]:
-            rows.append(Row("forms", f"{title} {FORMS.get(name, name)}, {precision}", found["all"], found[name]))
-    return rows
+        return [
+            Row("forms", f"{title} {FORMS.get(name, name)}, {precision}", found["all"], found[name])
+            for name in [*FORMS, "any"]
+        ]
+
+    return [
+        row for precision, dtype in (("f32", None), ("bf16", BF16))
+        for row in measured(known, f"forms, {precision}", partial(measure, precision, dtype))
+    ]  # fmt: skip
 
 
 def table(rows: list[Row]) -> str:
@@ -291,39 +325,55 @@ def draw(rows: list[Row]) -> Figure:
     return figure
 
 
+def measure_sections(only: list[str], rounds: int, peaks: dict[torch.dtype | None, float], known: Journal) -> list[Row]:
+    """What is not known of these sections is measured."""
+    rows: list[Row] = []
+    if "step1" in only:
+        base = Training("step1", HUBERT_BASE, torchaudio.models.hubert_base, 4, 5.0, (START, *SPARSITIES))
+        four = training_rows(base, rounds, peaks, known)
+        rows += [*four, *(schedule_total(four, precision) for precision in ("f32", "bf16"))]
+        rows += training_rows(replace(base, size=1, seconds=15.0, sparsities=(0.0, 0.7)), rounds, peaks, known)
+    if "phases" in only:
+        rows += measured(known, "phases", partial(phase_rows, rounds, peaks))
+    if "step2" in only:
+        rows += measured(known, "step2", partial(step2_rows, rounds, peaks))
+    if "wavlm" in only:
+        wavlm = Training("wavlm", WAVLM_BASE, torchaudio.models.wavlm_base, 1, 15.0, (0.0, 0.7))
+        rows += training_rows(wavlm, rounds, peaks, known)
+    if "inference" in only:
+        rows += inference_rows(rounds, peaks, known)
+    if "forms" in only:
+        rows += form_rows(rounds, known)
+    return rows
+
+
 def run(
     only: list[str] = SECTIONS, rounds: int = 3, threads: int = 2, out: Path = Path("benchmarks/results")
 ) -> list[Row]:
     """Measure, print and plot.
+
+    What is measured is kept, point by point, in OUT/.speed.jsonl until all is there.
 
     Args:
         only: any of step1, phases, step2, wavlm, inference, forms.
         rounds: timed steps of each variant; inference takes three times as many.
         threads: of torch.
         out: folder of speed.json and speed.svg.
+
+    Raises:
+        Stopped: a signal asked for it.
+        UserError: an unknown section.
     """
     if unknown := [name for name in only if name not in SECTIONS]:
         raise UserError(f"--only: no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    peaks: dict[torch.dtype | None, float] = {None: matmul_peak(torch.float32), BF16: matmul_peak(BF16)}
-    rows: list[Row] = []
-    if "step1" in only:
-        base = Training("step1", HUBERT_BASE, torchaudio.models.hubert_base, 4, 5.0, (START, *SPARSITIES))
-        four = training_rows(base, rounds, peaks)
-        rows += [*four, *(schedule_total(four, precision) for precision in ("f32", "bf16"))]
-        rows += training_rows(replace(base, size=1, seconds=15.0, sparsities=(0.0, 0.7)), rounds, peaks)
-    if "phases" in only:
-        rows += phase_rows(rounds, peaks)
-    if "step2" in only:
-        rows += step2_rows(rounds, peaks)
-    if "wavlm" in only:
-        wavlm = Training("wavlm", WAVLM_BASE, torchaudio.models.wavlm_base, 1, 15.0, (0.0, 0.7))
-        rows += training_rows(wavlm, rounds, peaks)
-    if "inference" in only:
-        rows += inference_rows(rounds, peaks)
-    if "forms" in only:
-        rows += form_rows(rounds)
+    known = Journal(out / ".speed.jsonl", conditions(rounds=rounds), "points")
+    with keeping(f"the points measured so far are in {known.path}"):
+        if PEAK not in known:
+            known[PEAK] = [matmul_peak(torch.float32), matmul_peak(BF16)]
+        peaks: dict[torch.dtype | None, float] = dict(zip((None, BF16), known[PEAK]))
+        rows = measure_sections(only, rounds, peaks, known)
     print(f"{machine()}, {threads} threads; matmul peak {peaks[None] / 1e9:.0f} GMAC/s float32, "
           f"{peaks[BF16] / 1e9:.0f} bfloat16\n")  # fmt: skip
     apart = ("phases", "forms")
@@ -338,6 +388,7 @@ def run(
         "rows": [{**vars(row), "ratio": row.ratio, "goal": row.goal} for row in rows],
     }  # fmt: skip
     print(f"\n-> {write(out, 'speed', content, draw(rows))}")
+    known.remove()
     return rows
 
 

@@ -11,16 +11,19 @@ makes, with espeak-ng and without a network,
 
 A line of ``align`` holds ``id``, ``speaker``, ``text``, ``path`` (from DIR), ``num_samples``, ``phones`` and ``words``,
 the last two as ``[start, end, label]`` with times in seconds. Speakers and sentences of dev-clean do not occur in
-training. The same settings and the same espeak-ng give the same bytes.
+training. The same settings and the same espeak-ng give the same bytes, also when it is stopped and run again: until all
+speakers are finished, those that are wait in the folder .NAME.partial beside DIR.
 """
 
 import json
 import logging
 import multiprocessing
 import os
-import tempfile
+import shutil
+import signal
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,10 @@ from demo.espeak import Espeak, load_espeak
 from demo.sentences import KEYWORDS, draw_sentences
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
+from distillation.journal import Journal
+from distillation.stopping import keeping, listening
+from distillation.training.lock import run_lock
+from wav2vec2.checkpoint import write_text
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
@@ -98,11 +105,17 @@ class Speaker:
 
 @dataclass
 class Rendered:
-    """Finished speech at 16 kHz: ``samples`` [N] in [-1, 1] and its alignments."""
+    """Finished speech at 16 kHz: ``samples`` [N] in [-1, 1], its alignments, and what espeak-ng was asked for."""
 
     samples: np.ndarray
     phones: list[Span]
     words: list[Span]
+    asked: tuple[str, int, int, int]
+    """Arguments of ``Espeak.set_voice``."""
+
+
+class Stop(Exception):
+    """The parent asks this process to end, or is gone."""
 
 
 def is_silence(phone: str) -> bool:
@@ -154,7 +167,8 @@ def _render(espeak: Espeak, speaker: Speaker, text: str, rng: np.random.Generato
     """Let ``speaker`` say ``text`` over a random channel, loudness and background noise."""
     rate = speaker.rate / speaker.warp * rng.uniform(0.9, 1.1)  # resampling by the warp speeds up: undo that
     pitch = np.clip(speaker.pitch + rng.uniform(-8, 8), 0, 99)
-    espeak.set_voice(speaker.voice, int(np.clip(rate, 90, 350)), int(pitch), int(speaker.pitch_range))
+    asked = (speaker.voice, int(np.clip(rate, 90, 350)), int(pitch), int(speaker.pitch_range))
+    espeak.set_voice(*asked)
     speech = espeak.say(text)
     source_rate = espeak.sample_rate * speaker.warp
     samples = _resample_and_colour(speech.samples, source_rate, rng)
@@ -177,24 +191,33 @@ def _render(espeak: Espeak, speaker: Speaker, text: str, rng: np.random.Generato
     for start, limit, (_, word) in zip(word_starts, [*word_starts[1:], duration], speech.words, strict=True):
         ends = [end for begin, end, name in phones if start <= begin < limit and not is_silence(name)]
         words.append((round(start, 4), round(min(max(ends, default=limit), limit), 4), word))
-    return Rendered(samples, phones, words)
+    return Rendered(samples, phones, words, asked)
 
 
-def _write_speaker(espeak: Espeak, out: Path, speaker: Speaker, settings: CorpusSettings) -> dict[str, list[dict]]:
-    """Write the audio and transcripts of one speaker; return its alignment rows by file name."""
+def _write_speaker(espeak: Espeak, out: Path, speaker: Speaker, settings: CorpusSettings) -> dict[str, Any]:
+    """Write the audio and transcripts of one speaker.
+
+    Returns:
+        ``rows`` of its alignments by file name; ``said``, the text and voice of every utterance in their order.
+    """
     rng = np.random.default_rng([settings.seed, speaker.id])
     chapter = FIRST_CHAPTER + speaker.id - FIRST_SPEAKER
     folder = out / "LibriSpeech" / speaker.split / str(speaker.id) / str(chapter)
     jobs = [(speaker.split, f"{speaker.id}-{chapter}-{i:04d}", folder, t) for i, t in enumerate(speaker.sentences)]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     transcript = "".join(f"{name} {text.upper()}\n" for _, name, _, text in jobs)
     (folder / f"{speaker.id}-{chapter}.trans.txt").write_text(transcript)
     if settings.keywords:
         part = out / "keywords" / ("train" if speaker.split == TRAIN else "dev")
         jobs += [("keywords", str(speaker.id), part / word, word) for word in KEYWORDS]
     rows: dict[str, list[dict]] = {}
+    said = []
     for kind, name, folder, text in jobs:
+        parent = multiprocessing.parent_process()
+        if parent is not None and (_stopped.is_set() or not parent.is_alive()):
+            raise Stop
         rendered = _render(espeak, speaker, text, rng)
+        said.append((text, rendered.asked))
         path = folder / f"{name}.flac"
         folder.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, rendered.samples, SAMPLE_RATE, subtype="PCM_16")
@@ -208,53 +231,70 @@ def _write_speaker(espeak: Espeak, out: Path, speaker: Speaker, settings: Corpus
             "words": rendered.words,
         }
         rows.setdefault(kind, []).append(row)
-    return rows
+    return {"rows": rows, "said": said}
 
 
-_speakers_done: Any = None  # a shared counter, set in every worker process
+_speakers_done: Any = None  # a shared counter and an event, set in every worker process
+_stopped: Any = None
 
 
-def _start_worker(counter) -> None:
-    global _speakers_done
-    _speakers_done = counter
+def _start_worker(counter: Any, stopped: Any) -> None:
+    global _speakers_done, _stopped
+    _speakers_done, _stopped = counter, stopped
 
 
-def _write_shard(out: Path, speakers: list[Speaker], settings: CorpusSettings) -> dict[str, list[dict]]:
+def _write_shard(out: Path, speakers: list[Speaker], settings: CorpusSettings, journal: Path) -> dict[str, list[dict]]:
     espeak = load_espeak()
+    known = Journal(journal, {}, "speakers")
     rows: dict[str, list[dict]] = {}
     for speaker in speakers:
-        for kind, more in _write_speaker(espeak, out, speaker, settings).items():
+        key = str(speaker.id)
+        if key in known:
+            for text, asked in known[key]["said"]:  # again, for the state in which that leaves espeak-ng
+                espeak.set_voice(*asked)
+                espeak.say(text)
+        else:
+            known[key] = _write_speaker(espeak, out, speaker, settings)
+        for kind, more in known[key]["rows"].items():
             rows.setdefault(kind, []).extend(more)
         with _speakers_done.get_lock():
             _speakers_done.value += 1
     return rows
 
 
-def _synthesise(out: Path, settings: CorpusSettings) -> None:
-    """Write a whole corpus into the new folder ``out``."""
+def _synthesise(out: Path, settings: CorpusSettings, partial: Path) -> None:
+    """Write a whole corpus into the folder ``out``, where what the journals in ``partial`` list is finished."""
     speakers = _draw_speakers(settings)
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context = multiprocessing.get_context("forkserver")
     # import once, not once per shard; not this module itself, which `python -m` would run a second time
     context.set_forkserver_preload(["demo.espeak", "demo.sentences", "jsonargparse"])
-    counter = context.Value("i", 0)
+    # What is started while signals are ignored ignores them: Ctrl-C reaches all processes, and this one alone decides.
+    with listening(signal.SIG_IGN):
+        counter, stopped = context.Value("i", 0), context.Event()
+        ensure_running()
     rows: dict[str, list[dict]] = {TRAIN: [], DEV: []}
     with (
         tqdm(total=len(speakers), desc="synthesis", unit="speaker") as bar,
         ProcessPoolExecutor(
-            min(NUM_SHARDS, os.cpu_count() or 1), context, _start_worker, (counter,), max_tasks_per_child=1
+            min(NUM_SHARDS, os.cpu_count() or 1), context, _start_worker, (counter, stopped), max_tasks_per_child=1
         ) as pool,
     ):
         parts = [part for i in range(NUM_SHARDS) if (part := speakers[i::NUM_SHARDS])]
-        shards = [pool.submit(_write_shard, out, part, settings) for part in parts]
-        pending: set[Future] = set(shards)
-        while pending:
-            _, pending = wait(pending, timeout=0.3, return_when=FIRST_COMPLETED)
-            bar.update(counter.value - bar.n)
+        try:
+            shards = [
+                pool.submit(_write_shard, out, part, settings, partial / f"{i}.jsonl") for i, part in enumerate(parts)
+            ]
+            pending: set[Future] = set(shards)
+            while pending:
+                _, pending = wait(pending, timeout=0.3, return_when=FIRST_COMPLETED)
+                bar.update(counter.value - bar.n)
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
         for shard in shards:
             for kind, more in shard.result().items():
                 rows.setdefault(kind, []).extend(more)
-    (out / "align").mkdir()
+    (out / "align").mkdir(exist_ok=True)
     for kind, some in rows.items():
         some.sort(key=lambda row: (row["speaker"], row["id"]))
         (out / "align" / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
@@ -284,6 +324,7 @@ def make_corpus(out: str | Path, settings: CorpusSettings | None = None) -> dict
     """Make the corpus ``settings`` asks for in the folder ``out``, or find it there; return its marker ``corpus.json``.
 
     Raises:
+        Stopped: a signal asked for it; the next call goes on after the speakers that are finished.
         UserError: ``out`` holds something else, or a corpus of other settings; or espeak-ng is missing.
     """
     out, settings = Path(out), settings or CorpusSettings()
@@ -298,15 +339,21 @@ def make_corpus(out: str | Path, settings: CorpusSettings | None = None) -> dict
         return marker
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not a corpus made here: choose another --out")
-    load_espeak()  # fail before anything is written
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        folder = Path(scratch) / "corpus"
-        folder.mkdir()
-        _synthesise(folder, settings)
+    of = json.dumps([asdict(settings), load_espeak().version])  # fails before anything is written
+    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
+    folder, owner = partial / "corpus", partial / "of.json"
+    with run_lock(partial, owner=True), keeping(f"the finished speakers are in {partial}"):
+        if not (folder.is_dir() and owner.is_file() and owner.read_text() == of):
+            for journal in partial.glob("*.jsonl"):
+                journal.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            write_text(owner, of)
+        _synthesise(folder, settings, partial)
         if out.exists():
             out.rmdir()
         folder.rename(out)
+    shutil.rmtree(partial)
     marker = read_marker(out)
     logger.info("%s: %s utterances, %s hours", out, marker["utterances"], marker["hours"])
     return marker

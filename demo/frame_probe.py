@@ -6,6 +6,7 @@ Shapes: N examples, K layers, D channels, C classes.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import trange
 
 from demo.labels import IGNORE
 
@@ -78,7 +79,7 @@ def linear_probe(
     optimizer = torch.optim.AdamW(groups, 5e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, steps)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+    for _ in trange(steps, desc="probe", unit="step", leave=False, delay=1):
         batch = fitted[torch.randint(len(fitted), (2048,), generator=generator)]
         x, y = train[batch], labels[batch]
         optimizer.zero_grad()

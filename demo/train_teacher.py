@@ -9,7 +9,8 @@
 4. ``probe``: words and phones per frame from every layer, on speakers and sentences not trained on.
 
 An update takes 0.19 s on 2 idle cores that multiply bfloat16, so that all of it is a matter of a quarter of an hour; on
-a busy machine it took an hour. A finished training stage leaves ``WORK/<stage>.pt`` and is not run again.
+a busy machine it took an hour. A finished training stage leaves ``WORK/<stage>.pt`` and is not run again; one that was
+stopped goes on from ``WORK/<stage>.ckpt``, bit for bit.
 Shapes: B batch, T frames, L layers, D width.
 """
 
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,8 @@ from demo.targets import NUM_CLUSTERS, cepstra, cluster, normalise, phone_inform
 from demo.teacher_folder import save_teacher
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
+from distillation.stopping import Signalled, keeping, listening
+from wav2vec2.checkpoint import read_torch_file, write_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,7 @@ ARCHITECTURE: dict[str, Any] = {
 }
 # Of HuBERT Base, for whoever trains on. In this short training only the heads' input is dropped.
 DROPOUTS = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "feat_proj_dropout": 0.1, "layerdrop": 0.05}
+CHECKPOINT_EVERY = 100  # updates
 MASK_SPAN = 10  # frames, as HuBERT
 MIDDLE_LAYER = 4
 MIN_COUNT = {"words": 40, "phones": 150}  # rarer labels of the training part are not learnt
@@ -146,10 +151,63 @@ def draw_batch(utterances: list[Utterance], stage: Stage, settings: TeacherTrain
     return Batch(waveforms, labels, mask)
 
 
+def read_saved(path: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """What a file of an earlier start holds, if there is one.
+
+    Raises:
+        UserError: it was made with another recipe.
+    """
+    if not path.is_file():
+        return None
+    saved = read_torch_file(path)
+    if saved.get("recipe") != recipe:
+        raise UserError(f"{path} was made with other settings or another corpus: choose another --work_dir")
+    return saved
+
+
+def kept_clusters(
+    path: Path,
+    recipe: dict[str, Any],
+    features: Callable[[Utterance], Tensor],
+    utterances: list[Utterance],
+    phones: list[Tensor],
+    seed: int,
+) -> tuple[list[Tensor], float]:
+    """Clusters [T] of every utterance and the information on the ``phones`` [T] in them; both are kept in a file."""
+    if (saved := read_saved(path, recipe)) is None:
+        clusters = cluster(features, utterances, seed)
+        saved = {"recipe": recipe, "clusters": clusters, "information": phone_information(clusters, phones)}
+        write_torch_file(path, saved)
+    return saved["clusters"], saved["information"]
+
+
 def train_stage(
-    model: HubertModel, name: str, stage: Stage, utterances: list[Utterance], settings: TeacherTraining
+    model: HubertModel,
+    name: str,
+    stage: Stage,
+    utterances: list[Utterance],
+    settings: TeacherTraining,
+    checkpoint: Path,
+    recipe: dict[str, Any],
 ) -> list[dict]:
-    """Train ``model`` in place and return its curve, one row per 100 steps: mean loss, accuracy (%) per head."""
+    """Train ``model`` in place.
+
+    Args:
+        model: as the stage finds it; its state in the checkpoint takes its place.
+        name: of the stage.
+        stage: what is predicted.
+        utterances: of the training part.
+        settings: of the training.
+        checkpoint: to go on from, and to write every so many updates and when a signal asks to stop.
+        recipe: what the checkpoint must have been made with.
+
+    Returns:
+        Its curve, one row per 100 steps: mean loss, accuracy (%) per head.
+
+    Raises:
+        Signalled: a signal asked to stop, and the checkpoint is written.
+        UserError: the checkpoint was made with another recipe.
+    """
     rng = np.random.default_rng(settings.seed)
     torch.manual_seed(settings.seed)
     heads = nn.ModuleList(nn.Linear(model.config.hidden_size, num) for num in stage.num_classes)
@@ -161,8 +219,22 @@ def train_stage(
         optimizer, lambda step: min((step + 1) / warm_up, max(0.02, (steps - step) / (steps - warm_up)), 1)
     )
     model.train()
-    curve, recent, start = [], [], time.monotonic()
-    with trange(steps, desc=name, unit="step") as bar:
+    trained = {"model": model, "heads": heads, "optimizer": optimizer, "schedule": schedule}
+    first, start = 0, time.monotonic()
+    curve: list[dict] = []
+    recent: list[list[float]] = []
+    if (saved := read_saved(checkpoint, recipe)) is not None:
+        for key, part in trained.items():
+            part.load_state_dict(saved[key])
+        torch.set_rng_state(saved["torch_rng"])
+        rng.bit_generator.state = saved["rng"]
+        first, curve, recent, start = saved["step"], saved["curve"], saved["recent"], start - saved["seconds"]
+    stop: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.append(number)
+
+    with listening(note), trange(first, steps, desc=name, unit="step", initial=first, total=steps) as bar:
         for step in bar:
             batch = draw_batch(utterances, stage, settings, rng)
             with autocast():
@@ -189,6 +261,13 @@ def train_stage(
                 curve.append({"step": step + 1, "loss": mean_loss, "accuracy": shares, "seconds": seconds})
                 bar.set_postfix_str(f"loss {mean_loss:.3f}, accuracy {shares}")
                 recent.clear()
+            if stop or (step + 1) % CHECKPOINT_EVERY == 0:
+                progress = {"step": step + 1, "curve": curve, "recent": recent, "seconds": time.monotonic() - start}
+                states = {key: part.state_dict() for key, part in trained.items()}
+                rngs = {"torch_rng": torch.get_rng_state(), "rng": rng.bit_generator.state}
+                write_torch_file(checkpoint, {"recipe": recipe, **progress, **states, **rngs})
+            if stop:
+                raise Signalled(stop[0])
     return curve
 
 
@@ -216,8 +295,14 @@ def train_teacher(corpus: Path, work_dir: Path, out: Path, settings: TeacherTrai
     """Run the stages that have left no file in ``work_dir``, write the teacher to ``out`` and return its log.
 
     Raises:
+        Stopped: a signal asked for it.
         UserError: there is no corpus, ``work_dir`` comes from other settings, or the teacher lacks depth.
     """
+    with keeping(f"the finished stages and the state of the one in training are in {work_dir}"):
+        return _train_teacher(corpus, work_dir, out, settings)
+
+
+def _train_teacher(corpus: Path, work_dir: Path, out: Path, settings: TeacherTraining) -> dict:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     marker = read_marker(corpus)
@@ -236,30 +321,28 @@ def train_teacher(corpus: Path, work_dir: Path, out: Path, settings: TeacherTrai
         "hidden": lambda utterance: normalise(hidden_states(model, utterance)[MIDDLE_LAYER]),
     }
 
-    work_dir.mkdir(parents=True, exist_ok=True)
     stages = {}
     for name in STAGES:
-        path = work_dir / f"{name}.pt"
+        path, checkpoint, kept = (work_dir / f"{name}{end}" for end in (".pt", ".ckpt", ".clusters"))
         recipe = {**settings.recipe(name), "corpus": marker["settings"]}
-        if path.is_file():
-            saved = torch.load(path, weights_only=True)
-            if saved["recipe"] != recipe:
-                raise UserError(f"{path} was made with other settings or another corpus: choose another --work_dir")
-        else:
+        saved = read_saved(path, recipe)
+        if saved is None:
             information = None
             if name in features:
-                clusters = cluster(features[name], train, settings.seed)
-                information = phone_information(clusters, targets["phones"])
+                clusters, information = kept_clusters(
+                    kept, recipe, features[name], train, targets["phones"], settings.seed
+                )
                 logger.info("%s: the clusters hold %.3f of the information on the phones", name, information)
                 stage = Stage([clusters], [NUM_CLUSTERS], mask_start_probability=0.08, unmasked_weight=0.05)
             else:
                 sizes = [len(label) for label in labels.values()]
                 stage = Stage(list(targets.values()), sizes, mask_start_probability=0.03, unmasked_weight=1.0)
-            curve = train_stage(model, name, stage, train, settings)
+            curve = train_stage(model, name, stage, train, settings, checkpoint, recipe)
             log = {"phone_information": information, "curve": curve}
             saved = {"recipe": recipe, "model": model.state_dict(), "log": log}
-            torch.save(saved, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
+            write_torch_file(path, saved)
+        for leftover in (checkpoint, kept):
+            leftover.unlink(missing_ok=True)
         model.load_state_dict(saved["model"])
         stages[name] = {**settings.recipe(name), **saved["log"]}
         logger.info("%s: %s", name, saved["log"]["curve"][-1])

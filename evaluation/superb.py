@@ -12,6 +12,7 @@ QbE and SD are scored by programs that come with their data (NIST's TWV) and wit
 OUT/results.json collects the tasks; python -m evaluation.superb_score OUT/results.json gives the scores.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
+from distillation.stopping import keeping, run_child
 from distillation.training.lock import run_lock
 from evaluation.s3prl_upstream import UPSTREAMS
 from wav2vec2 import load_model
@@ -78,6 +80,7 @@ class Superb:
         """Run a program in the checkout and return what it printed; also kept in ``log``.
 
         Raises:
+            Signalled: a signal, which the program was sent as well, asked to stop.
             UserError: it failed.
         """
         program = RUN if program is None else program
@@ -86,25 +89,28 @@ class Superb:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
-            code = subprocess.run(
+            code = run_child(
                 [*program, *map(str, words)], cwd=self.checkout / "s3prl", env=environment, stdout=file,
                 stderr=subprocess.STDOUT,
-            ).returncode  # fmt: skip
+            )  # fmt: skip
         printed = log.read_text(errors="replace")
         if code:
             last = (printed.strip() or "nothing was printed").splitlines()[-1]
             raise UserError(f"{log}: {Path(program[-1]).name} ended with {code}: {last}")
         return printed
 
+    def once(self, marker: Path, log: Path, *words: object) -> None:
+        """Run it unless it has been finished, which the marker tells."""
+        if not marker.is_file():
+            self.run(log, *words)
+            marker.touch()
+
     def train(self, task: Task, exp: Path, more: dict[str, str] | None = None) -> None:
         """Train, or go on from the newest checkpoint."""
-        if (exp / "trained").is_file():
-            return
         config = [] if task.config is None else ["-c", task.config]
-        self.run(exp / "train.log", "-m", "train", "-a", "-p", exp, "-u", self.upstream, "-k", self.model, "-d",
-                 task.downstream, *config, "-o", self.overrides(task, more), "--device",
-                 self.device)  # fmt: skip
-        (exp / "trained").touch()
+        self.once(exp / "trained", exp / "train.log", "-m", "train", "-a", "-p", exp, "-u", self.upstream, "-k",
+                  self.model, "-d", task.downstream, *config, "-o", self.overrides(task, more), "--device",
+                  self.device)  # fmt: skip
 
     def overrides(self, task: Task, more: dict[str, str] | None = None) -> str:
         """Settings in the form of run_downstream's -o."""
@@ -112,10 +118,16 @@ class Superb:
         return ",,".join(f"{key}={value}" for key, value in {**data, **task.settings, **(more or {})}.items())
 
     def evaluate(self, task: Task, exp: Path, checkpoint: Path) -> Results:
-        """Metrics of one checkpoint."""
+        """Metrics of one checkpoint, kept beside it."""
         log = exp / f"{checkpoint.stem}.{task.split}.log"
-        printed = self.run(log, "-m", "evaluate", "-t", task.split, "-e", checkpoint, "--device", self.device)
-        return {name: read_metric(printed, *pattern, log) for name, pattern in task.metrics.items()}
+        kept = log.with_suffix(".json")
+        with checkpoint.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not kept.is_file() or read_json(kept).get("checkpoint") != digest:
+            printed = self.run(log, "-m", "evaluate", "-t", task.split, "-e", checkpoint, "--device", self.device)
+            found = {name: read_metric(printed, *pattern, log) for name, pattern in task.metrics.items()}
+            write_text(kept, json.dumps({"checkpoint": digest, "metrics": found}) + "\n")
+        return read_json(kept)["metrics"]
 
 
 def read_metric(
@@ -167,7 +179,7 @@ def speaker_verification(superb: Superb, task: Task, exp: Path) -> Results:
 def diarization(superb: Superb, task: Task, exp: Path) -> Results:
     """The best threshold and median filter by dscore."""
     superb.train(task, exp)
-    superb.run(exp / "test.log", "-m", "evaluate", "-e", exp / task.best, "--device", superb.device)
+    superb.once(exp / "tested", exp / "test.log", "-m", "evaluate", "-e", exp / task.best, "--device", superb.device)
     log = exp / "score.log"
     printed = superb.run(log, exp, superb.data / "Libri2Mix" / "test",
                          program=("bash", "downstream/diarization/score.sh"))  # fmt: skip
@@ -181,12 +193,10 @@ def query_by_example(superb: Superb, task: Task, exp: Path) -> Results:
 
     def score(layer: int, split: str) -> float:
         folder, log = exp / f"layer{layer}_{split}", exp / f"layer{layer}_{split}.score.log"
-        if not (folder / "done").is_file():
-            superb.run(
-                folder / "log.txt", "-m", "evaluate", "-t", split, "-u", superb.upstream, "-k", superb.model, "-l",
-                layer, "-d", task.downstream, "-p", folder, "-o", settings, "--device", superb.device,
-            )  # fmt: skip
-            (folder / "done").touch()
+        superb.once(
+            folder / "done", folder / "log.txt", "-m", "evaluate", "-t", split, "-u", superb.upstream, "-k",
+            superb.model, "-l", layer, "-d", task.downstream, "-p", folder, "-o", settings, "--device", superb.device,
+        )  # fmt: skip
         printed = superb.run(log, folder, scorer / f"groundtruth_quesst14_{split}", -10,
                              program=("bash", str(scorer / "score-TWV-Cnxe.sh")))  # fmt: skip
         return read_metric(printed, *task.metrics["QbE"], log)
@@ -201,7 +211,12 @@ SPECIAL: dict[str, Callable[[Superb, Task, Path], Results]] = {
 
 
 def run(superb: Superb, tasks: list[str]) -> Path:
-    """Run the tasks that results.json lacks; its path."""
+    """Run the tasks that results.json lacks; its path.
+
+    Raises:
+        Stopped: a signal asked for it; a task goes on from the newest checkpoint that s3prl has left.
+        UserError: a task, a model, a corpus or a program that is not there, or a folder of another model.
+    """
     if unknown := [task for task in tasks if task not in TASKS]:
         raise UserError(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
     measured = {"model": fingerprint(load_model(superb.model)), "upstream": superb.upstream}  # is there a model?
@@ -211,7 +226,8 @@ def run(superb: Superb, tasks: list[str]) -> Path:
         raise UserError(f"S3PRL={superb.checkout}: no checkout of s3prl; git clone -b v0.4.18 its repository there")
     out = superb.out
     results_path = out / "results.json"
-    with run_lock(out, owner=True):
+    kept = f"the finished tasks are in {results_path}, what the others have so far is beside it"
+    with run_lock(out, owner=True), keeping(kept):
         owner = out / "model.json"
         if not owner.is_file():
             write_text(owner, json.dumps(measured, indent=1) + "\n")

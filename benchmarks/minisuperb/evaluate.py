@@ -15,7 +15,8 @@ that neither the teacher's nor the students' training contains:
 - speakers: from the mean over frames; only as a share of the teacher's accuracy, since filter banks solve it.
 
 Controls, always shown: filter banks, the teacher's shape with random weights, the teacher's layer 0, and the uniform
-slices among the compared methods. Intervals: 95 %, bootstrap over test speakers and over seeds.
+slices among the compared methods. Intervals: 95 %, bootstrap over test speakers and over seeds. What is measured is
+kept, of a model beside it, of the controls in OUT/controls.jsonl: run again, it goes on.
 """
 
 import json
@@ -41,9 +42,11 @@ from demo.frame_probe import linear_probe
 from demo.labels import HOP, IGNORE, FrameLabels, Utterance, read_split
 from distillation.commandline import command_of
 from distillation.errors import UserError
+from distillation.journal import Journal
+from distillation.stopping import keeping
 from evaluation.tables import markdown_table
 from wav2vec2 import load_model, wav2vec2_model
-from wav2vec2.checkpoint import write_text
+from wav2vec2.checkpoint import fingerprint, write_text
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
@@ -274,10 +277,9 @@ def table(rows: list[Row], teacher: Row) -> str:
     return markdown_table(head, lines)
 
 
-def measured(path: Path, data: Data, steps: int) -> tuple[int, Counts]:
-    """Parameters and counts of a model file, kept beside it."""
-    kept = path.with_suffix(".minisuperb.json")
-    settings = {
+def probe_settings(steps: int) -> dict[str, Any]:
+    """What decides about the counts besides the model, in plain JSON types."""
+    return {
         "steps": steps,
         "corpus": asdict(CORPUS),
         "min_count": MIN_COUNT,
@@ -285,11 +287,15 @@ def measured(path: Path, data: Data, steps: int) -> tuple[int, Counts]:
         "choosing": NUM_CHOOSING,
         "triples": NUM_TRIPLES,
     }
-    if kept.is_file() and kept.stat().st_mtime >= path.stat().st_mtime:
-        saved = json.loads(kept.read_text())
-        if saved.get("settings") == settings:
-            return saved["num_params"], saved["counts"]
+
+
+def measured(path: Path, data: Data, steps: int) -> tuple[int, Counts]:
+    """Parameters and counts of a model file, kept beside it."""
+    kept = path.with_suffix(".minisuperb.json")
     model = load_model(path)
+    settings = {"model": fingerprint(model), **probe_settings(steps)}
+    if kept.is_file() and (saved := json.loads(kept.read_text())).get("settings") == settings:
+        return saved["num_params"], saved["counts"]
     counts = evaluate(Features(model.extract_features), data, steps)
     num_params = used_params(model)
     write_text(kept, json.dumps({"settings": settings, "num_params": num_params, "counts": counts}))
@@ -313,6 +319,10 @@ def run(
         out: folder of the probes' corpus, minisuperb.json and minisuperb.svg; DEMO/minisuperb by default.
         steps: updates of each probe.
         threads: of torch.
+
+    Raises:
+        Stopped: a signal asked for it.
+        UserError: a folder without what it should hold.
     """
     torch.set_num_threads(threads)
     compare = [demo / "compare"] if compare is None and (demo / "compare").is_dir() else compare or []
@@ -337,8 +347,13 @@ def run(
         ("random weights", blank, Features(blank.extract_features)),
         ("teacher's layer 0", teacher_model, Features(teacher_model.extract_features, num_layers=0)),
     ]
+    of = {"teacher": fingerprint(teacher_model), "torch": torch.__version__, **probe_settings(steps)}
+    known = Journal(out / "controls.jsonl", of, "controls")
     rows = []
-    with tqdm(total=1 + len(controls) + sum(len(files) for _, files in finals), desc="probing", unit="model") as bar:
+    with (
+        keeping(f"what was measured of a model is beside it, of the controls in {known.path}"),
+        tqdm(total=1 + len(controls) + sum(len(files) for _, files in finals), desc="probing", unit="model") as bar,
+    ):
         num_params, counts = measured(demo / "teacher.pth", data, steps)
         teacher = Row("teacher", num_params, [counts])
         bar.update()
@@ -352,7 +367,9 @@ def run(
             rows.append(Row(name, round(sum(sizes) / len(sizes)), runs))
         control_rows = []
         for name, model, features in controls:
-            control_rows.append(Row(name, used_params(model) if model else 0, [evaluate(features, data, steps)]))
+            if name not in known:
+                known[name] = evaluate(features, data, steps)
+            control_rows.append(Row(name, used_params(model) if model else 0, [known[name]]))
             bar.update()
     rows = [teacher, *rows, *control_rows]
     result = [

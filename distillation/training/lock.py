@@ -66,8 +66,8 @@ def _take(path: Path, content: str) -> None:
             if holder is not None:
                 if not _is_dead(holder, path):
                     raise UserError(
-                        f"{path.parent} is in use by process {holder['pid']} on {holder['host']}: stop that run or use "
-                        f"another --exp_dir; if it is surely dead, delete {path}"
+                        f"{path.parent} is in use by process {holder['pid']} on {holder['host']}: stop that one or use "
+                        f"another folder; if it is surely dead, delete {path}"
                     )
                 logger.warning(
                     "%s: took over from process %s on %s, which is gone", path, holder["pid"], holder["host"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import xml.etree.ElementTree
 from pathlib import Path
@@ -160,6 +161,23 @@ def test_two_methods_as_a_process(run, demo, tmp_path):
     assert run(*args).stdout == result.stdout  # nothing is trained again
     line = run(*args[:-1], 20, code=2).stderr.strip().splitlines()[-1]
     assert "made with other settings; use another --out" in line
+
+
+@pytest.mark.slow
+def test_a_stop_reaches_the_stage_and_the_same_command_goes_on(server, demo, tmp_path):
+    out = tmp_path / "out"
+    words = ["-m", "benchmarks.compare_methods", "--demo", demo, "--out", out, "--methods", "[slice]"]
+    words += ["--seeds", 1, "--steps", 30]
+    exp = out / "slice" / "seed1"
+    process = server.start(*words)
+    process.until(lambda: (exp / "log.txt").is_file() and "training data" in (exp / "log.txt").read_text())
+    process.kill(signal.SIGUSR1)
+    stopped = process.wait()
+    assert stopped.code == 75
+    assert stopped.error.startswith(f"stopped: SIGUSR1: the runs, also the one that was training, are in {out}; the ")
+    assert (exp / "log.txt").read_text().count("stopped: SIGUSR1: ") == 1 and not (exp / "final.pth").exists()
+    assert "| uniform slice |" in server.run(*words).stdout
+    assert (exp / "final.pth").is_file() and not list(exp.glob(".*"))
 
 
 def test_mistakes_are_one_line(run, demo, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from demo.corpus import CorpusSettings, make_corpus, training_sentences
 from demo.frame_probe import accuracy, linear_probe
 from demo.labels import IGNORE, read_split
 from distillation.errors import UserError
-from exporting import verify
+from distillation.stopping import Signalled, Stopped
+from exporting import graphs, verify
 from tests.configs import TINY, first_layers
 from wav2vec2 import save_model, wav2vec2_model
 
@@ -156,11 +158,23 @@ def test_intervals():
 
 
 @pytest.mark.slow
-def test_a_run(small, tmp_path, capsys):
+def test_a_run(small, tmp_path, capsys, monkeypatch):
     run = tmp_path / "compare" / "slice" / "seed1"
     run.mkdir(parents=True)
     shutil.copy(small / "final.pth", run)
+    measure, measured = evaluate.evaluate, []
+
+    def stop_at_fourth(*args):
+        measured.append(True)
+        if len(measured) == 4:  # the second of the controls
+            raise Signalled(signal.SIGTERM)
+        return measure(*args)
+
+    monkeypatch.setattr(evaluate, "evaluate", stop_at_fourth)
+    with pytest.raises(Stopped, match=r"SIGTERM: what was measured of a model .* in .*/controls\.jsonl; the same"):
+        evaluate.run(small, [tmp_path / "compare"], None, tmp_path / "out", steps=4, threads=1)
     evaluate.run(small, [tmp_path / "compare"], None, tmp_path / "out", steps=4, threads=1)
+    assert len(measured) == 4 + 2
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "minisuperb.json").read_text())
     assert [row["name"] for row in rows] == [
@@ -193,8 +207,28 @@ def test_formats_side_by_side(trace_once, small, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
     save_model(small / "final.pth", wav2vec2_model(**first_layers(TINY, 1)))
     monkeypatch.setattr(verify, "BATCHES", [[0.05, 0.4]])
+    count, exported, probed = formats.frame_counts, [], []
+
+    def stop_at_third(*args):
+        probed.append(True)
+        if len(probed) == 3:
+            raise Signalled(signal.SIGTERM)
+        return count(*args)
+
+    def export(*args):
+        exported.append(args[2].name)
+        graphs.export_graph(*args)
+
+    monkeypatch.setattr(formats, "frame_counts", stop_at_third)
+    monkeypatch.setattr(formats, "export_graph", export)
+    journal = tmp_path / "out" / ".formats.jsonl"
+    with pytest.raises(Stopped, match=rf"SIGTERM: what is finished is in {journal}; the same command goes on"):
+        formats.run(small, tmp_path / "out", rounds=1, steps=4, threads=1)
+    factors = next(line for line in map(json.loads, journal.read_text().splitlines()) if "real" in line.get("key", ""))
     formats.run(small, tmp_path / "out", rounds=1, steps=4, threads=1)
+    assert exported == ["final.onnx", "final.int8.onnx"] and len(probed) == 2 + 1 + 2 and not journal.exists()
     rows = json.loads((tmp_path / "out" / "formats.json").read_text())
+    assert {row["name"]: row["real_time_factor"] for row in rows} == factors["value"]
     printed = capsys.readouterr().out
     assert [row["name"] for row in rows] == ["teacher", "compressed", "compressed, ONNX", "compressed, ONNX int8"]
     assert all(f"| {row['name']} | {row['bytes'] / 1e6:.2f} |" in printed for row in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ from benchmarks.speed import Row, Training, schedule_total
 from benchmarks.steps import Ours, kept_bytes, set_sparsity, states
 from distillation.config import RECIPES, parse_recipe
 from distillation.errors import UserError
+from distillation.journal import Journal
 from distillation.sparsity import make_prunable
+from distillation.stopping import Signalled, Stopped
+from evaluation.timing import in_turns
 from tests.configs import TINY
 from wav2vec2 import kernels, wav2vec2_model
 from wav2vec2.importers.torchaudio import import_torchaudio
@@ -109,7 +113,8 @@ def test_training_rows(monkeypatch, tmp_path):
     monkeypatch.setattr(steps, "HEAD_WIDTH", 24)
     peaks = {None: 1e9, torch.bfloat16: 1e9}
     what = Training("step1", config, tiny_peer, 1, 0.5, (speed.START, 0.0, 0.7))
-    rows = speed.training_rows(what, 1, peaks)
+    known = Journal(tmp_path / "known.jsonl", {}, "points")
+    rows = speed.training_rows(what, 1, peaks, known)
     assert [row.name for row in rows] == [
         f"HuBERT Base, step 1, 1 x 0.5 s, {s}, {p}"
         for s in ("start", "0% pruned", "70% pruned") for p in ("f32", "bf16")
@@ -120,6 +125,8 @@ def test_training_rows(monkeypatch, tmp_path):
     text = speed.table(rows)
     assert text.count("\n") == 7 and "step 1, 1 x 0.5 s, 70% pruned, bf16" in text
     assert "<svg" in as_svg(speed.draw(rows))
+    monkeypatch.setattr(speed, "Ours", None)  # nothing is built for what is known
+    assert speed.training_rows(what, 1, peaks, Journal(known.path, {}, "points")) == rows
 
 
 def test_goals_are_found_by_name():
@@ -134,23 +141,68 @@ def test_goals_are_found_by_name():
     assert [Row("", name, 1.0, 1.0).goal for name in names] == [2.7, 2.6, 2.5, 7.0, None, None]
 
 
-def test_form_rows(monkeypatch):
-    """A step without each form runs without it, and all others in it."""
-    monkeypatch.setattr(speed, "HUBERT_BASE", TINY)
-    monkeypatch.setattr(speed, "Ours", lambda student, teacher, _: Steps())
-    seen = []
+@pytest.fixture
+def forms_taken(monkeypatch) -> list[tuple[torch.dtype | None, frozenset[str]]]:
+    """Of every step in the section forms: its type, and the forms that it did without."""
+    seen: list = []
 
     class Steps:
         def step(self, dtype: torch.dtype | None) -> None:
             seen.append((dtype, frozenset(name for name in kernels.FORMS if not kernels.takes(name))))
 
-    rows = speed.form_rows(1)
+    monkeypatch.setattr(speed, "HUBERT_BASE", TINY)
+    monkeypatch.setattr(speed, "Ours", lambda student, teacher, _: Steps())
+    return seen
+
+
+def test_form_rows(forms_taken, tmp_path):
+    """A step without each form runs without it, and all others in it."""
+    seen, rows = forms_taken, speed.form_rows(1, Journal(tmp_path / "known.jsonl", {}, "points"))
     off = [*(frozenset([name]) for name in kernels.FORMS), frozenset(kernels.FORMS), frozenset()]
     assert set(seen) == {(dtype, names) for dtype in (None, torch.bfloat16) for names in off}
     assert [row.name.split("without ")[1] for row in rows] == [
         f"{what}, {precision}" for precision in ("f32", "bf16") for what in [*kernels.FORMS.values(), "any"]
     ]
     assert all(map(kernels.takes, kernels.FORMS))
+
+
+def test_a_stopped_benchmark_goes_on_after_the_last_point(forms_taken, tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO")
+    peaks: list[float] = []
+
+    def peak(dtype: torch.dtype) -> float:
+        peaks.append(1e9 + len(peaks))
+        return peaks[-1]
+
+    def stop_in_bfloat16(steps: dict, rounds: int, title: str) -> dict:
+        if "bf16" in title:
+            raise Signalled(signal.SIGINT)
+        return in_turns(steps, rounds, title)
+
+    monkeypatch.setattr(speed, "matmul_peak", peak)
+    journal = tmp_path / ".speed.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "in_turns", stop_in_bfloat16)
+        with pytest.raises(Stopped) as stopped:
+            speed.run(["forms"], rounds=2, threads=1, out=tmp_path)
+    assert str(stopped.value) == f"SIGINT: the points measured so far are in {journal}; the same command goes on"
+    before = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [line.get("key") for line in before] == [None, "matmul peak", "forms, f32"]
+    assert {"cores", "cpu", "torch", "numpy", "threads", "rounds"} < before[0]["of"].keys()
+    forms_taken.clear()
+    rows = speed.run(["forms"], rounds=2, threads=1, out=tmp_path)
+    assert {dtype for dtype, _ in forms_taken} == {torch.bfloat16} and peaks == [1e9, 1e9 + 1]
+    assert [vars(row) for row in rows[: len(rows) // 2]] == before[2]["value"]
+    content = json.loads((tmp_path / "speed.json").read_text())
+    assert len(content["rows"]) == len(rows) and content["peak_gmacs"]["f32"] == 1.0 and not journal.exists()
+    speed.run(["forms"], rounds=1, threads=1, out=tmp_path)
+    assert len(peaks) == 4  # a finished one is measured again
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "in_turns", stop_in_bfloat16)
+        with pytest.raises(Stopped):
+            speed.run(["forms"], rounds=2, threads=1, out=tmp_path)
+    speed.run(["forms"], rounds=3, threads=1, out=tmp_path)
+    assert "holds points with other settings (rounds 2 -> 3), starting afresh" in caplog.text
 
 
 def test_phases_of_a_step():
@@ -161,13 +213,38 @@ def test_phases_of_a_step():
 
 
 @pytest.mark.slow
-def test_gpu_at_a_tiny_size_on_the_cpu():
-    result = gpu.measure(TINY, "cpu", 1.0, 1)
+def test_gpu_at_a_tiny_size_on_the_cpu(tmp_path):
+    known = Journal(tmp_path / "known.jsonl", {}, "points")
+    result = gpu.measure(TINY, "cpu", 1.0, 1, known)
     assert json.loads(json.dumps(result))["hours"]["step 1"] > 0
     assert [point["what"] for point in result["points"]] == [
         *(f"step 1, {s:.0%} pruned, ours" for s in gpu.SPARSITIES), "step 2, ours"
     ]  # fmt: skip
     assert all(point["audio_per_second"] > 0 and point["share_of_peak"] > 0 for point in result["points"])
+
+
+@pytest.mark.slow
+def test_a_stopped_gpu_benchmark_goes_on(tmp_path, monkeypatch):
+    measure, timed = gpu.measure, []
+
+    def stop_at_third(steps: dict, rounds: int, title: str) -> dict:
+        timed.append(title)
+        if len(timed) == 3:
+            raise Signalled(signal.SIGUSR1)
+        return in_turns(steps, rounds, title)
+
+    monkeypatch.setattr(gpu, "measure", lambda config, *rest: measure(TINY, *rest))
+    monkeypatch.setattr(gpu, "loader_rate", lambda folder, seconds: 100.0)
+    monkeypatch.setattr(gpu, "in_turns", stop_at_third)
+    out = tmp_path / "gpu.json"
+    with pytest.raises(Stopped, match="SIGUSR1: the points measured so far are in"):
+        gpu.run(out, batch_seconds=1.0, rounds=1, device="cpu")
+    lines = [json.loads(line) for line in (tmp_path / ".gpu.jsonl").read_text().splitlines()]
+    gpu.run(out, batch_seconds=1.0, rounds=1, device="cpu")
+    points = json.loads(out.read_text())["points"]
+    assert [point["seconds"] for point in points[:2]] == [line["value"]["ours"]["seconds"] for line in lines[2:]]
+    assert timed == [f"step 1, {s} pruned" for s in ("0%", "25%", "50%", "50%", "75%")] + ["step 2"]
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
 
 
 def test_loader_rate(tmp_path):

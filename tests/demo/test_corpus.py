@@ -1,7 +1,9 @@
 import ctypes
 import importlib
 import json
+import os
 import shutil
+import signal
 import sys
 import types
 from pathlib import Path
@@ -16,6 +18,7 @@ from demo.corpus import CorpusSettings, is_silence, make_corpus
 from demo.labels import IGNORE, FrameLabels, num_frames, read_split
 from demo.sentences import KEYWORDS, draw_sentences
 from distillation.errors import UserError
+from distillation.journal import Journal
 
 SMALL = CorpusSettings(train_speakers=3, train_utterances=4, dev_speakers=2, dev_utterances=3, keywords=False, seed=3)
 
@@ -29,6 +32,10 @@ def small(tmp_path_factory):
 
 def rows(folder: Path, kind: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "align" / f"{kind}.jsonl").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_layout(small):
@@ -83,9 +90,7 @@ def test_most_utterances_are_long_enough_for_the_recipes(small):
 
 def test_same_settings_same_bytes(small, tmp_path):
     make_corpus(tmp_path / "again", SMALL)
-    for path in small.rglob("*"):
-        if path.is_file():
-            assert path.read_bytes() == (tmp_path / "again" / path.relative_to(small)).read_bytes(), path
+    assert contents(tmp_path / "again") == contents(small)
 
 
 def test_the_seed_decides():
@@ -115,15 +120,63 @@ def test_conflicts_are_errors(small, tmp_path):
         CorpusSettings(dev_speakers=0)
 
 
-def test_nothing_is_left_when_synthesis_fails(tmp_path, monkeypatch):
-    def fail(out, settings):
+def test_what_fails_is_not_under_its_name(small, tmp_path, monkeypatch):
+    """What another corpus has left there, or one that was moved away since, is not gone on with."""
+
+    def fail(out, settings, partial):
         (out / "LibriSpeech").mkdir()
+        journal = Journal(partial / "0.jsonl", {}, "speakers")
+        journal["100"] = {"rows": {}, "said": []}
         raise OSError("disk full")
 
-    monkeypatch.setattr(corpus, "_synthesise", fail)
-    with pytest.raises(OSError, match="disk full"):
+    for settings in (SMALL, CorpusSettings(1, 1, 1, 1, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(corpus, "_synthesise", fail)
+            with pytest.raises(OSError, match="disk full"):
+                make_corpus(tmp_path / "corpus", settings)
+        assert [path.name for path in tmp_path.iterdir()] == [".corpus.partial"]
+        if settings == SMALL:
+            shutil.rmtree(tmp_path / ".corpus.partial" / "corpus")
         make_corpus(tmp_path / "corpus", SMALL)
-    assert not list(tmp_path.iterdir())
+        assert contents(tmp_path / "corpus") == contents(small)
+        assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+        shutil.rmtree(tmp_path / "corpus")
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*children, *(one for child in children for one in descendants(child))]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "corpus"
+    make_corpus(out, CorpusSettings(6, 5, 2, 5, keywords=False))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stopped_synthesis_goes_on(server, whole, tmp_path, name):
+    """The signal reaches all processes, as that of a terminal does."""
+    words = ["-m", "demo.corpus", "--train_speakers=6", "--train_utterances=5", "--dev_speakers=2"]
+    words += ["--dev_utterances=5", "--no-keywords", "--out"]
+    partial = tmp_path / ".stopped.partial"
+    process = server.start(*words, tmp_path / "stopped")
+    process.until(lambda: any(path.read_text().count("\n") > 1 for path in partial.glob("*.jsonl")))
+    for pid in [*descendants(process.pid), process.pid]:
+        os.kill(pid, getattr(signal, name))
+    stopped = process.wait()
+    assert stopped.code == 75 and not (tmp_path / "stopped").exists()
+    assert stopped.error == f"stopped: {name}: the finished speakers are in {partial}; the same command goes on"
+    assert "Error" not in stopped.output and "Exception" not in stopped.output
+    finished = [key for path in partial.glob("*.jsonl") for key in Journal(path, {}, "speakers").pieces]
+    before = {path.name: path.stat().st_mtime_ns for key in finished for path in partial.rglob(f"{key}-*.flac")}
+    assert 5 <= len(before) < 40
+    server.run(*words, tmp_path / "stopped")
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.flac") if path.name in before} == before
+    assert contents(tmp_path / "stopped") == contents(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["stopped"]
 
 
 def test_command_with_keywords(server, tmp_path):

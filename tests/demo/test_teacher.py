@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from demo.labels import IGNORE
 from demo.targets import cepstra, phone_information
 from demo.train_teacher import TeacherTraining, train_teacher
 from distillation.errors import UserError
+from distillation.stopping import Stopped
+from tests.helpers import assert_same_tensors
 
 SHIPPED = Path(training.__file__).parent / "teacher"
 TINY = TeacherTraining(
@@ -96,6 +100,45 @@ def test_resumed_equals_uninterrupted(corpus, tmp_path, monkeypatch):
             corpus, tmp_path / "work2", tmp_path / "other", TeacherTraining(**{**vars(TINY), "min_depth": 101.0})
         )
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_stopped_goes_on_bit_for_bit(corpus, tmp_path, monkeypatch):
+    """Also after a crash, from its last checkpoint; and its clusters are not looked for again."""
+    settings = TeacherTraining(**{**vars(TINY), "mfcc_steps": 5, "hidden_steps": 3})
+    work, draw_batch, clustered, events = tmp_path / "work", training.draw_batch, [], {}
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
+
+    def strike(*args):
+        drawn.append(True)
+        events.pop(len(drawn), lambda: None)()
+        return draw_batch(*args)
+
+    def crash():
+        raise MemoryError
+
+    cluster = training.cluster
+    monkeypatch.setattr(training, "draw_batch", strike)
+    monkeypatch.setattr(training, "cluster", lambda *args: clustered.append(True) or cluster(*args))
+    drawn: list = []
+    events = {3: lambda: os.kill(os.getpid(), signal.SIGTERM), 5: crash}
+    with pytest.raises(Stopped, match=f"SIGTERM: the finished stages and .* are in {work}; the same command goes on"):
+        train_teacher(corpus, work, tmp_path / "out", settings)
+    assert [path.name for path in sorted(work.iterdir())] == ["mfcc.ckpt", "mfcc.clusters"] and len(drawn) == 3
+    with pytest.raises(MemoryError):
+        train_teacher(corpus, work, tmp_path / "out", settings)
+    other = TeacherTraining(**{**vars(settings), "mfcc_steps": 6})
+    with pytest.raises(UserError, match=r"mfcc\.clusters was made with other settings"):
+        train_teacher(corpus, work, tmp_path / "out", other)
+    log = train_teacher(corpus, work, tmp_path / "out", settings)
+    assert len(drawn) == 5 + 3 + 2 + 1 and len(clustered) == 2  # an update is lost to the crash
+    assert sorted(path.name for path in work.iterdir()) == ["hidden.pt", "mfcc.pt", "supervised.pt"]
+    whole = train_teacher(corpus, tmp_path / "work2", tmp_path / "whole", settings)
+    for row in (row for made in (log, whole) for stage in made["stages"].values() for row in stage["curve"]):
+        del row["seconds"]
+    assert log == whole
+    states = (HubertModel.from_pretrained(tmp_path / name).state_dict() for name in ("out", "whole"))
+    assert_same_tensors(*states)
 
 
 @pytest.mark.slow

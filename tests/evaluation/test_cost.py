@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,31 @@ def test_command(server, teacher_path, tmp_path):
         assert f"{model['num_params']:,}" in result.stdout
         assert [(s["seconds"], s["batch"]) for s in model["speed"]] == [(0.5, 2), (1.0, 2)]
         assert all(s["real_time_factor"] > 0 for s in model["speed"])
+
+
+@pytest.mark.slow
+def test_a_stopped_measurement_goes_on(server, teacher_path, tmp_path):
+    words = ["-m", "evaluation.cost", teacher_path, "--seconds", 0.5, 1, 2, 4, 8, "--batch", 1, 4, "--rounds", 8]
+    words += ["--device", "cpu", "--out", tmp_path / "cost.json"]
+    journal = tmp_path / ".cost.jsonl"
+    process = server.start(*words)
+    process.until(lambda: journal.is_file() and journal.read_text().count("\n") > 3)
+    process.kill(signal.SIGTERM)
+    stopped = process.wait()
+    assert stopped.code == 75
+    assert stopped.error == f"stopped: SIGTERM: what was measured so far is in {journal}; the same command goes on"
+    first, *before = map(json.loads, journal.read_text().splitlines())
+    assert first["of"]["rounds"] == 8 and first["of"]["cores"] and first["of"]["cpu"] and 3 <= len(before) < 11
+    again = server.run(*words)
+    assert f"going on after {len(before)} measurements" in again.stderr and not journal.exists()
+    (model,) = json.loads((tmp_path / "cost.json").read_text())["models"]
+    assert [(s["seconds"], s["batch"]) for s in model["speed"]] == [
+        (0.5, 1), (1, 1), (0.5, 4), (2, 1), (1, 4), (4, 1), (2, 4), (8, 1), (4, 4), (8, 4)
+    ]  # fmt: skip
+    factors = {f"{s['batch']} x {s['seconds']:g} s on cpu": s["real_time_factor"] for s in model["speed"]}
+    for line in before[1:]:
+        size, _, length, *_ = line["key"].split()
+        assert factors[line["key"]] == line["value"][0] / (int(size) * float(length))
 
 
 def test_table_shows_speed_up_against_the_first():

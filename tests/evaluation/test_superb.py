@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from distillation.errors import UserError
+from distillation.stopping import Signalled, Stopped
 from evaluation import superb
 from evaluation.superb_score import COLUMNS, leaderboard_score, overall_score, published, read_results, table
 from tests.helpers import ROOT
@@ -20,13 +23,21 @@ from wav2vec2 import load_model, save_model
 
 # what stands in for run_downstream: it leaves the checkpoints that the tasks test and prints their metrics
 PROGRAM = """
-import json, os, pathlib, sys
+import json, os, pathlib, signal, sys, time
 words = [word for word in sys.argv[1:] if word != "-a"]
 flags = dict(zip(words[::2], words[1::2]))
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps(flags) + "\\n")
 if flags["-m"] == "train":
     folder = pathlib.Path(flags["-p"])
+    if os.environ.get("SLOW") == flags["-d"]:
+        def end(number, frame):
+            (folder / "got").write_text(signal.Signals(number).name)
+            sys.exit(1)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            signal.signal(getattr(signal, name), end)
+        (folder / "begun").touch()
+        time.sleep(60)
     for name in ("dev-best", "dev-clean-best", "best-states-dev", "states-20000", "states-40000"):
         (folder / f"{name}.ckpt").touch()
     sys.exit(os.environ.get("FAIL") == flags["-d"])
@@ -99,6 +110,52 @@ def test_a_stopped_task_goes_on_where_it_was(world, teacher_path, monkeypatch):
     assert set(run(world, teacher_path, "PR", "KS")) == {"PR", "KS"}
     again = calls(world)[before:]
     assert [call["-m"] for call in again] == ["train", "evaluate"] and again[0]["-u"] == "dphubert"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_reaches_s3prl_and_the_same_command_goes_on(world, teacher_path, server, monkeypatch, name):
+    python = world / "python"
+    python.write_text(f'#!/bin/sh\nshift 3\nexec "{sys.executable}" -S "{world}/program.py" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("S3PRL", str(world / "s3prl"))
+    monkeypatch.setenv("SLOW", "speech_commands")
+    out = world / "out"
+    words = ["-m", "evaluation.superb", teacher_path, world / "data", "PR", "KS", "SF", "--out", out, "--device", "cpu"]
+    process = server.start(*words, python=python)
+    process.until((out / "KS" / "begun").exists)
+    process.kill(getattr(signal, name))
+    stopped = process.wait()
+    assert stopped.code == 75 and (out / "KS" / "got").read_text() == name
+    assert stopped.error.startswith(f"stopped: {name}: the finished tasks are in {out / 'results.json'}, what the ")
+    assert set(json.loads((out / "results.json").read_text())) == {"PR"} and not (out / ".lock").exists()
+    monkeypatch.delenv("SLOW")
+    before = len(calls(world))
+    assert server.start(*words, python=python).wait().code == 0
+    again = [(call["-m"], call.get("-d")) for call in calls(world)[before:]]
+    assert again == [("train", "speech_commands"), ("evaluate", None), ("train", "ctc"), ("evaluate", None)]
+    assert set(json.loads((out / "results.json").read_text())) == {"PR", "KS", "SF_F1", "SF_CER"}
+
+
+def test_what_is_tested_is_not_tested_again(world, teacher_path, monkeypatch):
+    """Of five folds, ten checkpoints and so on; unless the checkpoint is newer."""
+    tested = []
+
+    def stop_at_third(self, log, *words, **options):
+        if "evaluate" in words:
+            tested.append(log.parent.name)
+            if len(tested) == 3:
+                raise Signalled(signal.SIGTERM)
+        return run_program(self, log, *words, **options)
+
+    run_program = superb.Superb.run
+    monkeypatch.setattr(superb.Superb, "run", stop_at_third)
+    with pytest.raises(Stopped, match="SIGTERM: the finished tasks are in"):
+        run(world, teacher_path, "ER")
+    newer = time.time() + 10
+    os.utime(world / "out" / "ER" / "fold2" / superb.TASKS["ER"].best, (newer, newer))
+    results = run(world, teacher_path, "ER")
+    assert tested == ["fold1", "fold2", "fold3", "fold2", "fold3", "fold4", "fold5"]
+    assert results["ER"] == pytest.approx(6.2)
 
 
 def test_results_are_those_of_one_model(world, teacher_path, tmp_path):

@@ -361,7 +361,7 @@ def train(module: DistillModule, data: AudioDataModule, recipe: Recipe) -> None:
         supervise_restoring(trainer, run.content, run.last)
     if trainer.is_global_zero:  # now that the folder is known to be this run's, and that there is something to do
         save_resolved(module.recipe, exp_dir)
-        run.record.write(exp_dir)
+        run.begin(exp_dir)
     progress = next(callback for callback in trainer.callbacks if isinstance(callback, Progress))  # type: ignore[attr-defined]
     with waiting(trainer), supervised(trainer):
         with progress.stop:

@@ -12,7 +12,7 @@ from pathlib import Path
 from distillation.commandline import make_parser, parse_arguments
 from distillation.distilled import read_distilled, target_sparsity
 from distillation.errors import UserError, command
-from distillation.identity import PRUNED
+from distillation.identity import FAITHFUL, PRUNED
 from distillation.training.standing import save_result
 from wav2vec2 import prune
 from wav2vec2.architecture import format_architecture
@@ -29,7 +29,7 @@ def run(distilled_ckpt: Path, out: Path | None, faithful: bool, target: float | 
     if not distilled_ckpt.exists():
         raise UserError(f"{distilled_ckpt}: no such file; run distill.py first, which makes it")
     distilled = read_distilled(distilled_ckpt, pruned=True)
-    length = distilled.step if distilled.run is None else distilled.run.get("length")
+    length = distilled.step if distilled.run is None else distilled.run.get("length", distilled.step)
     if distilled.step != length and not unfinished:
         raise UserError(
             f"{distilled_ckpt} stands at update {distilled.step} of {length}: run distill.py to its end first, or give "
@@ -59,7 +59,8 @@ def run(distilled_ckpt: Path, out: Path | None, faithful: bool, target: float | 
             raise UserError(f"{distilled_ckpt}: {error}; set another --target_sparsity, or --faithful") from None
         logger.info("kept the highest-ranked units that give the target size; --faithful keeps the rule's")
     num_params = count_params(model)
-    entry = None if distilled.run is None else {**distilled.run, PRUNED: {"pruning.target_sparsity": target}}
+    told = {"pruning.target_sparsity": target, FAITHFUL: faithful}
+    entry = None if distilled.run is None else {**distilled.run, PRUNED: told}
     save_result(out, model, distilled.heads, entry)
     print(format_architecture(distilled.config, config))
     print(f"{num_params:,} parameters, sparsity {1 - num_params / before:.4f} -> {out}")

@@ -15,7 +15,9 @@ from wav2vec2.checkpoint import Checkpoint, fingerprint
 
 logger = logging.getLogger(__name__)
 
-PRUNED = "pruned"  # entry of a pruned model's record: the settings of step 1 that prune.py had otherwise
+STUDENT = "student model"  # setting: the content of the file that a step starts from
+PRUNED = "pruned"  # entry of a pruned model's record: the settings that prune.py had
+FAITHFUL = "prune.py --faithful"
 # Where something is or what it was made of; the content counts, and is checked where it is read.
 NAMES = {
     "base", "exp_dir", "teacher_ckpt", "teacher_id", "teacher_layers", "teacher_width", "student_ckpt", "data.tsv_dir",
@@ -59,7 +61,7 @@ def content_of(recipe: Recipe, teacher: Wav2Vec2Model, lists: Mapping[str, Manif
         update = f"{data.seconds_per_batch * trainer.batches_per_update:.6g} s"
     else:
         update = f"{data.utterances_per_batch * trainer.batches_per_update} utterances"
-    named = {f"{kind} list": _describe(manifest, data.sample_rate) for kind, manifest in lists.items()}
+    named = {f"{kind} list": describe_list(manifest, data.sample_rate) for kind, manifest in lists.items()}
     return {"teacher": fingerprint(teacher), **named, "update": update}
 
 
@@ -76,7 +78,7 @@ def step_1_identity(recipe: Recipe, content: Settings, start: Wav2Vec2Model | No
         settings = {k: v for k, v in settings.items() if not k.startswith("pruning.") or k == "pruning.units"}
     if start is not None:
         settings = {k: v for k, v in settings.items() if not k.startswith("student.")}
-        content = content | {"student": fingerprint(start)}
+    content = content | {STUDENT: None if start is None else fingerprint(start)}
     return Identity.of(_used(settings, "optim."), STEP_1, content)
 
 
@@ -89,7 +91,7 @@ def step_2_identity(recipe: Recipe, content: Settings, student: Wav2Vec2Model, h
         student: pruned.
         heads: that it begins with.
     """
-    content = content | {"student": fingerprint(student, heads)}
+    content = content | {STUDENT: fingerprint(student, heads)}
     return Identity.of(_used(flat_settings(recipe), "final."), STEP_2, content)
 
 
@@ -109,9 +111,16 @@ def check_student(student: Checkpoint, source: object, step_1: Identity, on_requ
     if record is None:
         logger.info("%s: does not say which recipe it was made by", source)
         return
-    made = record.settings | student.extra[RUN].get(PRUNED, {})
-    changed = differences(made, step_1.settings)
-    changed = {name: change for name, change in changed.items() if STEP_1.of(name) != "free"}
+    entry = student.extra[RUN]
+    pruned = entry.get(PRUNED, {})
+    if not isinstance(pruned, dict):
+        raise UserError(f"{source}: damaged, its record of the run cannot be read")
+    changed = differences(record.settings | pruned, step_1.settings)
+    changed = {name: pair for name, pair in changed.items() if STEP_1.of(name) != "free" and name != STUDENT}
+    if entry.get("update") != entry.get("length"):
+        changed["updates of step 1"] = entry.get("update"), entry.get("length")
+    if pruned.get(FAITHFUL):
+        logger.info("%s was made by prune.py --faithful: its size is what the rule per layer gave", source)
     if changed and not on_request:
         raise UserError(
             f"{source} was made by another recipe: {describe(changed)}; run distill.py and prune.py with these "
@@ -121,7 +130,7 @@ def check_student(student: Checkpoint, source: object, step_1: Identity, on_requ
         logger.warning("%s was made by another recipe: %s", source, describe(changed))
 
 
-def _describe(manifest: Manifest, sample_rate: int) -> str:
+def describe_list(manifest: Manifest, sample_rate: int) -> str:
     """Which utterances, wherever their root is mounted."""
     digest = hashlib.sha256("\n".join(manifest.paths).encode())
     digest.update(manifest.num_frames.tobytes())
@@ -130,9 +139,9 @@ def _describe(manifest: Manifest, sample_rate: int) -> str:
 
 
 def _used(settings: Settings, optim: str) -> Settings:
-    """Without the lengths in updates where those in epochs or as shares are used instead."""
+    """Null for lengths in updates where those in epochs or as shares are used instead."""
     settings = dict(settings)
     for used, unused in (("max_epochs", "max_steps"), ("warmup_ratio", "warmup_steps")):
         if settings.get(optim + used) is not None:
-            settings.pop(optim + unused)
+            settings[optim + unused] = None
     return settings

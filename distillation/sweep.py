@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from distillation.config import Recipe, parse_recipe
+from distillation.config import Recipe, flat_settings, parse_recipe
 from distillation.errors import UserError, command
 
 SEPARATOR = "\x1f"  # between the words of a line; bash joins tabs
@@ -47,6 +47,8 @@ def runs_of(argv: list[str]) -> list[Run]:
             fixed += [flag] if value is None else [flag, value]
         elif len(values) < 2:
             raise UserError(f"{flag} {value}: a sweep needs at least two values")
+        elif flag in swept or flag in ("--config", "--exp_dir"):
+            raise UserError(f"{flag} {value}: give one list of values for a setting, and none for the folder")
         else:
             swept[flag] = values
     if not swept:
@@ -54,6 +56,7 @@ def runs_of(argv: list[str]) -> list[Run]:
     last = [flag.rpartition(".")[2].lstrip("-") for flag in swept]
     short = [name if last.count(name) == 1 else flag.lstrip("-") for flag, name in zip(swept, last)]
     runs: list[Run] = []
+    seen: dict[str, Path] = {}
     for point in itertools.product(*swept.values()):
         flags = [*fixed, *(word for pair in zip(swept, point) for word in pair)]
         recipe, _ = parse_recipe(flags)
@@ -61,8 +64,12 @@ def runs_of(argv: list[str]) -> list[Run]:
             f"{key}={re.sub(r'[^A-Za-z0-9.+-]+', '_', value).strip('_')}" for key, value in zip(short, point)
         )
         exp_dir = recipe.exp_dir / name
-        if any(run.exp_dir == exp_dir for run in runs):
-            raise UserError(f"two runs of the sweep would be {exp_dir}: name each value once")
+        settings = json.dumps(flat_settings(recipe))
+        if settings in seen:
+            raise UserError(f"{seen[settings]} and {exp_dir} would be the same run: name each value once")
+        if exp_dir in seen.values():
+            raise UserError(f"two runs of the sweep would be in {exp_dir}: give their values other names")
+        seen[settings] = exp_dir
         runs.append(Run(exp_dir, [*flags, "--exp_dir", str(exp_dir)]))
     return runs
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distillation.config import Recipe, flat_settings
+from distillation.training.record import Record, Settings, differences
 from evaluation.report_data import Effort, Page, compare_with_teacher, made_with, measure_models, set_teacher
 from evaluation.subjects import TEACHER, HashedFile, Step, Subject
+from wav2vec2.checkpoint import fingerprint, load_checkpoint
 
 CURVES = ("train/distill", "valid/distill", "sparsity/expected", "sparsity/target")
 NAMES_OF_PLACES = ("exp_dir", "base")
@@ -71,7 +73,7 @@ def compare(subjects: Sequence[Subject], files: list[HashedFile], effort: Effort
     page.notes = [note for subject in subjects for note in subject.notes]
     page.runs = [subject.name for subject in subjects if subject.is_run]
     recipes = {subject.name: subject.recipe for subject in subjects if subject.recipe is not None}
-    page.settings = differing(recipes)
+    page.settings = differing({subject.name: subject.settings for subject in subjects if subject.settings})
     objectives = {_as_text(flat_settings(recipe.objective)) for recipe in recipes.values()}
     page.one_objective = len(objectives) == 1 and len(recipes) == len(page.runs)
     for subject in subjects:
@@ -122,9 +124,20 @@ def _gather(
         audio = digests.get(str(recipe.data.tsv_dir / recipe.data.valid))
         key = _as_text([content, flat_settings(recipe.objective), audio, [data[setting] for setting in CHOICE]])
         groups.setdefault(key, (recipe, Group(names[content], [], None)))[1].members.append(run)
-    if groups:  # a file alone says nothing of its teacher
-        next(iter(groups.values()))[1].members += [subject.name for subject in subjects if not subject.is_run]
+    if groups:
+        recipe, group = next(iter(groups.values()))
+        group.members += [s.name for s in subjects if not s.is_run and _fits(s.path, recipe, teachers[group.teacher])]
     return teachers, list(groups.values())
+
+
+def _fits(path: Path, recipe: Recipe, teacher: Path) -> bool:
+    """Whether a model file may be compared by a recipe: it says nothing of its own, or the same."""
+    record = Record.read(load_checkpoint(path).extra, path)
+    if record is None:
+        return True
+    wanted = {name: value for name, value in flat_settings(recipe).items() if name.startswith("objective.")}
+    wanted["teacher"] = fingerprint(load_checkpoint(teacher).model)
+    return not differences(record.settings, wanted)
 
 
 def _choose_quality(page: Comparison) -> None:
@@ -147,16 +160,17 @@ def _choose_quality(page: Comparison) -> None:
         page.notes.append("No quality against size: no model has a loss or a distance to the teacher.")
     without = [name for name in page.students if name not in compared]
     if page.groups and without:
-        page.notes.append(f"Not compared with a teacher: {', '.join(without)}.")
+        page.notes.append(
+            f"Not compared with a teacher, there is none or theirs or their objective is another: {', '.join(without)}."
+        )
 
 
-def differing(recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Any]]:
-    """Settings that are not the same in all recipes: name -> run -> value; a section that is null has none.
+def differing(flat: Mapping[str, Settings]) -> dict[str, dict[str, Any]]:
+    """Settings that are not the same in all runs: name -> run -> value; a section that is null has none.
 
     Args:
-        recipes: by run.
+        flat: by run.
     """
-    flat = {run: flat_settings(recipe) for run, recipe in recipes.items()}
     names = sorted({name for settings in flat.values() for name in settings}.difference(NAMES_OF_PLACES))
     found = {name: {run: settings[name] for run, settings in flat.items() if name in settings} for name in names}
     return {

@@ -4,6 +4,7 @@ An argument is first looked at (:func:`look_at`), which reads its tables and say
 then their hashes are taken, and only then something is measured.
 """
 
+import contextlib
 import csv
 import hashlib
 import logging
@@ -16,19 +17,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from distillation.config import Recipe, parse_recipe
+from distillation import identity
+from distillation.config import Recipe, flat_settings, parse_recipe
+from distillation.data.manifest import read_tsv
 from distillation.distilled import read_distilled
 from distillation.errors import UserError
-from distillation.training.record import HISTORY, RUN
-from distillation.yamlfile import read_yaml
+from distillation.identity import describe_list
+from distillation.training.record import RUN, Record, Settings
 from wav2vec2 import prune, save_model
-from wav2vec2.checkpoint import fingerprint, load_checkpoint
+from wav2vec2.checkpoint import CheckpointError, fingerprint, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
 TEACHER, MASKED, PRUNED, FINAL, STUDENT = "teacher", "after step 1", "pruned", "final", "student"
 STEP_1, STEP_2, ONE_STEP = "Step 1: distillation and pruning", "Step 2: distillation", "Distillation"
-MAX_HISTORY_BYTES = 10_000_000
 MAX_POINTS = 400  # of a curve; charts are 288 pixels wide inside
 
 Curve = list[tuple[int, float]]  # (update, value)
@@ -65,6 +67,7 @@ class Subject:
         is_run: or a model file.
         config: resolved YAML of a run.
         recipe: what the config says; None where it cannot be read.
+        settings: of both steps by dotted name, those that were changed in the middle of a run with their changes.
         teacher: that the run was trained with; None where it is not there.
         steps: curves of a run.
         tables: files that the steps were read from.
@@ -77,6 +80,7 @@ class Subject:
     is_run: bool = False
     config: str | None = None
     recipe: Recipe | None = None
+    settings: Settings = field(default_factory=dict)
     teacher: Path | None = None
     steps: list[Step] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
@@ -149,7 +153,11 @@ def _look_at_run(name: str, run: Path) -> Subject:
     except UserError as error:  # of an older version
         found.notes.append(f"{error}. Left out: the teacher, and what is compared with it.")
     else:
-        _find_teacher(found, found.recipe.teacher_ckpt)
+        step_1, step_2 = Record.load(run), Record.load(run / "final")
+        _compare_content(found, found.recipe, step_1)
+        found.settings = flat_settings(found.recipe)
+        found.settings |= {k: v for k, v in (step_1.told() if step_1 else {}).items() if k in found.settings}
+        found.settings |= {k: v for k, v in (step_2.told() if step_2 else {}).items() if k.startswith("final.")}
     curves, rows = read_curves(table)
     prunes = "sparsity/expected" in curves  # the recipe of step 2 names the units, too
     found.tables.append(table)
@@ -167,35 +175,43 @@ def _look_at_run(name: str, run: Path) -> Subject:
         found.models[MASKED if prunes else STUDENT] = run / "ckpts" / "last.ckpt"
     else:
         raise UserError(f"{run}: no model in it yet (ckpts/last.ckpt, pruned.pth or final.pth)")
-    _check_stages(found)
+    _check_stages(found, Record.load(run / "final"))
     return found
 
 
-def _find_teacher(run: Subject, path: Path) -> None:
-    """The file that the recipe names, unless it holds another model now than the run was trained with."""
+def _compare_content(run: Subject, recipe: Recipe, record: Record | None) -> None:
+    """Find the teacher, unless its file holds another model now than in training; look at the held-out list, too."""
+    path, trained = recipe.teacher_ckpt, {} if record is None else record.settings
     if not path.is_file():
         run.notes.append(f"The teacher {path} of {run.name} was not found: nothing is compared with it.")
         return
-    history = run.path / HISTORY
-    trained = read_yaml(history, MAX_HISTORY_BYTES, "the history of a run") if history.is_file() else None
-    if isinstance(trained, list) and trained and isinstance(trained[0], dict):
-        digest = (trained[0].get("settings") or {}).get("teacher")
-        if digest is not None and digest != fingerprint(load_checkpoint(path).model):
-            run.notes.append(
-                f"{path} is another teacher now than {run.name} was trained with: nothing is compared with it."
-            )
-            return
+    try:
+        teacher = fingerprint(load_checkpoint(path).model)
+    except CheckpointError as error:
+        run.notes.append(f"{error}: nothing is compared with the teacher of {run.name}.")
+        return
+    if trained.get("teacher", teacher) != teacher:
+        run.notes.append(f"{path} is another teacher now than {run.name} had: nothing is compared with it.")
+        return
     run.teacher = path
+    with contextlib.suppress(UserError):  # it is missed later
+        valid = describe_list(read_tsv(recipe.data.tsv_dir / recipe.data.valid), recipe.data.sample_rate)
+        if trained.get("valid list", valid) != valid:
+            run.notes.append(f"{recipe.data.valid} holds other utterances now than {run.name} was validated on.")
 
 
-def _check_stages(run: Subject) -> None:
-    """Say where a stage was run again and the next one was not."""
-    if FINAL in run.models:
-        pruned, final = (load_checkpoint(run.models[stage]).extra.get(RUN) for stage in (PRUNED, FINAL))
-        if final is not None and final.get("student") != pruned:
-            run.notes.append(
-                f"final.pth of {run.name} was not made of its pruned.pth, which is of another run of prune.py."
-            )
+def _check_stages(run: Subject, step_2: Record | None) -> None:
+    """Say what prune.py was told, and where it was run again and step 2 was not."""
+    if PRUNED not in run.models:
+        return
+    pruned = load_checkpoint(run.models[PRUNED])
+    entry = pruned.extra.get(RUN)
+    told = entry.get(identity.PRUNED) if isinstance(entry, dict) else None
+    if isinstance(told, dict):
+        run.settings |= {name: value for name, value in told.items() if value is not False}
+    student = None if step_2 is None else step_2.settings.get(identity.STUDENT)
+    if FINAL in run.models and student not in (None, fingerprint(pruned.model, pruned.heads)):
+        run.notes.append(f"final.pth of {run.name} was not made of its pruned.pth, which prune.py has written anew.")
 
 
 def _save_student(last: Path, out: Path) -> None:

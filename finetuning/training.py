@@ -83,7 +83,7 @@ def finetune(run: FinetuneRun) -> dict[str, float]:
         if step == config.max_steps:
             standing.leave()
         else:
-            standing.record.write(exp_dir)
+            standing.begin(exp_dir)
             with bar.stop:
                 resume = standing.last if step else None
                 trainer.fit(module, train_loader, valid_loader, ckpt_path=resume, weights_only=True)

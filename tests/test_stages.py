@@ -163,7 +163,7 @@ def test_another_run_in_the_same_folder_is_refused(reference, script_error, tiny
     )
     assert left_as_it_was(exp, reference)
     message = script_error("final_distill.py", *tiny_flags, "--exp_dir", exp, "--student_ckpt", exp / "pruned.pth")
-    assert "student cannot change" in message or "holds another network" in message  # --exp_dir of step 1 by mistake
+    assert "student model cannot change" in message  # --exp_dir of step 1 by mistake
     assert left_as_it_was(exp, reference)
 
 
@@ -205,7 +205,7 @@ def test_stages_take_what_belongs_to_their_recipe(reference, script_error, serve
         "final_distill.py", *tiny_flags, "--exp_dir", exp / "final", "--student_ckpt", exp / "pruned.pth",
         "--continue_with_changes",
     )  # fmt: skip
-    assert "student " in message and "student cannot change in the middle of a run" in message
+    assert "student model cannot change in the middle of a run" in message and f"move {exp / 'final'} away" in message
     assert left_as_it_was(exp / "final", reference / "final")
     message = script_error(
         "final_distill.py", *tiny_flags, "--exp_dir", exp / "final", "--final", "null", "--student_ckpt",
@@ -225,7 +225,10 @@ def test_prune_waits_for_the_end_of_step_1(server, script_error, tiny_flags, tmp
     message = script_error("prune.py", "--distilled_ckpt", last)
     assert "stands at update 5 of 12: run distill.py to its end first, or give --unfinished" in message
     run_here("prune.py", "--distilled_ckpt", last, "--unfinished")
-    assert load_checkpoint(tmp_path / "run/pruned.pth").extra["run"]["update"] == 5
+    pruned = tmp_path / "run/pruned.pth"
+    assert load_checkpoint(pruned).extra["run"]["update"] == 5
+    message = script_error("final_distill.py", *tiny_flags, "--exp_dir", tmp_path, "--student_ckpt", pruned)
+    assert "pruned.pth was made by another recipe: updates of step 1 5 -> 12" in message
 
 
 def test_no_step_2(reference, script, tiny_flags, tmp_path):

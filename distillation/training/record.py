@@ -17,12 +17,14 @@ from typing import Any
 import yaml
 
 from distillation.errors import UserError
+from distillation.yamlfile import read_yaml
 from wav2vec2.checkpoint import write_text
 
 logger = logging.getLogger(__name__)
 
 RUN = "run"  # entry of checkpoints and model files
 HISTORY = "history.yaml"  # the same for people, in the folder of a run
+MAX_HISTORY_BYTES = 10_000_000
 Settings = dict[str, Any]  # dotted name -> value of plain types
 
 
@@ -79,9 +81,17 @@ class Record:
         self.history = history
 
     @classmethod
-    def start(cls, identity: Identity) -> Record:
-        """Of a new run."""
-        return cls([{"update": 0, "settings": identity.settings}])
+    def start(cls, identity: Identity, update: int = 0) -> Record:
+        """Of a run that begins, or of which nothing is known before an update."""
+        return cls([{"update": update, "settings": identity.settings}])
+
+    @classmethod
+    def load(cls, exp_dir: Path) -> Record | None:
+        """From ``history.yaml``; None where there is none that can be read."""
+        try:
+            return cls.read({RUN: {"history": read_yaml(exp_dir / HISTORY, MAX_HISTORY_BYTES, "a history")}}, exp_dir)
+        except UserError:
+            return None
 
     @classmethod
     def read(cls, content: Mapping[str, Any], source: object) -> Record | None:
@@ -106,6 +116,14 @@ class Record:
             settings |= {name: new for name, (_, new) in change["changed"].items()}
         return settings
 
+    def told(self) -> Settings:
+        """The settings with their changes in words."""
+        told = dict(self.history[0]["settings"])
+        for change in self.history[1:]:
+            for name, (old, new) in change["changed"].items():
+                told[name] = f"{_short(told.get(name, old))}, after update {change['update']} {_short(new)}"
+        return told
+
     def entry(self, update: int, **more: Any) -> dict[str, Any]:
         """What a checkpoint or a model file made after an update holds under ``RUN``; :meth:`read` takes it."""
         return {"update": update, "history": self.history, **more}
@@ -114,7 +132,7 @@ class Record:
         """Write ``history.yaml``."""
         write_text(exp_dir / HISTORY, yaml.safe_dump(self.history, sort_keys=False, allow_unicode=True))
 
-    def go_on(self, identity: Identity, update: int, source: object, on_request: bool) -> Record:
+    def go_on(self, identity: Identity, update: int, source: Path, on_request: bool) -> Record:
         """The record of this run when it goes on as the command says.
 
         Args:
@@ -130,12 +148,12 @@ class Record:
         kinds = {name: identity.kinds.of(name) for name in changed}
         fixed = {name: change for name, change in changed.items() if kinds[name] == "identity"}
         rates = {name: change for name, change in changed.items() if kinds[name] == "rates"}
-        elsewhere = f"use another {identity.option}"
+        elsewhere = f"use another {identity.option}, or move {source.parent.parent} away"
         if fixed:
             raise UserError(
                 f"{source} is of a run with other settings: {describe(fixed | rates)}; "
-                f"{', '.join(fixed)} cannot change in the middle of a run: {elsewhere}, or the settings it was "
-                "started with"
+                f"{', '.join(fixed)} cannot change in the middle of a run: {elsewhere} to start afresh, or give the "
+                "settings it was started with"
             )
         if rates and not on_request:
             raise UserError(
@@ -144,9 +162,13 @@ class Record:
             )
         if not changed:
             return self
-        logger.info("after update %d: %s", update, describe(changed))
         change = {"update": update, "changed": {name: list(pair) for name, pair in changed.items()}}
         return Record([*self.history, change])
+
+    def say_last_change(self) -> None:
+        """Log what has been set otherwise, now that it is used."""
+        if len(self.history) > 1:
+            logger.info("after update %d: %s", self.history[-1]["update"], describe(self.history[-1]["changed"]))
 
 
 def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
@@ -162,7 +184,7 @@ def describe(changed: Mapping[str, Iterable[Any]]) -> str:
 
 def _with_sections(settings: Settings) -> Settings:
     """A section that is set has an entry, as one that is null has: so that they differ."""
-    return {parent: "set" for name in settings for parent in _parents(name)} | settings
+    return {parent: "(set)" for name in settings for parent in _parents(name)} | settings
 
 
 def _parents(name: str) -> list[str]:
@@ -180,6 +202,6 @@ def _is_entry(entry: Any, number: int) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("update"), int):
         return False
     content = entry.get("changed" if number else "settings")
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
         return False
     return not number or all(isinstance(pair, list) and len(pair) == 2 for pair in content.values())

@@ -32,6 +32,8 @@ class Standing:
         step: updates made.
         content: of the checkpoint; empty for a new run.
         length: updates of the whole run, once :meth:`resolve` has found them out.
+        epochs: that they come from, if they do.
+        changed: whether something is set otherwise than before.
     """
 
     last: Path
@@ -40,6 +42,13 @@ class Standing:
     content: dict[str, Any] = field(default_factory=dict)
     length: int = 0
     epochs: int | None = None
+    changed: bool = False
+
+    def begin(self, exp_dir: Path) -> None:
+        """Something will run: say what has been set otherwise, and write it down."""
+        if self.changed:
+            self.record.say_last_change()
+        self.record.write(exp_dir)
 
     def leave(self) -> None:
         """Nothing is left to do: what is set otherwise now was not used."""
@@ -57,7 +66,9 @@ class Standing:
         """
         entry, self.epochs = self.content.get(RUN, {}), optim.max_epochs
         known = entry.get("length") if entry.get("epochs") == self.epochs else None
-        resolved = optim.resolved((lambda epochs: known) if isinstance(known, int) else updates_of)
+        if known is not None and (not isinstance(known, int) or known < 1):
+            raise UserError(f"{self.last}: damaged, it has {known} for its length: {AFRESH}")
+        resolved = optim.resolved(updates_of if known is None else lambda epochs: known)
         self.extend_to(resolved.max_steps)
         return resolved
 
@@ -95,8 +106,9 @@ def open_run(exp_dir: Path, identity: Identity, on_request: bool) -> Standing:
     step, record = content["global_step"], Record.read(content, last)
     if record is None:
         logger.warning("%s does not say with which settings it was made: they cannot be compared", last)
-        record = Record.start(identity)
-    return Standing(last, record.go_on(identity, step, last, on_request), step, content)
+        record = Record.start(identity, step)
+    goes_on = record.go_on(identity, step, last, on_request)
+    return Standing(last, goes_on, step, content, changed=goes_on is not record)
 
 
 def read_run(path: Path) -> dict[str, Any]:

@@ -15,7 +15,16 @@ import torch
 from distillation.config import Recipe, flat_settings, parse_recipe
 from distillation.data.manifest import Manifest
 from distillation.errors import UserError
-from distillation.identity import PRUNED, STEP_1, STEP_2, check_student, content_of, step_1_identity, step_2_identity
+from distillation.identity import (
+    PRUNED,
+    STEP_1,
+    STEP_2,
+    STUDENT,
+    check_student,
+    content_of,
+    step_1_identity,
+    step_2_identity,
+)
 from distillation.training.record import RUN, Identity, Kinds, Record, differences
 from distillation.training.standing import Standing
 from finetuning.config import KINDS, FinetuneConfig, FinetuneRun
@@ -121,15 +130,15 @@ def verdicts(lists, model):
         return step_1_identity(recipe, content), step_2_identity(recipe, content, model, {})
 
     first, second = (Record.start(identity) for identity in identities(recipe_of()))
-    student = Checkpoint(model, model.config, extra={RUN: first.entry(500, **{PRUNED: {}})})
+    student = Checkpoint(model, model.config, extra={RUN: first.entry(500, length=500, **{PRUNED: {}})})
 
     def run(*flags: object, on_request: bool = False) -> list[str]:
         step_1, step_2 = identities(recipe_of(*flags))
         found = []
         for attempt in (
-            lambda: first.go_on(step_1, 500, "last.ckpt", on_request),
+            lambda: first.go_on(step_1, 500, Path("E/ckpts/last.ckpt"), on_request),
             lambda: check_student(student, "pruned.pth", step_1, on_request),
-            lambda: second.go_on(step_2, 200, "last.ckpt", on_request),
+            lambda: second.go_on(step_2, 200, Path("E/final/ckpts/last.ckpt"), on_request),
         ):
             try:
                 record = attempt()
@@ -137,6 +146,8 @@ def verdicts(lists, model):
                 found.append(str(error))
             else:
                 found.append("same" if record is None or len(record.history) == 1 else "applied")
+                if record is not None:
+                    record.say_last_change()
         return found
 
     return run
@@ -176,7 +187,7 @@ def test_length_and_rates_change_on_request(verdicts):
     for flags, step in ((["--optim.lr", 0.5], 0), (["--optim.max_steps", 900], 0), (["--final.max_steps", 900], 2),
                         (["--pruning.lr_lagrangian", 1.0], 0), (["--final.schedule", "constant"], 2)):  # fmt: skip
         refused, applied = verdicts(*flags), verdicts(*flags, on_request=True)
-        assert "give --continue_with_changes, or use another --exp_dir" in refused[step]
+        assert "give --continue_with_changes, or use another --exp_dir, or move E" in refused[step]
         assert applied == (["applied", "same", "same"] if step == 0 else ["same", "same", "applied"])
         assert refused[2 - step] == "same"
         assert ("was made by another recipe" in refused[1]) == (step == 0)
@@ -221,38 +232,50 @@ def test_content_counts_wherever_it_lies(lists, model):
     identities = [
         step_2_identity(recipe, content, *pair) for pair in ((model, {}), (model, heads), (other_teacher, {}))
     ]
-    assert len({identity.settings["student"] for identity in identities}) == 3
-    started = step_1_identity(recipe, content, model).settings
-    assert "student" in started and "student.thin" not in started, "what the file replaces does not count"
+    assert len({identity.settings[STUDENT] for identity in identities}) == 3
+    started, described = step_1_identity(recipe, content, model), step_1_identity(recipe, content)
+    assert "student.thin" not in started.settings, "what the file replaces does not count"
+    for before, after in ((started, described), (described, started)):
+        with pytest.raises(UserError, match="student model cannot change"):
+            Record.start(before).go_on(after, 3, Path("E/ckpts/last.ckpt"), True)
 
 
 def test_lengths_in_epochs_count_as_epochs(lists, model):
     """How many updates they are is found out once, when the run starts: cut in another way, epochs pack otherwise."""
     recipe = recipe_of("--optim.max_epochs", 3, "--optim.warmup_ratio", 0.1)
     settings = step_1_identity(recipe, content_of(recipe, model, lists)).settings
-    assert not {"optim.max_steps", "optim.warmup_steps"} & settings.keys()
+    assert settings["optim.max_steps"] is settings["optim.warmup_steps"] is None
+    in_steps = step_1_identity(recipe_of("--optim.max_steps", 8), content_of(recipe, model, lists))
+    changed = Record.start(step_1_identity(recipe, content_of(recipe, model, lists)))
+    changed = changed.go_on(in_steps, 2, Path("E/ckpts/last.ckpt"), True)
+    longer = step_1_identity(recipe_of("--optim.max_steps", 9), content_of(recipe, model, lists))
+    with pytest.raises(UserError, match=r"max_steps 8 -> 9; .* give --continue_with_changes"):
+        changed.go_on(longer, 4, Path("E/ckpts/last.ckpt"), False)
     run = Standing(Path("last.ckpt"), Record([]), 7, {RUN: {"length": 40, "epochs": 3}})
     assert run.resolve(recipe.optim, lambda epochs: 41).max_steps == 40
     longer = dataclasses.replace(recipe.optim, max_epochs=4)
     assert run.resolve(longer, lambda epochs: 10 * epochs + 13).max_steps == 53
     with pytest.raises(UserError, match=r"last\.ckpt stands at update 7, after the last of 5: ask for more"):
         run.resolve(dataclasses.replace(recipe.optim, max_epochs=None, max_steps=5), lambda epochs: 0)
+    run.content[RUN]["length"] = -5
+    with pytest.raises(UserError, match=r"last\.ckpt: damaged, it has -5 for its length"):
+        run.resolve(recipe.optim, lambda epochs: 41)
 
 
 def test_a_setting_that_one_version_lacks_is_no_difference():
     kinds = Kinds(frozenset(), frozenset({"free"}), frozenset())
     record = Record.start(Identity({"seed": 1, "gone": 2, "old.a": 3}, kinds))
-    assert record.go_on(Identity({"seed": 1, "new": 5}, kinds), 3, "x", False) is record
-    with pytest.raises(UserError, match="old set -> null; old cannot change"):
-        record.go_on(Identity({"seed": 1, "old": None}, kinds), 3, "x", False)
+    assert record.go_on(Identity({"seed": 1, "new": 5}, kinds), 3, Path("x"), False) is record
+    with pytest.raises(UserError, match=r"old \(set\) -> null; old cannot change"):
+        record.go_on(Identity({"seed": 1, "old": None}, kinds), 3, Path("x"), False)
 
 
 def test_history_of_what_ran_from_which_update():
     kinds = Kinds(frozenset(), frozenset({"free"}), frozenset({"lr"}))
     first = Record.start(Identity({"lr": 1.0, "free": "a", "seed": 0}, kinds))
-    second = first.go_on(Identity({"lr": 2.0, "free": "a", "seed": 0}, kinds), 10, "x", True)
+    second = first.go_on(Identity({"lr": 2.0, "free": "a", "seed": 0}, kinds), 10, Path("x"), True)
     third = Record.read({RUN: second.entry(20)}, "x").go_on(
-        Identity({"lr": 2.0, "free": "b", "seed": 0}, kinds), 20, "x", False
+        Identity({"lr": 2.0, "free": "b", "seed": 0}, kinds), 20, Path("x"), False
     )
     assert third.settings == {"lr": 2.0, "free": "b", "seed": 0}
     assert third.history[1:] == [
@@ -262,8 +285,9 @@ def test_history_of_what_ran_from_which_update():
 
 
 @pytest.mark.parametrize(
-    "history", [None, [], [{"update": 0}], [{"update": 0, "settings": {}}, {"update": "x", "changed": {}}],
-                [{"update": 0, "settings": {}}, {"update": 1, "changed": {"lr": 3}}], 7]
+    "history", [None, [], [{"update": 0}], [{"update": 0, "settings": {"a": 1}}, {"update": "x", "changed": {}}],
+                [{"update": 0, "settings": {"a": 1}}, {"update": 1, "changed": {"lr": 3}}],
+                [{"update": 0, "settings": {7: 1}}], 7]
 )  # fmt: skip
 def test_a_damaged_record_is_refused(history):
     with pytest.raises(UserError, match=r"x\.ckpt: damaged, its record of the run cannot be read"):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from distillation import stopping
 from distillation.errors import command
 from distillation.stopping import STOP_SIGNALS, Raising, Signalled, Stopped, keeping, listening, run_child
+from tests.helpers import ROOT
 from wav2vec2.checkpoint import replacing
 
 
@@ -147,3 +150,15 @@ def test_threads_leave_the_handlers_alone():
     thread.start()
     thread.join()
     assert found == [before]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_script_that_still_imports_ends_in_one_line(number):
+    with subprocess.Popen([sys.executable, "distill.py"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1:
+            time.sleep(0.005)
+        process.send_signal(number)
+        printed = process.communicate(timeout=60)[1]
+    assert (process.returncode, printed) == (75, f"stopped: {number.name}: nothing was begun yet; run it again\n")

@@ -50,7 +50,11 @@ def test_a_list_that_the_setting_takes_is_one_value():
     [
         (["--seed", "3"], "nothing to sweep: give a flag a list of values"),
         (["--seed", "[3]"], "--seed [3]: a sweep needs at least two values"),
-        (["--seed", "[3,3]"], "two runs of the sweep would be E/seed=3: name each value once"),
+        (["--seed", "[3,3]"], "E/seed=3 and E/seed=3 would be the same run: name each value once"),
+        (["--optim.lr", "[0.01,1.0e-2]"], "E/lr=0.01 and E/lr="),
+        (["--data.tsv_dir", "[a/b,a_b]"], "two runs of the sweep would be in E/tsv_dir=a_b"),
+        (["--seed", "[1,2]", "--seed", "[3,4]"], "give one list of values for a setting"),
+        (["--exp_dir", "[a,b]"], "and none for the folder"),
         (["--pruning.target_sparsity", "[0.5,1.5]"], "pruning.target_sparsity is 1.5"),
         (["--pruning.target", "[0.5,0.6]"], "--pruning.target: no such setting; there are units"),
         (["--seed", "[1,2]", "x"], "x: a flag is needed here"),

@@ -176,7 +176,7 @@ def make_readers(folder: Path) -> dict[str, Reader]:
         exp = path / "run"
         (exp / "ckpts").mkdir(parents=True)
         (path / "last.ckpt").rename(exp / "ckpts/last.ckpt")
-        call(distill.main, *flags, "--optim.max_steps", 3, "--exp_dir", exp)
+        call(distill.main, *flags, "--optim.max_steps", 3, "--continue_with_changes", "--exp_dir", exp)
 
     def convert(main: Callable[[], None], words: Callable[[Path], list[object]]) -> Callable[[Path, Path], None]:
         return lambda path, out: call(main, *words(path), "--out", out)

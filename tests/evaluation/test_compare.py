@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from distillation.config import parse_recipe, save_resolved
+from distillation.config import flat_settings, parse_recipe, save_resolved
 from evaluation import report_data, subjects
 from evaluation.compare_data import Comparison, compare, differing
 from evaluation.compare_page import render
@@ -19,7 +19,7 @@ from tests.configs import TINY, first_layers
 from tests.evaluation.pages import check_page, keep_step_1, write_run
 from tests.helpers import run_here
 from wav2vec2 import load_model, save_model, wav2vec2_model
-from wav2vec2.checkpoint import fingerprint
+from wav2vec2.checkpoint import fingerprint, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_child_process")
 EFFORT = Effort(900, ["cpu"], 1)
@@ -154,7 +154,7 @@ def test_run_whose_teacher_has_gone_beside_another(run, other, tiny_flags):
     resave(other, tiny_flags, "--teacher_ckpt", "gone.pth")
     page = gather(run, other)
     assert page.quality == "distance" and page.model("other").held_out is None
-    assert page.notes[-1] == "Not compared with a teacher: other."
+    assert page.notes[-1].startswith("Not compared with a teacher, ") and page.notes[-1].endswith(": other.")
 
 
 def test_audio_that_has_gone(run, other, tiny_flags):
@@ -171,7 +171,7 @@ def test_differing_settings_by_hand(tiny_flags):
         "a": parse_recipe(flags)[0],
         "b": parse_recipe([*flags, "--exp_dir", "x", "--final", "null", "--seed", "3"])[0],
     }
-    found = differing(recipes)
+    found = differing({run: flat_settings(recipe) for run, recipe in recipes.items()})
     assert found["seed"] == {"a": 2022, "b": 3} and found["final"] == {"b": None}
     assert found["final.lr"] == {"a": 0.001} and all(name.startswith("final") or name == "seed" for name in found)
 
@@ -226,18 +226,47 @@ def test_bad_input_is_one_line_before_anything_is_measured(run, other, script_er
 
 
 def test_nothing_stale_is_compared(run, teacher_path):
-    """A teacher file that holds another model now, and a final model of an earlier pruned one."""
-    identity = {"teacher": fingerprint(load_model(teacher_path))}
-    history = [{"update": 0, "settings": identity}]
-    (run / "history.yaml").write_text(yaml.safe_dump(history))
-    (found,) = subjects.look_at([run])
+    """A teacher file that holds another model now, another list, and a final model of an earlier pruned one."""
+    start = {"update": 0, "settings": {"teacher": fingerprint(load_model(teacher_path)), "optim.lr": 0.001}}
+    change = {"update": 2, "changed": {"optim.lr": [0.001, 0.01]}}
+    pruned = load_checkpoint(run / "pruned.pth")
+    step_2 = {"update": 0, "settings": {"student model": fingerprint(pruned.model, pruned.heads), "final.lr": 0.5}}
+
+    def look(*changes: dict) -> subjects.Subject:
+        for folder, history in ((run, [start, change]), (run / "final", [step_2])):
+            (folder / "history.yaml").write_text(yaml.safe_dump(history))
+        (found,) = subjects.look_at([run])
+        return found
+
+    found = look()
     assert found.teacher == teacher_path and not found.notes
-    history[0]["settings"]["teacher"] = "0" * 64
-    (run / "history.yaml").write_text(yaml.safe_dump(history))
-    for stage, entry in (("pruned", {"update": 4}), ("final/final", {"update": 2, "student": {"update": 3}})):
-        content = torch.load(run / f"{stage}.pth", weights_only=True)
-        torch.save(content | {"run": entry}, run / f"{stage}.pth")
-    (found,) = subjects.look_at([run])
+    assert found.settings["optim.lr"] == "0.001, after update 2 0.01" and found.settings["final.lr"] == 0.5
+    content = torch.load(run / "pruned.pth", weights_only=True)
+    content["run"] = {"update": 4, "pruned": {"pruning.target_sparsity": 0.4, "prune.py --faithful": True}}
+    torch.save(content, run / "pruned.pth")
+    assert look().settings["prune.py --faithful"] and look().settings["pruning.target_sparsity"] == 0.4
+    start["settings"]["valid list"], step_2["settings"]["student model"] = "2 utterances", "1" * 64
+    notes = look().notes
+    assert "valid.tsv holds other utterances now than a run was validated on" in notes[0]
+    assert "final.pth of a run was not made of its pruned.pth" in notes[1]
+    start["settings"]["teacher"] = "0" * 64
+    found = look()
     assert found.teacher is None
-    assert "is another teacher now than a run was trained with: nothing is compared with it" in found.notes[0]
-    assert "final.pth of a run was not made of its pruned.pth" in found.notes[1]
+    assert "is another teacher now than a run had: nothing is compared with it" in found.notes[0]
+    (run / "history.yaml").write_text("- settings: [1]")  # for people: nothing depends on it alone
+    assert subjects.look_at([run])[0].teacher == teacher_path
+
+
+def test_a_model_of_another_teacher_or_objective_is_not_compared(run, teacher_path, tmp_path, tiny_flags):
+    settings = {"teacher": fingerprint(load_model(teacher_path)), "objective.layer_to_layer.cos": 1.0}
+    model = load_checkpoint(run / "final/final.pth")
+    for name, changes in (
+        ("same", {}),
+        ("objective", {"objective.layer_to_layer.cos": 0.0}),
+        ("teacher", {"teacher": "0"}),
+    ):
+        entry = {"update": 4, "history": [{"update": 0, "settings": settings | changes}]}
+        save_model(tmp_path / f"{name}.pth", model.model, model.heads, run=entry)
+    page = gather(run, *(tmp_path / f"{name}.pth" for name in ("same", "objective", "teacher")))
+    assert [group.members for group in page.groups] == [["a run", "same"]]
+    assert any(note.endswith("objective is another: objective, teacher.") for note in page.notes)

@@ -15,11 +15,11 @@ Shapes: B batch, T frames, L layers, D width.
 """
 
 import logging
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from demo.targets import NUM_CLUSTERS, cepstra, cluster, normalise, phone_inform
 from demo.teacher_folder import save_teacher
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
-from distillation.stopping import Signalled, keeping, listening
+from distillation.stopping import Signalled, StopRequest, keeping
 from wav2vec2.checkpoint import read_torch_file, write_torch_file
 
 logger = logging.getLogger(__name__)
@@ -229,12 +229,8 @@ def train_stage(
         torch.set_rng_state(saved["torch_rng"])
         rng.bit_generator.state = saved["rng"]
         first, curve, recent, start = saved["step"], saved["curve"], saved["recent"], start - saved["seconds"]
-    stop: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.append(number)
-
-    with listening(note), trange(first, steps, desc=name, unit="step", initial=first, total=steps) as bar:
+    with StopRequest() as stop, trange(first, steps, desc=name, unit="step", initial=first, total=steps) as bar:
+        stop.listen()
         for step in bar:
             batch = draw_batch(utterances, stage, settings, rng)
             with autocast():
@@ -261,13 +257,13 @@ def train_stage(
                 curve.append({"step": step + 1, "loss": mean_loss, "accuracy": shares, "seconds": seconds})
                 bar.set_postfix_str(f"loss {mean_loss:.3f}, accuracy {shares}")
                 recent.clear()
-            if stop or (step + 1) % CHECKPOINT_EVERY == 0:
+            if stop.signal or (step + 1) % CHECKPOINT_EVERY == 0:
                 progress = {"step": step + 1, "curve": curve, "recent": recent, "seconds": time.monotonic() - start}
                 states = {key: part.state_dict() for key, part in trained.items()}
                 rngs = {"torch_rng": torch.get_rng_state(), "rng": rng.bit_generator.state}
                 write_torch_file(checkpoint, {"recipe": recipe, **progress, **states, **rngs})
-            if stop:
-                raise Signalled(stop[0])
+            if stop.signal:
+                raise Signalled(signal.Signals[stop.signal])
     return curve
 
 

@@ -5,6 +5,8 @@ import signal
 import sys
 from pathlib import Path
 
+from distillation.stopping import INTERRUPTED, STOP_SIGNALS
+
 # Threads that spin while they wait slow each other down where a machine does other work: training by a factor of 6.
 # torch's OpenMP looks once, when torch is first imported; so every command imports this package before it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -12,12 +14,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 def _stop(number: int, frame: object) -> None:
     os.write(2, f"stopped: {signal.Signals(number).name}: nothing was begun yet; run it again\n".encode())
-    os._exit(75)
+    os._exit(INTERRUPTED)
 
 
 # What a script of this repository imports takes seconds, in which its command does not listen yet. Other programs that
 # import this package handle their signals themselves.
 _main = getattr(sys.modules.get("__main__"), "__file__", None)
 if _main is not None and Path(_main).resolve().parent == Path(__file__).resolve().parents[1]:
-    for _number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+    for _number in STOP_SIGNALS:
         signal.signal(_number, _stop)

@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from distillation.stopping import Raising, Signalled, Stopped, listening
+from distillation.stopping import INTERRUPTED, Raising, Signalled, Stopped, listening
 from wav2vec2 import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-FAILED, MISTAKE, INTERRUPTED = 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again
+FAILED, MISTAKE = 1, 2
 
 ADVICE = {
     errno.ENOSPC: "make room and run again",

@@ -2,8 +2,9 @@
 
 Ctrl-C counts as such a signal. `distillation.errors.command` turns the first one into :class:`Signalled` wherever the
 command is, so work is kept by writing whole files (`wav2vec2.checkpoint.replacing`) or lines of a
-`distillation.journal.Journal`. Training, which saves at the end of an update, listens in its own way
-(`distillation.training.processes.StopRequest`).
+`distillation.journal.Journal`. Training, which saves at the end of an update, makes it a :class:`StopRequest`.
+
+Imports nothing that takes time: this is what a script has first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 # SIGTERM comes with a pre-emption; `sbatch --signal` announces the time limit with any of them
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+INTERRUPTED = 75  # exit code, EX_TEMPFAIL of sysexits.h: try again
 # Ctrl-C reaches all processes of a terminal, and a script passes it on to its stage: the echo is no second request
 ECHO_SECONDS = 1.0
 
@@ -69,6 +71,38 @@ def listening(handler: Any) -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+class StopRequest:
+    """Whether a signal has asked this process to stop; a context manager, within which :meth:`listen` takes effect.
+
+    Ctrl-C counts as such a signal; the second one ends the process as it is.
+
+    Attributes:
+        signal: name of the first.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._since = 0.0
+        self._listening = contextlib.ExitStack()
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def listen(self) -> None:
+        """From now on signals are noted; before, they end the process."""
+        self._listening.enter_context(listening(self._note))
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._listening.__exit__(*exc_info)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number).name, now
+        elif number == signal.SIGINT and now - self._since > ECHO_SECONDS:
+            raise Signalled(number)
 
 
 def _after_echo(handler: Any) -> Any:

@@ -126,18 +126,17 @@ def _gather(
         groups.setdefault(key, (recipe, Group(names[content], [], None)))[1].members.append(run)
     if groups:
         recipe, group = next(iter(groups.values()))
-        group.members += [s.name for s in subjects if not s.is_run and _fits(s.path, recipe, teachers[group.teacher])]
+        wanted = {name: value for name, value in flat_settings(recipe).items() if name.startswith("objective.")}
+        if files_alone := [s for s in subjects if not s.is_run]:
+            wanted["teacher"] = fingerprint(load_checkpoint(teachers[group.teacher]).model)
+        group.members += [s.name for s in files_alone if _fits(s.path, wanted)]
     return teachers, list(groups.values())
 
 
-def _fits(path: Path, recipe: Recipe, teacher: Path) -> bool:
-    """Whether a model file may be compared by a recipe: it says nothing of its own, or the same."""
+def _fits(path: Path, wanted: Settings) -> bool:
+    """Whether a model file may be compared by these settings: it says nothing of its own, or the same."""
     record = Record.read(load_checkpoint(path).extra, path)
-    if record is None:
-        return True
-    wanted = {name: value for name, value in flat_settings(recipe).items() if name.startswith("objective.")}
-    wanted["teacher"] = fingerprint(load_checkpoint(teacher).model)
-    return not differences(record.settings, wanted)
+    return record is None or not differences(record.settings, wanted)
 
 
 def _choose_quality(page: Comparison) -> None:

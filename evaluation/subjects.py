@@ -22,7 +22,6 @@ from distillation.config import Recipe, flat_settings, parse_recipe
 from distillation.data.manifest import read_tsv
 from distillation.distilled import read_distilled
 from distillation.errors import UserError
-from distillation.identity import describe_list
 from distillation.training.record import RUN, Record, Settings
 from wav2vec2 import prune, save_model
 from wav2vec2.checkpoint import CheckpointError, fingerprint, load_checkpoint
@@ -148,12 +147,12 @@ def _look_at_run(name: str, run: Path) -> Subject:
             f"{run}: no run in it (config.yaml, metrics.csv); name the --exp_dir of a stage, or a .pth file"
         )
     found = Subject(name, run, {}, is_run=True, config=config.read_text(encoding="utf-8", errors="replace"))
+    step_1, step_2 = Record.load(run), Record.load(run / "final")
     try:
         found.recipe, _ = parse_recipe(["--config", str(config)])
     except UserError as error:  # of an older version
         found.notes.append(f"{error}. Left out: the teacher, and what is compared with it.")
     else:
-        step_1, step_2 = Record.load(run), Record.load(run / "final")
         _compare_content(found, found.recipe, step_1)
         found.settings = flat_settings(found.recipe)
         found.settings |= {k: v for k, v in (step_1.told() if step_1 else {}).items() if k in found.settings}
@@ -175,7 +174,7 @@ def _look_at_run(name: str, run: Path) -> Subject:
         found.models[MASKED if prunes else STUDENT] = run / "ckpts" / "last.ckpt"
     else:
         raise UserError(f"{run}: no model in it yet (ckpts/last.ckpt, pruned.pth or final.pth)")
-    _check_stages(found, Record.load(run / "final"))
+    _check_stages(found, step_2)
     return found
 
 
@@ -195,7 +194,7 @@ def _compare_content(run: Subject, recipe: Recipe, record: Record | None) -> Non
         return
     run.teacher = path
     with contextlib.suppress(UserError):  # it is missed later
-        valid = describe_list(read_tsv(recipe.data.tsv_dir / recipe.data.valid), recipe.data.sample_rate)
+        valid = identity.describe_list(read_tsv(recipe.data.tsv_dir / recipe.data.valid), recipe.data.sample_rate)
         if trained.get("valid list", valid) != valid:
             run.notes.append(f"{recipe.data.valid} holds other utterances now than {run.name} was validated on.")
 

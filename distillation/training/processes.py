@@ -19,49 +19,14 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from distillation.errors import FAILED, INTERRUPTED, MISTAKE, PeerLost
-from distillation.stopping import ECHO_SECONDS, STOP_SIGNALS, Signalled, Stopped, listening
+from distillation.errors import FAILED, MISTAKE, PeerLost
+from distillation.stopping import INTERRUPTED, STOP_SIGNALS, Stopped, listening
 
 POLL_SECONDS = 0.5
 # for the other ranks to end by themselves when all of them have the same reason to
 GRACE_SECONDS = 5.0
 # a reader outlives a SIGTERM to the whole job for as long as the longest update and checkpoint may take
 READER_SECONDS = 600
-
-
-class StopRequest:
-    """Whether a signal has asked this process to stop; a context manager, within which :meth:`listen` takes effect.
-
-    Ctrl-C counts as such a signal; the second one ends the process as it is.
-
-    Attributes:
-        signal: name of the first.
-    """
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        self._since = 0.0
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        return self
-
-    def listen(self) -> None:
-        """From now on signals are noted; before, they end the process."""
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
-
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.signal is None:
-            self.signal, self._since = signal.Signals(number).name, now
-        elif number == signal.SIGINT and now - self._since > ECHO_SECONDS:
-            raise Signalled(number)
 
 
 @contextlib.contextmanager

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from distillation.config import Recipe
 from distillation.errors import UserError, is_out_of_gpu_memory
-from distillation.stopping import Stopped
+from distillation.stopping import Stopped, StopRequest
 from distillation.training import memory
 from distillation.training.metrics import MetricsCSV
-from distillation.training.processes import Agreement, StopRequest, shared
+from distillation.training.processes import Agreement, shared
 from distillation.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)

@@ -54,12 +54,10 @@ class Identity:
     Attributes:
         settings: by dotted name; those that are ``elsewhere`` left out, the content of files added.
         kinds: what they are.
-        option: the flag that gives another folder.
     """
 
     settings: Settings
     kinds: Kinds
-    option: str = "--exp_dir"
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], kinds: Kinds, content: Mapping[str, Any]) -> Identity:
@@ -148,7 +146,7 @@ class Record:
         kinds = {name: identity.kinds.of(name) for name in changed}
         fixed = {name: change for name, change in changed.items() if kinds[name] == "identity"}
         rates = {name: change for name, change in changed.items() if kinds[name] == "rates"}
-        elsewhere = f"use another {identity.option}, or move {source.parent.parent} away"
+        elsewhere = f"use another --exp_dir, or move {source.parent.parent} away"
         if fixed:
             raise UserError(
                 f"{source} is of a run with other settings: {describe(fixed | rates)}; "

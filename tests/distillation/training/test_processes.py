@@ -12,10 +12,10 @@ import pytest
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
-from distillation.errors import INTERRUPTED, MISTAKE, PeerLost, UserError
-from distillation.stopping import Signalled, Stopped
+from distillation.errors import MISTAKE, PeerLost, UserError
+from distillation.stopping import INTERRUPTED, STOP_SIGNALS, Signalled, Stopped, StopRequest
 from distillation.training import processes
-from distillation.training.processes import STOP_SIGNALS, Agreement, StopRequest, shared, supervised
+from distillation.training.processes import Agreement, shared, supervised
 
 
 def handlers() -> list:

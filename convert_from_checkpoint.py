@@ -34,9 +34,10 @@ def convert(
     is not replaced.
 
     Args:
-        checkpoint: a .pt file with HuBERT or wav2vec 2.0 in fairseq's old (args) or new (cfg) layout, or WavLM of
-            unilm; fine-tuned ones lose their head. Or the .ckpt file of FitHuBERT, FitW2V2, MaskHuBERT, ARMHuBERT,
-            ARMwavLM, STaRHuBERT, or of DistilHuBERT in s3prl.
+        checkpoint: a .pt file with HuBERT (ContentVec's legacy files too) or wav2vec 2.0 in fairseq's old (args) or new
+            (cfg) layout, UniSpeech or UniSpeech-SAT of Microsoft, or WavLM of unilm; fine-tuned ones lose their head.
+            Or the .ckpt file of FitHuBERT, FitW2V2, MaskHuBERT, ARMHuBERT, ARMwavLM, STaRHuBERT, or of DistilHuBERT in
+            s3prl.
         config: for a released student, the .yaml file published or written beside it.
         out: the file; by default pretrained/NAME.fairseq.pth, pretrained/NAME.student.pth for a student.
         normalize: give the waveform zero mean and unit variance; auto does what the model was trained with.

@@ -1,4 +1,4 @@
-"""Convert a teacher: HuBERT, wav2vec 2.0 or WavLM of transformers (any size), or a torchaudio pipeline."""
+"""Convert a teacher: HuBERT, wav2vec 2.0, WavLM or UniSpeech of transformers (any size), or a torchaudio pipeline."""
 
 import logging
 from pathlib import Path
@@ -24,8 +24,9 @@ def convert(
     replaced.
 
     Args:
-        model: hub id or local folder of a transformers model (hubert, wav2vec2, wavlm; fine-tuned ones lose their
-            head), or torchaudio:NAME for a bundle of torchaudio.pipelines such as torchaudio:WAVLM_BASE_PLUS.
+        model: hub id or local folder of a transformers model (hubert, wav2vec2, wavlm, unispeech, unispeech-sat;
+            fine-tuned ones lose their head), or torchaudio:NAME for a bundle of torchaudio.pipelines such as
+            torchaudio:WAVLM_BASE_PLUS.
         out: the file; by default pretrained/NAME.hf.pth, pretrained/NAME.torchaudio.pth for a bundle.
         normalize: give the waveform zero mean and unit variance; auto does what the model was trained with: yes for
             models with a layer-norm extractor (Large), no for those with a group norm (Base).
@@ -34,7 +35,7 @@ def convert(
     check_replaced(out, model, model_files(Path(model)))
     wanted = None if normalize == "auto" else normalize == "yes"
     if model.startswith(TORCHAUDIO):
-        imported, converted = read_torchaudio(model.removeprefix(TORCHAUDIO), wanted)
+        imported, converted = read_torchaudio(model, wanted)
         source = Source(model, None, fingerprint(converted))
     else:
         folder = locate_folder(model)

@@ -3,9 +3,8 @@
 Shapes: B batch, N samples, T frames, D width, L layers.
 """
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from distillation.errors import UserError
+from distillation.originals import find_bundle, import_bundle, read_settings, refusing
 from exporting.verify import TOLERANCE, relative_difference
 from wav2vec2.checkpoint import CheckpointError, model_from_state
 from wav2vec2.feature_extractor import SAMPLE_RATE
-from wav2vec2.importers import ImportedModel, import_huggingface, import_torchaudio, naming
-from wav2vec2.importers.folder import check_folder, read_weights
-from wav2vec2.importers.source import TORCHAUDIO
+from wav2vec2.importers import ImportedModel, import_huggingface, naming
+from wav2vec2.importers.folder import read_weights
 from wav2vec2.model import Wav2Vec2Model
 
 logger = logging.getLogger(__name__)
@@ -42,16 +41,13 @@ def read_huggingface(folder: Path, normalize: bool | None) -> tuple[ImportedMode
         CheckpointError: it is not of this family or does not load.
         UserError: the converted model differs.
     """
-    normalize_waveform = check_folder(folder, normalize)
+    settings, config = read_settings(folder)
+    normalize_waveform = settings.normalizes(normalize)
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     logger.info("reading %s", folder)
     weights = read_weights(folder)
     with naming(folder):
-        with refusing("its config.json is not valid"):
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
         imported = import_huggingface(config, weights, normalize_waveform)
     converted = model_from_state(imported.config, imported.state_dict, source=folder)
     with naming(folder):
@@ -80,51 +76,35 @@ def read_huggingface(folder: Path, normalize: bool | None) -> tuple[ImportedMode
     return imported, converted
 
 
-def read_torchaudio(name: str, normalize: bool | None) -> tuple[ImportedModel, Wav2Vec2Model]:
+def read_torchaudio(source: str, normalize: bool | None) -> tuple[ImportedModel, Wav2Vec2Model]:
     """Convert a pre-trained bundle of torchaudio; what is returned computes the same as torchaudio.
+
+    Args:
+        source: torchaudio:NAME.
+        normalize: the waveform; None for what the model was trained with.
 
     Raises:
         UserError: no such bundle, one for another sample rate, it could not be fetched, or the converted model differs.
     """
-    import torchaudio
-
-    source = f"{TORCHAUDIO}{name}"
-    bundles = {key: value for key, value in vars(torchaudio.pipelines).items() if hasattr(value, "_normalize_waveform")}
-    if name not in bundles:
-        raise UserError(f"{source}: no such bundle in torchaudio.pipelines; valid: {', '.join(bundles)}")
-    bundle = bundles[name]
-    if bundle.sample_rate != SAMPLE_RATE:
-        raise UserError(f"{source} wants audio at {bundle.sample_rate} Hz; only {SAMPLE_RATE} is supported")
+    bundle = find_bundle(source)
     try:
         original = bundle.get_model(dl_kwargs={"weights_only": True})
     except OSError as error:
         raise UserError(f"{source} could not be fetched: {error}") from error
     original = getattr(original, "model", original)  # without the wrapper that normalises the waveform
-    normalize_waveform = bundle._normalize_waveform if normalize is None else normalize
-    with naming(source):
-        imported = import_torchaudio(bundle._params, original.state_dict(), normalize_waveform)
+    imported = import_bundle(source, bundle, original.state_dict(), normalize)
     converted = model_from_state(imported.config, imported.state_dict, source=source)
     original.aux = None
     modules = [original.encoder.feature_projection, *original.encoder.transformer.layers]
 
     def run(waveforms: list[Tensor]) -> States:
         (waveform,) = waveforms
-        if normalize_waveform:
+        if converted.normalize_waveform:
             waveform = nn.functional.layer_norm(waveform, waveform.shape)
         return capture(modules, lambda: original(waveform[None])[0])
 
     require_same(run_probe(run, converted, padded=False), converted, source)
     return imported, converted
-
-
-@contextlib.contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Whatever transformers raises over a file with strange values becomes one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
-        raise CheckpointError(f"{what}: {reason}") from error
 
 
 def capture(modules: list[nn.Module], call: Callable[[], Tensor]) -> States:

@@ -15,18 +15,32 @@ from transformers import (
     HubertConfig,
     HubertForCTC,
     HubertModel,
+    PreTrainedModel,
+    UniSpeechConfig,
+    UniSpeechForCTC,
+    UniSpeechForPreTraining,
+    UniSpeechForSequenceClassification,
+    UniSpeechModel,
+    UniSpeechSatConfig,
+    UniSpeechSatForPreTraining,
+    UniSpeechSatForXVector,
+    UniSpeechSatModel,
     Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
+    Wav2Vec2Processor,
     WavLMConfig,
     WavLMModel,
 )
 
 import convert_from_checkpoint
 import convert_hubert_from_hf
+from distillation.errors import UserError
+from distillation.originals import describe_original
 from exporting import originals
 from tests.helpers import HF_BASE, HF_LARGE, tiny_hf
-from wav2vec2 import load_model, save_model
+from wav2vec2 import CheckpointError, load_model, save_model, wav2vec2_model
 from wav2vec2.checkpoint import load_checkpoint
 from wav2vec2.importers import ImportedModel
 from wav2vec2.importers.huggingface import NORMALIZE_EPS
@@ -72,8 +86,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         (WavLMModel, WavLMConfig, HF_BASE),
         (WavLMModel, WavLMConfig, HF_LARGE),
         (HubertModel, HubertConfig, HF_BASE | {"feat_proj_layer_norm": False}),
+        (UniSpeechModel, UniSpeechConfig, HF_LARGE),
+        (UniSpeechSatModel, UniSpeechSatConfig, HF_BASE),
     ],
-    ids=["hubert base", "wav2vec2 xls-r", "wavlm base", "wavlm large", "distilhubert"],
+    ids=["hubert base", "wav2vec2 xls-r", "wavlm base", "wavlm large", "distilhubert", "unispeech", "unispeech-sat"],
 )
 def test_every_kind_converts_with_parity(run: Run, tmp_path: Path, model_class, config_class, options) -> None:
     original = tiny(model_class, config_class, **options)
@@ -180,6 +196,33 @@ def test_fine_tuned_half_precision_and_sharded(run: Run, tmp_path: Path, caplog:
     assert torch.equal(weight, original.hubert.feature_projection.projection.weight.float())
 
 
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "options", "head"),
+    [
+        (UniSpeechForCTC, UniSpeechConfig, HF_LARGE, "lm_head.bias, lm_head.weight"),
+        (UniSpeechForPreTraining, UniSpeechConfig, HF_BASE, "project_hid.bias"),
+        (UniSpeechForSequenceClassification, UniSpeechConfig, HF_BASE, "classifier.bias, classifier.weight"),
+        (
+            UniSpeechSatForPreTraining,
+            UniSpeechSatConfig,
+            HF_LARGE,
+            "label_embeddings_concat, layer_norm_for_extract.bias",
+        ),
+        (UniSpeechSatForXVector, UniSpeechSatConfig, HF_BASE, "feature_extractor.bias, feature_extractor.weight"),
+    ],
+)
+def test_heads_of_unispeech_are_dropped_by_name(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, model_class: type[PreTrainedModel], config_class: type,
+    options: dict[str, object], head: str,
+) -> None:  # fmt: skip
+    original = tiny(model_class, config_class, num_codevectors_per_group=4, codevector_dim=8, **options)
+    original.save_pretrained(tmp_path / "teacher")
+    with caplog.at_level("INFO"):
+        printed = run("--model", tmp_path / "teacher", "--out", tmp_path / "out.pth")
+    assert float(printed.split()[-1]) < 1e-4
+    assert "dropped the head of" in caplog.text and head in caplog.text
+
+
 def test_the_adapter_after_the_encoder_is_dropped(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny(Wav2Vec2Model, Wav2Vec2Config, add_adapter=True, num_adapter_layers=1, **HF_LARGE).save_pretrained(
         tmp_path / "st"
@@ -253,7 +296,11 @@ def edit_config(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "whisper"}, "'whisper' is not supported; valid: hubert, wav2vec2, wavlm"),
+        ({"model_type": "dac"}, "config.json: model_type 'dac' is not supported; valid: hubert, unispeech"),
+        (
+            {"model_type": "whisper"},
+            "config.json: model_type whisper: spectrograms as input, and a decoder; valid: hubert",
+        ),
         ({"num_hidden_layers": 3}, "transformer.layers.2.attention"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
         ({"intermediate_size": 40}, "feed_forward"),
@@ -282,6 +329,82 @@ def test_preprocessor(run: Run, hubert: Path, tmp_path: Path, caplog: pytest.Log
     assert not caplog.text and load_model(out).normalize_waveform
 
 
+def test_settings_that_a_processor_wrote(
+    run: Run, hubert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Since transformers 5 they stand in another file, nested."""
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "|": 1, "<unk>": 2}))
+    tokenizer = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(do_normalize=True), tokenizer).save_pretrained(hubert)
+    assert not (hubert / "preprocessor_config.json").exists()
+    run("--model", hubert, "--out", tmp_path / "out.pth")
+    assert f"{hubert / 'processor_config.json'} says do_normalize=true, the converted model has" in caplog.text
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(sampling_rate=8000), tokenizer).save_pretrained(hubert)
+    error = run("--model", hubert, "--out", tmp_path / "out.pth", fails=True)
+    assert f"{hubert / 'processor_config.json'}: sampling_rate is 8000; only models of 16000 Hz" in error
+
+
+def test_a_teacher_is_described_before_it_is_converted(run: Run, hub: Callable[..., Path], tmp_path: Path) -> None:
+    """As its conversion will be, from the settings alone."""
+    folder = hub("one/tiny", "a" * 40)
+    run("--model", "one/tiny", "--out", tmp_path / "out.pth")
+    (folder / "model.safetensors").write_text("damaged")
+    expected = load_checkpoint(tmp_path / "out.pth").config
+    assert describe_original("one/tiny") == describe_original(str(folder)) == expected
+    (folder / "model.safetensors").unlink()
+    assert describe_original("one/tiny") == expected
+    with pytest.raises(CheckpointError, match=f"^{folder}: no weights; expected one of model.safetensors"):
+        describe_original(str(folder))
+
+
+def test_every_bundle_can_be_described() -> None:
+    """Nothing is fetched."""
+    for name, bundle in vars(torchaudio.pipelines).items():
+        if hasattr(bundle, "_normalize_waveform"):
+            config = describe_original(f"torchaudio:{name}")
+            assert config["normalize_waveform"] is bundle._normalize_waveform
+            with torch.device("meta"):
+                assert wav2vec2_model(**config).num_layers == bundle._params["encoder_num_layers"]
+    with pytest.raises(UserError, match=r"^torchaudio:NONE: no such bundle in torchaudio\.pipelines; valid: "):
+        describe_original("torchaudio:NONE")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "config.json",
+            {"model_type": "sew-d"},
+            "config.json: model_type sew-d: frames squeezed before the Transformer",
+        ),
+        ("config.json", {"hidden_act": "relu"}, "hidden_act='relu' in its config is not supported"),
+        ("config.json", {"adapter_attn_dim": 16}, "adapter_attn_dim=16"),
+        ("config.json", {"hidden_size": "wide"}, "its config.json is not valid: "),
+        ("config.json", {"num_attention_heads": 5}, "5 attention heads do not divide the width 24"),
+        (
+            "config.json",
+            {"num_conv_pos_embedding_groups": 5},
+            "its config builds no model: no positional convolution of",
+        ),
+        ("config.json", {"layerdrop": 2.0}, "its config builds no model: encoder_layer_drop must lie between 0 and 1"),
+        ("processor_config.json", {"feature_extractor": {"sampling_rate": 8000}}, "sampling_rate is 8000"),
+        ("preprocessor_config.json", {"feature_extractor": []}, "its feature_extractor is no JSON object"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "b.safetensors"}}, "b.safetensors: no such file"),
+    ],
+)
+def test_what_a_conversion_would_refuse_is_not_described(
+    run: Run, hubert: Path, name: str, changes: dict[str, object], message: str
+) -> None:
+    path = hubert / name
+    if "index" in name:
+        (hubert / "model.safetensors").unlink()
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+    with pytest.raises(CheckpointError) as error:
+        describe_original(str(hubert))
+    assert str(error.value).startswith(str(hubert)) and message in str(error.value) and "\n" not in str(error.value)
+    assert run("--model", hubert, fails=True)
+
+
 def test_no_such_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -290,6 +413,9 @@ def test_no_such_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "file.pt").touch()
     assert "convert_from_checkpoint.py" in run("--model", tmp_path / "file.pt", fails=True)
     assert "config.json: no such file" in run("--model", tmp_path, fails=True)
+    for model in ("none", "org/name", "file.pt", ""):
+        with pytest.raises(CheckpointError, match=r"no such folder|could not be fetched|is a file|no such file"):
+            describe_original(str(tmp_path / model) if model != "org/name" else model)
     assert "none.pt: no such file" in run(
         "--checkpoint", tmp_path / "none.pt", script=convert_from_checkpoint, fails=True
     )

@@ -27,6 +27,10 @@ from transformers import (
     HubertConfig,
     HubertModel,
     PreTrainedModel,
+    UniSpeechConfig,
+    UniSpeechModel,
+    UniSpeechSatConfig,
+    UniSpeechSatModel,
     Wav2Vec2Config,
     Wav2Vec2Model,
     WavLMConfig,
@@ -43,6 +47,9 @@ TEACHERS = {
     "hubert": (HubertModel, HubertConfig, HF_BASE),
     "hubert large": (HubertModel, HubertConfig, HF_LARGE),
     "wav2vec2": (Wav2Vec2Model, Wav2Vec2Config, HF_BASE),
+    "unispeech": (UniSpeechModel, UniSpeechConfig, HF_LARGE),
+    "unispeech-sat": (UniSpeechSatModel, UniSpeechSatConfig, HF_BASE),
+    "unispeech-sat large": (UniSpeechSatModel, UniSpeechSatConfig, HF_LARGE | {"conv_bias": False}),
     "wavlm": (WavLMModel, WavLMConfig, HF_BASE | BUCKETS),
     "wavlm large": (WavLMModel, WavLMConfig, HF_LARGE | BUCKETS),
 }
@@ -237,6 +244,37 @@ def layout_unilm(original: PreTrainedModel, foreign: types.SimpleNamespace) -> d
     }
 
 
+def layout_contentvec(original: PreTrainedModel, foreign: types.SimpleNamespace) -> dict[str, typing.Any]:
+    """ContentVec's legacy file: its own settings under HuBERT's name, without the layers that know the speaker."""
+    own = {"_name": "hubert", "encoder_layers_1": 3, "ctr_layers": [-6], "logit_temp_ctr": 0.1, "num_negatives": 100}
+    task = {"_name": "hubert_pretraining", "labels": ["km"]} | task_settings(original)
+    heads = {"final_proj.weight": torch.ones(2, 24), "label_embs_concat": torch.ones(5, 2)}
+    cfg = {"model": own | {"untie_final_proj": True} | model_settings(original), "task": task}
+    return {"args": None, "cfg": cfg, "model": fairseq_state(original) | heads}
+
+
+def layout_unispeech_sat(original: PreTrainedModel, foreign: types.SimpleNamespace) -> dict[str, typing.Any]:
+    """As the released files: the settings are those published beside them, but for the sizes."""
+    own = {"_name": "bc_m_hubert", "structure_type": "transformer", "streaming": False, "spk_layer": 12}
+    own |= {"relative_position_embedding": False, "gru_rel_pos": False, "expand_attention_head_size": -1}
+    heads = {
+        "quantizer.vars": torch.ones(1, 2),
+        "spk_proj.weight": torch.ones(2, 24),
+        "label_embs_concat": torch.ones(5),
+    }
+    heads["encoder.layer_norm_for_extract.weight"] = torch.ones(24)
+    cfg = {"model": own | {"num_buckets": 320} | model_settings(original), "task": task_settings(original)}
+    return {"args": None, "cfg": cfg, "model": fairseq_state(original) | heads, "task_state": {}}
+
+
+def layout_unispeech(original: PreTrainedModel, foreign: types.SimpleNamespace) -> dict[str, typing.Any]:
+    cfg = {"model": {"_name": "unispeech", "replace_prob": 0.5} | model_settings(original)}
+    state = fairseq_state(original) | {"quantizer.vars": torch.ones(1, 2)}
+    state = {f"w2v_encoder.w2v_model.{name}": tensor for name, tensor in state.items()}
+    return {"cfg": cfg | {"task": task_settings(original)}, "model": state | {"w2v_encoder.proj.bias": torch.ones(5)}}
+
+
+SPEAKER_HEADS = {"quantizer.vars", "spk_proj.weight", "label_embs_concat", "encoder.layer_norm_for_extract.weight"}
 CASES = [
     ("wav2vec2", layout_args, {"quantizer.vars", "project_q.weight", "final_proj.bias"}),
     ("hubert", layout_cfg, {"label_embs_concat", "final_proj.weight", "final_proj.bias"}),
@@ -245,6 +283,10 @@ CASES = [
     ("wav2vec2", layout_fine_tuned_args, {"w2v_encoder.proj.bias"}),
     ("wavlm", layout_unilm, set()),
     ("wavlm large", layout_unilm, set()),
+    ("hubert", layout_contentvec, {"final_proj.weight", "label_embs_concat"}),
+    ("unispeech-sat", layout_unispeech_sat, SPEAKER_HEADS),
+    ("unispeech-sat large", layout_unispeech_sat, SPEAKER_HEADS),
+    ("unispeech", layout_unispeech, {"w2v_encoder.proj.bias", "quantizer.vars"}),
 ]
 
 
@@ -282,6 +324,9 @@ def test_layouts_import_with_equal_outputs(
     torch.testing.assert_close(output, expected.last_hidden_state, atol=2e-5, rtol=1e-5)
 
 
+DATA2VEC = "five positional convolutions with layer norms, which models here have not"
+
+
 def test_normalisation_can_be_overridden() -> None:
     checkpoint = {"cfg": {"model": {"_name": "hubert"} | model_settings(teacher("hubert")), "task": {}}, "model": {}}
     assert import_fairseq(checkpoint).config["normalize_waveform"] is False
@@ -295,7 +340,18 @@ def test_normalisation_can_be_overridden() -> None:
         ({"pos_conv_depth": 5}, {}, "pos_conv_depth=5 is not supported"),
         ({"activation_fn": "relu"}, {}, "activation_fn='relu'"),
         ({"relative_position_embedding": True, "gru_rel_pos": False}, {}, "gru_rel_pos=False"),
-        ({"_name": "data2vec_audio"}, {}, "'data2vec_audio' is not supported; valid: wav2vec2, hubert"),
+        ({"structure_type": "conformer"}, {}, "structure_type='conformer'"),
+        ({"streaming": True}, {}, "streaming=True"),
+        ({"expand_attention_head_size": 96}, {}, "expand_attention_head_size=96"),
+        ({"_name": "av_hubert"}, {}, "'av_hubert' is not supported; valid: wav2vec2, hubert, unispeech, unispeech_sat"),
+        ({"_name": "data2vec_audio"}, {}, f"data2vec_audio: {DATA2VEC}; valid: wav2vec2, hubert"),
+        ({"_name": "data2vec_multi"}, {}, f"data2vec_multi: {DATA2VEC}; valid: wav2vec2, hubert"),
+        (
+            {"_name": "wav2vec_ctc", "w2v_args": {"model": {"_name": "data2vec_audio"}}},
+            {},
+            f"architecture data2vec_audio: {DATA2VEC}",
+        ),
+        ({"_name": "contentvec"}, {}, "contentvec: its last layers want to know the speaker; take its legacy file"),
         ({"_name": "hubert_ctc"}, {}, "does not hold the settings of the pre-trained one"),
         ({"extractor_mode": "none"}, {}, "'none' is not supported; valid: default, layer_norm"),
         ({"encoder_layers": None}, {}, "no 'encoder_layers'"),

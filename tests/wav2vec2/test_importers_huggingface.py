@@ -1,6 +1,7 @@
 """Tiny transformers models with random weights import with the same hidden states in every layer."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -9,6 +10,17 @@ from transformers import (
     HubertForCTC,
     HubertModel,
     PreTrainedModel,
+    UniSpeechConfig,
+    UniSpeechForCTC,
+    UniSpeechForPreTraining,
+    UniSpeechForSequenceClassification,
+    UniSpeechModel,
+    UniSpeechSatConfig,
+    UniSpeechSatForCTC,
+    UniSpeechSatForPreTraining,
+    UniSpeechSatForSequenceClassification,
+    UniSpeechSatForXVector,
+    UniSpeechSatModel,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForPreTraining,
@@ -16,11 +28,12 @@ from transformers import (
     WavLMConfig,
     WavLMModel,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from tests.helpers import HF_BASE, HF_LARGE, tiny_hf
 from wav2vec2.checkpoint import CheckpointError, model_from_state
 from wav2vec2.importers import import_huggingface
-from wav2vec2.importers.huggingface import NORMALIZE_EPS
+from wav2vec2.importers.huggingface import MODEL_TYPES, NORMALIZE_EPS, REFUSED
 
 KINDS = {
     "hubert base": (HubertModel, HubertConfig, HF_BASE),
@@ -38,6 +51,10 @@ KINDS = {
     # Few buckets and a short distance, so that the logarithmic and the last bucket are in use.
     "wavlm base": (WavLMModel, WavLMConfig, HF_BASE | {"num_buckets": 16, "max_bucket_distance": 30}),
     "wavlm large": (WavLMModel, WavLMConfig, HF_LARGE | {"num_buckets": 16, "max_bucket_distance": 30}),
+    "unispeech base": (UniSpeechModel, UniSpeechConfig, HF_BASE),
+    "unispeech large": (UniSpeechModel, UniSpeechConfig, HF_LARGE),
+    "unispeech-sat base": (UniSpeechSatModel, UniSpeechSatConfig, HF_BASE),
+    "unispeech-sat large": (UniSpeechSatModel, UniSpeechSatConfig, HF_LARGE | {"conv_bias": False}),
 }
 
 
@@ -108,6 +125,17 @@ def test_half_precision_becomes_float32() -> None:
     [
         (HubertForCTC, HubertConfig, {"lm_head.weight", "lm_head.bias"}),
         (Wav2Vec2ForPreTraining, Wav2Vec2Config, {"quantizer.codevectors", "project_hid.weight", "project_q.bias"}),
+        (UniSpeechForCTC, UniSpeechConfig, {"lm_head.weight"}),
+        (UniSpeechForPreTraining, UniSpeechConfig, {"ctc_proj.weight", "quantizer.codevectors", "project_q.bias"}),
+        (UniSpeechForSequenceClassification, UniSpeechConfig, {"classifier.bias"}),
+        (UniSpeechSatForCTC, UniSpeechSatConfig, {"lm_head.weight"}),
+        (
+            UniSpeechSatForPreTraining,
+            UniSpeechSatConfig,
+            {"speaker_proj.weight", "label_embeddings_concat", "layer_norm_for_extract.weight"},
+        ),
+        (UniSpeechSatForSequenceClassification, UniSpeechSatConfig, {"projector.weight"}),
+        (UniSpeechSatForXVector, UniSpeechSatConfig, {"tdnn.0.kernel.weight", "objective.weight"}),
     ],
 )
 def test_heads_are_dropped_by_name_and_the_mask_embedding_kept(model_class, config_class, heads) -> None:
@@ -136,7 +164,13 @@ def test_every_tensor_is_used_exactly_once() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"model_type": "data2vec-audio"}, "'data2vec-audio' is not supported; valid: hubert, wav2vec2, wavlm"),
+        ({"model_type": "dac"}, "model_type 'dac' is not supported; valid: hubert, unispeech, unispeech-sat, wav2vec2"),
+        ({"model_type": None}, "model_type None is not supported; valid: hubert"),
+        ({"model_type": ["hubert"]}, "model_type ['hubert'] is not supported; valid: hubert"),
+        (
+            {"model_type": "data2vec-audio"},
+            "data2vec-audio: five positional convolutions with layer norms, which models here have not; valid: hubert",
+        ),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
         ({"conv_pos_batch_norm": True}, "conv_pos_batch_norm=True"),
         ({"adapter_attn_dim": 16}, "adapter_attn_dim=16"),
@@ -149,6 +183,15 @@ def test_other_architectures_and_options_are_refused(option: dict, message: str)
     with pytest.raises(CheckpointError) as error:
         import_huggingface(HubertConfig().to_dict() | option, {})
     assert message in str(error.value)
+
+
+def test_reasons_are_of_architectures_that_transformers_has() -> None:
+    """A name with a typing mistake would never be met."""
+    known = {*CONFIG_MAPPING_NAMES, "compressed_speech"}
+    assert known >= {*REFUSED, *MODEL_TYPES} and not REFUSED.keys() & set(MODEL_TYPES)
+    for name, reason in REFUSED.items():
+        with pytest.raises(CheckpointError, match=f"^model_type {name}: {re.escape(reason)}; valid: hubert, "):
+            import_huggingface({"model_type": name}, {})
 
 
 def test_config_follows_the_source() -> None:

@@ -1,4 +1,7 @@
-"""Import HuBERT and wav2vec 2.0 of fairseq and WavLM of unilm from what their ``.pt`` files hold; neither is needed."""
+"""Import HuBERT and wav2vec 2.0 of fairseq, WavLM of unilm, UniSpeech and UniSpeech-SAT from what their files hold.
+
+None of these packages is needed.
+"""
 
 import ast
 from collections.abc import Mapping
@@ -7,11 +10,26 @@ from typing import Any
 from wav2vec2.checkpoint import CheckpointError
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
-from .mapping import MASK_EMBEDDING, ImportedModel, Rule, flat_config, heads_rule, import_tensors
+from .mapping import (
+    DATA2VEC_POSITIONS,
+    MASK_EMBEDDING,
+    ImportedModel,
+    Rule,
+    flat_config,
+    heads_rule,
+    import_tensors,
+    require_architecture,
+)
 from .pickles import plain
 
-PRETRAINED = ("wav2vec2", "hubert")
+# The released UniSpeech-SAT files call their class bc_m_hubert, the settings published beside them unispeech_sat.
+PRETRAINED = ("wav2vec2", "hubert", "unispeech", "unispeech_sat", "bc_m_hubert")
 FINE_TUNED = ("wav2vec_ctc", "wav2vec_seq2seq", "hubert_ctc", "hubert_seq2seq")
+REFUSED = {  # architecture and reason
+    "contentvec": "its last layers want to know the speaker; take its legacy file, which is a HuBERT",
+    "data2vec_audio": DATA2VEC_POSITIONS,
+    "data2vec_multi": DATA2VEC_POSITIONS,
+}
 EXTRACTOR_MODES = {"default": "group_norm", "layer_norm": "layer_norm"}
 MAX_CONV_LAYERS = 64
 _SETTINGS = {
@@ -34,6 +52,7 @@ _RULES: list[Rule] = [
     (r"post_extract_proj\.(weight|bias)", r"encoder.feature_projection.projection.\1"),
     (r"encoder\.pos_conv\.0\.(weight_g|weight_v|bias)", rf"{_TRANSFORMER}.pos_conv_embed.conv.\1"),
     (r"encoder\.layer_norm\.(weight|bias)", rf"{_TRANSFORMER}.layer_norm.\1"),
+    (r"encoder\.layer_norm_for_extract\.(weight|bias)", None),  # of UniSpeech-SAT's loss on speakers
     (r"encoder\.layers\.(\d+)\.self_attn\.([qkv]_proj|out_proj)\.(weight|bias)", rf"{_LAYER}.attention.\2.\3"),
     (r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.(weight|bias)", rf"{_LAYER}.layer_norm.\2"),
     (r"encoder\.layers\.(\d+)\.fc1\.(weight|bias)", rf"{_LAYER}.feed_forward.intermediate_dense.\2"),
@@ -51,7 +70,7 @@ _RULES: list[Rule] = [
 
 
 def import_fairseq(checkpoint: Any, normalize_waveform: bool | None = None) -> ImportedModel:
-    """Import a checkpoint of fairseq (``args`` or ``cfg`` layout) or unilm, pre-trained or fine-tuned.
+    """Import a checkpoint of fairseq (``args`` or ``cfg`` layout), a fork of it, or unilm, pre-trained or fine-tuned.
 
     Args:
         checkpoint: what :func:`wav2vec2.importers.load_pickled` read from the ``.pt`` file.
@@ -94,8 +113,7 @@ def _settings(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
             )
         pretrained, _ = _settings({"cfg": inner} if "model" in inner else {"args": inner})
         return pretrained, task
-    if name not in PRETRAINED:
-        raise CheckpointError(f"architecture {name!r} is not supported; valid: {', '.join(PRETRAINED + FINE_TUNED)}")
+    require_architecture("architecture", name, (*PRETRAINED, *FINE_TUNED), REFUSED)
     return model, task
 
 
@@ -105,6 +123,9 @@ def _refuse_options(model: Mapping[str, Any], task: Mapping[str, Any]) -> None:
         raise CheckpointError(f"it was trained on audio at {rate} Hz; only {SAMPLE_RATE} Hz is supported")
     only: dict[str, Any] = {
         "layer_type": "transformer",
+        "structure_type": "transformer",
+        "streaming": False,
+        "expand_attention_head_size": -1,
         "pos_conv_depth": 1,
         "activation_fn": "gelu",
         "pos_enc_type": "abs",
@@ -142,7 +163,7 @@ def _flat_config(model: Mapping[str, Any], task: Mapping[str, Any], normalize_wa
 
 
 def _backbone(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The backbone of a fine-tuned model sits below ``w2v_encoder.w2v_model``; the rest is its head."""
+    """The backbone of a fine-tuned model, or UniSpeech, is in ``w2v_encoder.w2v_model``; the rest is its head."""
     tensors = {str(name): tensor for name, tensor in tensors.items()}
     for prefix in ("w2v_encoder.w2v_model.", "encoder.w2v_model."):
         if any(name.startswith(prefix) for name in tensors):

@@ -1,8 +1,11 @@
 """Read a model folder in the layout of transformers, local or from the hub: everything but its defaults, without it."""
 
+import contextlib
 import json
 import logging
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,51 @@ from .mapping import naming
 
 logger = logging.getLogger(__name__)
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
+EXTRACTOR = "feature_extractor"  # section of PROCESSOR, and of some PREPROCESSOR
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def locate_folder(model: str) -> Path:
+@dataclass(frozen=True)
+class Settings:
+    """What a model folder says besides its weights.
+
+    Attributes:
+        config: content of config.json, of an architecture that can be read.
+        extractor: settings of the feature extractor, of audio at 16 kHz; None where no file has them.
+        extractor_file: the file that has them.
+    """
+
+    config: dict[str, Any]
+    extractor: dict[str, Any] | None
+    extractor_file: Path
+
+    def normalizes(self, wanted: bool | None) -> bool:
+        """Whether to normalise the waveform; a notice says where the folder has it otherwise.
+
+        Args:
+            wanted: by the user; None for what models of this extractor were trained with.
+        """
+        decided = self.config.get("feat_extract_norm") == "layer" if wanted is None else wanted
+        if self.extractor is not None and (stated := self.extractor.get("do_normalize", True)) != decided:
+            reason = " as models of this extractor were trained (--normalize overrides)" if wanted is None else ""
+            logger.warning(
+                "%s says do_normalize=%s, the converted model has normalize_waveform=%s%s",
+                self.extractor_file, str(stated).lower(), str(decided).lower(), reason,
+            )  # fmt: skip
+        return decided
+
+
+def locate_folder(model: str, weights: bool = True) -> Path:
     """Local folder of a transformers model; a hub id is fetched to the hub's cache first.
 
+    Args:
+        model: folder or hub id.
+        weights: of a hub id, fetch them too.
+
     Raises:
-        CheckpointError: no such folder, or the hub does not give it.
+        CheckpointError: no such folder, the hub does not give it, or what it gives is refused by
+            :func:`check_folder`, which is known before the weights are fetched.
     """
     path = Path(model)
     if path.is_dir():
@@ -47,25 +86,29 @@ def locate_folder(model: str) -> Path:
         except FileNotFoundError:
             return None
 
-    try:
-        config = download(model, CONFIG)
-        fetch(PREPROCESSOR)
-        weights = next((file for file in map(fetch, WEIGHTS) if file is not None), None)
-        if weights is not None and weights.suffix == ".json":
-            for shard in _shards(weights):
+    with _fetching(model):
+        folder = download(model, CONFIG).parent
+        for name in (PREPROCESSOR, PROCESSOR):
+            fetch(name)
+    if weights:
+        check_folder(folder)
+        with _fetching(model):
+            file = next((file for file in map(fetch, WEIGHTS) if file is not None), None)
+            for shard in _shards(file) if file is not None and file.suffix == ".json" else ():
                 download(model, shard)
+    return folder
+
+
+@contextlib.contextmanager
+def _fetching(model: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} is no local folder and could not be fetched from the hub: {error}") from error
-    return config.parent
 
 
-def check_folder(folder: Path, normalize: bool | None) -> bool:
-    """Whether to normalise the waveform; refuses another kind of model before anything large is read.
-
-    Args:
-        folder: of the model.
-        normalize: what the user wants; None for what models of this extractor were trained with. A notice says where
-            the preprocessor file has it otherwise.
+def check_folder(folder: Path) -> Settings:
+    """The settings of a model; refuses another kind of model before anything large is read.
 
     Raises:
         CheckpointError: another architecture or sample rate, or a broken file.
@@ -73,20 +116,48 @@ def check_folder(folder: Path, normalize: bool | None) -> bool:
     config = _read_json(folder / CONFIG)
     with naming(folder / CONFIG):
         check_model_type(config)
-    decided = config.get("feat_extract_norm") == "layer" if normalize is None else normalize
-    if not (path := folder / PREPROCESSOR).is_file():
-        return decided
-    preprocessor = _read_json(path)
-    rate, stated = preprocessor.get("sampling_rate", SAMPLE_RATE), preprocessor.get("do_normalize", True)
-    if rate != SAMPLE_RATE:
-        raise CheckpointError(f"{path}: sampling_rate is {rate}; only models of {SAMPLE_RATE} Hz are supported")
-    if stated != decided:
-        reason = " as models of this extractor were trained (--normalize overrides)" if normalize is None else ""
-        logger.warning(
-            "%s says do_normalize=%s, the converted model has normalize_waveform=%s%s",
-            path, str(stated).lower(), str(decided).lower(), reason,
-        )  # fmt: skip
-    return decided
+    settings = Settings(config, *_read_extractor(folder))
+    if settings.extractor is not None and (rate := settings.extractor.get("sampling_rate", SAMPLE_RATE)) != SAMPLE_RATE:
+        raise CheckpointError(
+            f"{settings.extractor_file}: sampling_rate is {rate}; only models of {SAMPLE_RATE} Hz are supported"
+        )
+    return settings
+
+
+def _read_extractor(folder: Path) -> tuple[dict[str, Any] | None, Path]:
+    """Settings of the feature extractor, and their file, from any of the three layouts of transformers.
+
+    As there, what PROCESSOR has comes before PREPROCESSOR, and within PREPROCESSOR its own keys before nested ones.
+    """
+    if (path := folder / PROCESSOR).is_file() and (nested := _section(_read_json(path), path)) is not None:
+        return nested, path
+    if (path := folder / PREPROCESSOR).is_file():
+        content = _read_json(path)
+        return {**(_section(content, path) or {}), **content}, path
+    return None, path
+
+
+def _section(content: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """The nested settings; None where there are none: of old, PROCESSOR names a class alone."""
+    section = content.get(EXTRACTOR)
+    if section is not None and not isinstance(section, dict):
+        raise CheckpointError(f"{path}: its {EXTRACTOR} is no JSON object")
+    return section
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The files of a model folder's weights, one or many.
+
+    Raises:
+        CheckpointError: one is missing, or there is none.
+    """
+    files = _weight_files(folder)
+    if not files:
+        raise CheckpointError(f"{folder}: no weights; expected one of {', '.join(WEIGHTS)}")
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file")
+    return files
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -95,11 +166,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a file is missing, damaged or names what is in another.
     """
-    files = _weight_files(folder)
-    if not files:
-        raise CheckpointError(f"{folder}: no weights; expected one of {', '.join(WEIGHTS)}")
     weights: dict[str, Tensor] = {}
-    for file in files:
+    for file in find_weights(folder):
         tensors = _read_tensors(file) if file.suffix == ".safetensors" else read_torch_file(file)
         if twice := weights.keys() & tensors.keys():
             raise CheckpointError(f"{file}: tensor {min(twice)!r} is in another shard too")
@@ -127,8 +195,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
     try:
         return read_safetensors(path, integers=True)[0]  # a head may count something
     except (OSError, ValueError, MemoryError) as error:

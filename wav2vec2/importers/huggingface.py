@@ -1,4 +1,7 @@
-"""Import HuBERT, wav2vec 2.0 and WavLM from transformers: plain config and state dicts in, nothing but torch needed."""
+"""Import HuBERT, wav2vec 2.0, WavLM, UniSpeech and UniSpeech-SAT from transformers.
+
+Plain config and state dicts in, nothing but torch needed.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +10,30 @@ from torch import Tensor
 
 from wav2vec2.checkpoint import CheckpointError
 
-from .mapping import MASK_EMBEDDING, ImportedModel, Rule, flat_config, heads_rule, import_tensors
+from .mapping import (
+    DATA2VEC_POSITIONS,
+    MASK_EMBEDDING,
+    ImportedModel,
+    Rule,
+    flat_config,
+    heads_rule,
+    import_tensors,
+    require_architecture,
+)
 
-MODEL_TYPES = ("hubert", "wav2vec2", "wavlm")
+MODEL_TYPES = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm")
+REFUSED = {  # model_type and reason
+    "compressed_speech": "a model of this toolkit, which needs no conversion",
+    "data2vec-audio": DATA2VEC_POSITIONS,
+    "mimi": "a codec of 24 kHz audio",
+    "moonshine": "rotary positions, and a decoder",
+    "sew": "frames squeezed before the Transformer and spread after it",
+    "sew-d": "frames squeezed before the Transformer, and attention as in DeBERTa",
+    "speech-encoder-decoder": "a decoder too; save its encoder alone (model.encoder.save_pretrained) and convert that",
+    "wav2vec2-bert": "conformer layers on filter banks",
+    "wav2vec2-conformer": "conformer layers",
+    "whisper": "spectrograms as input, and a decoder",
+}
 EXTRACTOR_MODES = {"group": "group_norm", "layer": "layer_norm"}
 NORMALIZE_EPS = 1e-7  # added to the variance of a waveform by transformers' feature extractor
 
@@ -61,8 +85,7 @@ def check_model_type(config: Mapping[str, Any]) -> str:
         CheckpointError: an architecture that is not of this family; lists the valid ones.
     """
     model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise CheckpointError(f"model_type {model_type!r} is not supported; valid: {', '.join(MODEL_TYPES)}")
+    require_architecture("model_type", model_type, MODEL_TYPES, REFUSED)
     return str(model_type)
 
 
@@ -99,7 +122,7 @@ def import_huggingface(
         flat |= _HUBERT_BASE_RELEASED
     if model_type == "hubert" and config.get("feat_proj_layer_norm") is False:  # the other classes do not look at it
         flat["encoder_projection_layer_norm"] = False
-    backbone, heads = _split_heads(state_dict, f"{model_type}.")
+    backbone, heads = _split_heads(state_dict, f"{model_type.replace('-', '_')}.")
     return import_tensors(backbone, _RULES, flat, heads)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ from wav2vec2.checkpoint import CheckpointError, has_all_values
 from wav2vec2.transformer import own_spelling
 
 MASK_EMBEDDING = "mask_embedding"  # target name of the vector that replaces masked frames in pre-training
+# Why data2vec of either toolkit is refused.
+DATA2VEC_POSITIONS = "five positional convolutions with layer norms, which models here have not"
 Rule = tuple[str, str | None]  # pattern of the whole name; its replacement, or None for a training head to drop
 
 
@@ -82,6 +84,25 @@ def import_tensors(
         raise CheckpointError(f"none of its {len(source)} tensors belongs to the model; the first is {first!r}")
     mask_embedding = state_dict.pop(MASK_EMBEDDING, None)
     return ImportedModel(config, state_dict, None if mask_embedding is None else mask_embedding.flatten(), heads)
+
+
+def require_architecture(key: str, name: Any, valid: Sequence[str], refused: Mapping[str, str]) -> None:
+    """Refuse an architecture that no model here can have.
+
+    Args:
+        key: what the source calls it.
+        name: in the source.
+        valid: the names that can be read.
+        refused: names that cannot, with the reason.
+
+    Raises:
+        CheckpointError: with the reason where it is known, and the valid names.
+    """
+    if name in valid:
+        return
+    reason = refused.get(str(name))
+    what = f"{name!r} is not supported" if reason is None else f"{name}: {reason}"
+    raise CheckpointError(f"{key} {what}; valid: {', '.join(valid)}")
 
 
 def require_type(name: str, value: Any, kind: type) -> None:

@@ -2,8 +2,9 @@
 
     python finetune_ctc.py final.pth --train LibriSpeech/train-clean-100 --valid LibriSpeech/dev-clean --exp_dir E
 
-Transcripts are LibriSpeech folders or manifests (path<TAB>text). First the output layer alone learns, then all above
-the convolutions. Leaves E/final.pth, which holds its vocabulary (export.py --to hf makes a speech recogniser of it),
+Transcripts are LibriSpeech or Kaldi folders, Common Voice's .tsv, JSON lines as NeMo writes them, or lines of
+path<TAB>text; what cannot be used is listed in E/left_out.tsv. First the output layer alone learns, then all above the
+convolutions. Leaves E/final.pth, which holds its vocabulary (export.py --to hf makes a speech recogniser of it),
 E/metrics.csv and E/results.json. Run again to resume.
 """
 

@@ -7,9 +7,10 @@ from typing import Literal
 from distillation.config import flat_settings
 from distillation.errors import UserError
 from distillation.training.record import Identity, Kinds, Settings
+from finetuning.letters import Case
 
 KINDS = Kinds(
-    elsewhere=frozenset({"model", "train", "valid", "exp_dir", "continue_with_changes"}),
+    elsewhere=frozenset({"model", "train", "valid", "audio", "exp_dir", "continue_with_changes"}),
     free=frozenset({"validate_every", "beam_size", "accelerator", "precision", "workers"}),
     rates=frozenset({"max_steps", "freeze_steps", "lr", "head_lr", "warmup_ratio"}),
 )
@@ -50,13 +51,18 @@ class FinetuneRun:
     model: str
     """Model: .pth, .safetensors, a folder of export.py, or a hub id."""
     train: Path
-    """LibriSpeech folder or manifest."""
+    """LibriSpeech or Kaldi folder, Common Voice .tsv, JSON lines, or lines of path<TAB>text."""
     valid: Path
-    """The same, to measure on."""
+    """The same kinds, to measure on."""
     exp_dir: Path
     """Folder of the run."""
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Length and rates."""
+    audio: Path | None = None
+    """Folder that relative paths of lists start from. Where it holds NAME.flac for a NAME.mp3, as prepare_data.py
+    --convert writes it (NAME.mp3.flac where others share the name), that is taken."""
+    case: Case = "upper"
+    """Capitals, as LibriSpeech has them, or letters as they are; composed (NFC) in any case."""
     validate_every: int = 1000
     """Updates between two validations."""
     beam_size: int = 0
@@ -75,6 +81,8 @@ class FinetuneRun:
     def __post_init__(self) -> None:
         if min(self.validate_every - 1, self.beam_size, self.workers) < 0:
             raise UserError("--validate_every must be at least 1, --beam_size and --workers at least 0")
+        if self.audio is not None and not self.audio.is_dir():
+            raise UserError(f"--audio {self.audio} is not a folder")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: it must lie in [0, 2^32)")
 

@@ -19,9 +19,9 @@ from distillation.training.progress import SavingBar
 from distillation.training.record import RUN
 from distillation.training.standing import Standing
 from distillation.training.step import seed_micro_batch
+from finetuning.batches import Batch
 from finetuning.config import FinetuneConfig
 from finetuning.decoding import Decoder, greedy_decoder
-from finetuning.transcripts import Batch
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 
 RATES = ("valid/wer", "valid/cer")
@@ -36,8 +36,19 @@ def with_output_layer(model: Wav2Vec2Model, vocabulary: list[str]) -> Wav2Vec2Mo
     return result
 
 
+def head_frames(model: Wav2Vec2Model, num_samples: Tensor) -> Tensor:
+    """Frames [B] in which the output layer can write a character, from samples [B].
+
+    A model that merges frames repeats its last state for all of them: they hold one character together.
+    """
+    frames, merged = model.output_length(num_samples), model.encoder.transformer.reduction
+    return (frames // merged).maximum(frames.clamp(max=1))
+
+
 class CTCModule(pl.LightningModule):
     """Trains the output layer, then everything above the convolutions.
+
+    It is measured by error rates alone, over the whole validation set: what is said too fast to be written counts too.
 
     Args:
         model: what to fine-tune; its output layer, if any, is replaced.
@@ -69,13 +80,11 @@ class CTCModule(pl.LightningModule):
         return F.log_softmax(logits, -1, dtype=torch.float32), frames
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean CTC loss per utterance, each divided by its characters."""
+        """Mean CTC loss per utterance, each divided by its characters; infinite for what is not learnable."""
         seed_micro_batch(self.seed, self.global_step)
         self.model.encoder.requires_grad_(self.global_step >= self.config.freeze_steps)  # AdamW skips what has none
         log_probs, frames = self.log_probs(batch)
-        loss = F.ctc_loss(
-            log_probs.transpose(0, 1), batch.labels, frames, batch.label_lengths, blank=0, zero_infinity=True
-        )
+        loss = F.ctc_loss(log_probs.transpose(0, 1), batch.labels, frames, batch.label_lengths, blank=0)
         self.log("train/loss", loss, batch_size=len(batch.texts))
         return loss
 

@@ -1,5 +1,6 @@
 """A whole fine-tuning: data, training, decoding, what it leaves behind."""
 
+import functools
 import json
 import logging
 
@@ -16,10 +17,19 @@ from distillation.training.processes import outlive_stop_signal
 from distillation.training.record import RUN
 from distillation.training.resuming import AtomicCheckpointIO, check_state, supervise_restoring
 from distillation.training.standing import open_run
+from finetuning.batches import LengthBatches, SpeechDataset
 from finetuning.config import FinetuneRun
-from finetuning.ctc import CTCModule, RatesBar, error_rates
+from finetuning.ctc import CTCModule, RatesBar, error_rates, head_frames
 from finetuning.decoding import beam_decoder
-from finetuning.transcripts import LengthBatches, SpeechDataset, Utterance, describe, make_vocabulary, read_transcripts
+from finetuning.transcripts import (
+    Utterance,
+    describe,
+    learnable,
+    make_vocabulary,
+    read_sets,
+    report_left_out,
+    shortages,
+)
 from wav2vec2 import load_model, prune, save_model
 from wav2vec2.checkpoint import fingerprint, write_text
 
@@ -40,16 +50,23 @@ def finetune(run: FinetuneRun) -> dict[str, float]:
     pl.seed_everything(run.seed, verbose=False)
     network = load_model(run.model)
     network = prune(network)[0] if network.masks() else network
-    train_set, valid_set = read_transcripts(run.train), read_transcripts(run.valid)
+    train, valid = read_sets([run.train, run.valid], run.audio, run.case)
+    frames_of = functools.partial(head_frames, network)
+    train = learnable(train, frames_of)
+    train_set, valid_set = train.utterances, valid.utterances
     vocabulary = make_vocabulary(train_set)
     decode_beam = beam_decoder(vocabulary, run.beam_size) if run.beam_size else None  # is the library there? Say so now
     if unknown := sorted({c for u in valid_set for c in u.text} - {" ", *vocabulary}):
         logger.warning("%s: characters %s do not occur in training and count as errors", run.valid, "".join(unknown))
+    if hopeless := sum(map(bool, shortages(valid_set, frames_of))):
+        of = run.valid, hopeless, len(valid_set)
+        logger.warning("%s: %d of %d transcripts have more characters than frames and count as errors", *of)
     content = {"weights": fingerprint(network), "train list": describe(train_set), "valid list": describe(valid_set)}
     valid_loader = _loader(valid_set, vocabulary, LengthBatches(valid_set, config.seconds_per_batch, None), run.workers)
     metrics = MetricsCSV(exp_dir / "metrics.csv")
     with run_lock(exp_dir, owner=True):
         standing = open_run(exp_dir, run.identity(content), run.continue_with_changes)
+        report_left_out([train, valid], exp_dir)
         step = standing.step
         standing.extend_to(config.max_steps)
         module = CTCModule(network, vocabulary, config, standing, run.seed)

@@ -1,96 +1,218 @@
-"""Transcribed utterances: LibriSpeech folders and manifests, the characters in them, and padded batches.
-
-Shapes: B batch, N samples at 16 kHz, S characters.
-"""
+"""Transcribed utterances that can be used: what lists say, checked against the audio and written in one way."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from distillation.data.audio import AudioError, read_crop, read_header
+from distillation.data.audio import AudioError, Header, read_header
 from distillation.data.batching import MIN_INPUT_FRAMES
+from distillation.data.manifest import write_lines
 from distillation.errors import UserError
+from finetuning.letters import Case, Letters
+from finetuning.manifests import Row, read_rows
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 
 BLANK, SPACE = "<pad>", "|"  # as transformers writes them
+LEFT_OUT = "left_out.tsv"  # in the folder of a run: path, place in its list, reason
+OVERSHOOT = round(0.5 * SAMPLE_RATE)  # samples by which an end may lie behind the audio's: Kaldi's --max-overshoot
+
+# kind of a row that cannot be used -> what to do where all are so
+ADVICE = {
+    "missing audio": "do its paths start from another folder? Name it with --audio",
+    "unreadable audio": "copy them again, or convert formats that cannot be read here with prepare_data.py --convert",
+    "not 16 kHz mono": "convert the files with prepare_data.py --convert and name their new folder with --audio",
+    "outside its audio": "do start and end belong to these files?",
+    "too short for a frame": f"the models need {MIN_INPUT_FRAMES} samples",
+    "empty transcript": "is the text in this file?",
+    f"{SPACE} in the transcript": "it stands for the space: replace it",
+    "longer than its audio allows": "do the transcripts belong to these files?",
+}
+MISSING, UNREADABLE, WRONG_FORMAT, OUTSIDE, TOO_SHORT, EMPTY, WITH_SPACE, TOO_LONG = ADVICE
 
 
 class Utterance(NamedTuple):
-    """A file and what is said in it, in capitals with single spaces."""
+    """A stretch of a file and what is said in it, with single spaces; ``start`` and ``num_frames`` in samples."""
 
     path: Path
     num_frames: int
     text: str
+    start: int = 0
+    place: str = ""  # in its list
 
 
-def read_transcripts(source: Path) -> list[Utterance]:
-    """Utterances of a folder with LibriSpeech's .trans.txt files, or of a manifest.
+class LeftOut(NamedTuple):
+    """A row that cannot be used; ``kind`` is one of ``ADVICE``."""
 
-    A manifest has a line per utterance, the path of the audio (relative to the manifest), a tab, the text.
+    path: Path
+    place: str
+    kind: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.path}{self.detail and f': {self.detail}'}"
+
+
+@dataclass
+class Transcripts:
+    """What a list or folder gives."""
+
+    source: Path
+    utterances: list[Utterance]
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def require_some(self) -> None:
+        """Raise a UserError where no utterance can be used: the commonest reason, and what to do."""
+        if not self.utterances:
+            kind = Counter(row.kind for row in self.left_out).most_common(1)[0][0]
+            raise UserError(
+                f"{self.source}: none of its {len(self.left_out)} utterances can be used: "
+                f"{summary(self.left_out)}; {ADVICE[kind]}"
+            )
+
+
+def read_transcripts(source: Path, audio: Path | None = None, case: Case = "upper") -> list[Utterance]:
+    """The usable utterances of one source; arguments and errors of :func:`read_sets`."""
+    return read_sets([source], audio, case)[0].utterances
+
+
+def read_sets(sources: Sequence[Path], audio: Path | None = None, case: Case = "upper") -> list[Transcripts]:
+    """Read and check transcribed utterances of one run, whose transcripts are all written in the same letters.
+
+    Args:
+        sources: files or folders of one of ``finetuning.manifests.FORMATS``.
+        audio: folder that relative paths of lists start from, as for ``finetuning.manifests.AudioFolders``.
+        case: as for ``finetuning.letters.Letters``.
 
     Raises:
-        UserError: nothing there, a line without text, a missing or unreadable file, or audio that is not 16 kHz mono.
+        UserError: nothing there, a line of another format, or a source without any usable utterance.
     """
-    pairs = list(_librispeech(source) if source.is_dir() else _manifest(source))
-    if not pairs:
-        raise UserError(f"{source}: no transcribed utterance (*.trans.txt, or lines of path<TAB>text)")
-    utterances = []
-    for path, text in tqdm(pairs, f"reading headers of {source.name}", leave=False, disable=None):
-        text = " ".join(text.upper().split())
-        if not text or SPACE in text:
-            raise UserError(f"{source}: the transcript of {path} is empty or holds {SPACE!r}")
-        try:
-            header = read_header(path)
-        except AudioError as error:
-            raise UserError(str(error)) from None
-        if header.sample_rate != SAMPLE_RATE or header.num_channels != 1:
-            raise UserError(f"{path}: {header.sample_rate} Hz, {header.num_channels} channels; wanted 16000 Hz mono")
-        if header.num_frames < MIN_INPUT_FRAMES:
-            logger.warning("%s: left out, %d samples are too few for a frame", path, header.num_frames)
-            continue
-        utterances.append(Utterance(path, header.num_frames, text))
-    if not utterances:
-        raise UserError(f"{source}: no utterance is long enough for a frame")
-    return utterances
+    lists = [read_rows(source, audio) for source in sources]
+    letters = Letters.of(case, (row.text for rows in lists for row in rows))
+    found = []
+    for source, rows in zip(sources, lists):
+        transcripts = Transcripts(source, [])
+        again = functools.lru_cache(maxsize=1000)(read_header)  # segments name a recording again and again
+        for row in tqdm(rows, f"reading headers of {source.name}", leave=False, disable=None):
+            checked = _checked(row, letters, read_header if row.is_whole else again)
+            if isinstance(checked, LeftOut):
+                transcripts.left_out.append(checked)
+            else:
+                transcripts.utterances.append(checked)
+        transcripts.require_some()
+        found.append(transcripts)
+    return found
 
 
-def _librispeech(folder: Path) -> Iterator[tuple[Path, str]]:
-    for listing in sorted(folder.rglob("*.trans.txt")):
-        for line in listing.read_text(encoding="utf-8").splitlines():
-            name, _, text = line.partition(" ")
-            if name:
-                yield listing.parent / f"{name}.flac", text
+def _checked(row: Row, letters: Letters, header_of: Callable[[Path], Header]) -> Utterance | LeftOut:
+    def unusable(kind: str, detail: str = "") -> LeftOut:
+        return LeftOut(row.path, row.place, kind, detail)
 
-
-def _manifest(path: Path) -> Iterator[tuple[Path, str]]:
+    text = letters.write(row.text)
+    if not text or SPACE in text:
+        return unusable(WITH_SPACE if text else EMPTY)
+    if row.missing:
+        return unusable(MISSING, row.missing)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{path}: neither a folder nor a readable text file") from None
-    for number, line in enumerate(lines, 1):
-        name, tab, text = line.partition("\t")
-        if line.strip() and not (name and tab):
-            raise UserError(f"{path}: line {number} is not path<TAB>text")
-        if line.strip():
-            yield path.parent / name, text
+        length, rate, channels = header_of(row.path)
+    except AudioError as error:
+        return unusable(MISSING if isinstance(error.__context__, FileNotFoundError) else UNREADABLE, error.reason)
+    if rate != SAMPLE_RATE or channels != 1:
+        return unusable(WRONG_FORMAT, f"{rate} Hz, {channels} channels")
+    start, end = round(row.start * SAMPLE_RATE), length if row.end is None else round(row.end * SAMPLE_RATE)
+    if start > length or end > length + OVERSHOOT:
+        return unusable(OUTSIDE, f"samples {start} to {end} of {length}")
+    num_frames = min(end, length) - start
+    if num_frames < MIN_INPUT_FRAMES:
+        return unusable(TOO_SHORT, f"{num_frames} samples")
+    return Utterance(row.path, num_frames, text, start, row.place)
+
+
+def shortages(utterances: Sequence[Utterance], frames_of: Callable[[Tensor], Tensor]) -> list[str]:
+    """Why transcripts cannot be written in the frames of their audio; empty for those that can.
+
+    CTC needs a frame for each character, and one for a blank between two equal ones.
+
+    Args:
+        utterances: [B].
+        frames_of: frames in which a character can be written, [B] from samples [B].
+    """
+    frames = frames_of(torch.tensor([u.num_frames for u in utterances])).tolist()
+    return [_shortage(u.text, count) for u, count in zip(utterances, frames)]
+
+
+def _shortage(text: str, frames: int) -> str:
+    if 2 * len(text) <= frames:  # nearly all, without a look at their characters
+        return ""
+    doubled = sum(map(str.__eq__, text, text[1:]))
+    if len(text) + doubled <= frames:
+        return ""
+    return f"{frames} frames for {len(text)} characters" + (f", {doubled} doubled" if doubled else "")
+
+
+def learnable(transcripts: Transcripts, frames_of: Callable[[Tensor], Tensor]) -> Transcripts:
+    """What CTC can learn: without those with :func:`shortages`.
+
+    Their loss is infinite; in frames that time reduction has merged it is not, but nothing that is decoded spells them.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    pairs = list(zip(transcripts.utterances, shortages(transcripts.utterances, frames_of)))
+    too_long = [LeftOut(u.path, u.place, TOO_LONG, reason) for u, reason in pairs if reason]
+    result = Transcripts(
+        transcripts.source, [u for u, reason in pairs if not reason], [*transcripts.left_out, *too_long]
+    )
+    result.require_some()
+    return result
+
+
+def summary(rows: Sequence[LeftOut]) -> str:
+    """How many rows of each kind, and the first of each."""
+    counts = Counter(row.kind for row in rows).most_common()
+    return ", ".join(
+        f"{count} {kind} (first {next(row for row in rows if row.kind == kind)})" for kind, count in counts
+    )
+
+
+def report_left_out(sets: Iterable[Transcripts], exp_dir: Path) -> None:
+    """Log what is left out, and list it in ``left_out.tsv``, which is removed where there is nothing."""
+    listing = exp_dir / LEFT_OUT
+    lines = []
+    for transcripts in sets:
+        rows = transcripts.left_out
+        if rows:
+            total = len(rows) + len(transcripts.utterances)
+            logger.warning(
+                "%s: %d of %d left out, see %s: %s", transcripts.source, len(rows), total, listing, summary(rows)
+            )
+        for path, place, kind, detail in rows:
+            cells = (str(path), place, f"{kind}: {detail}" if detail else kind)
+            lines.append("\t".join(re.sub(r"[\t\r\n]", " ", cell) for cell in cells))
+    if lines:
+        write_lines(listing, lines)
+    else:
+        listing.unlink(missing_ok=True)  # of an earlier start
 
 
 def describe(utterances: Sequence[Utterance]) -> str:
     """How many there are and a digest of what is said in which file, wherever they lie."""
-    digest = hashlib.sha256(repr([(u.path.name, u.num_frames, u.text) for u in utterances]).encode())
+    # whole files as in versions that knew nothing else, whose runs go on
+    entries = [(u.path.name, u.num_frames, u.text, *([u.start] if u.start else [])) for u in utterances]
+    digest = hashlib.sha256(repr(entries).encode())
     hours = sum(u.num_frames for u in utterances) / SAMPLE_RATE / 3600
     return f"{len(utterances)} utterances of {hours:.2f} h, {digest.hexdigest()}"
 
@@ -98,91 +220,3 @@ def describe(utterances: Sequence[Utterance]) -> str:
 def make_vocabulary(utterances: Sequence[Utterance]) -> list[str]:
     """Blank, space, and the characters of the transcripts in order."""
     return [BLANK, SPACE, *sorted({character for u in utterances for character in u.text} - {" "})]
-
-
-@dataclass
-class Batch:
-    """Padded utterances."""
-
-    waveforms: Tensor  # [B, N]
-    lengths: Tensor  # [B] samples
-    labels: Tensor  # [sum of S] characters of one utterance after the other
-    label_lengths: Tensor  # [B]
-    texts: list[str]
-
-    def to(self, device: torch.device) -> Batch:
-        """Copy to a device."""
-        waveforms, lengths, labels, label_lengths = (
-            tensor.to(device) for tensor in (self.waveforms, self.lengths, self.labels, self.label_lengths)
-        )
-        return Batch(waveforms, lengths, labels, label_lengths, self.texts)
-
-
-class SpeechDataset(Dataset):
-    """Reads whole batches: an index is a list of positions.
-
-    Args:
-        utterances: what can be read.
-        vocabulary: characters outside it are left out of the labels, not of the text.
-    """
-
-    def __init__(self, utterances: Sequence[Utterance], vocabulary: Sequence[str]) -> None:
-        self.utterances = utterances
-        self.ids = {" " if token == SPACE else token: i for i, token in enumerate(vocabulary)}
-
-    def __getitem__(self, positions: list[int]) -> Batch:
-        chosen = [self.utterances[position] for position in positions]
-        try:
-            rows = [torch.from_numpy(read_crop(u.path, 0, u.num_frames, SAMPLE_RATE)) for u in chosen]
-        except AudioError as error:
-            raise UserError(str(error)) from None
-        labels = [[self.ids[character] for character in u.text if character in self.ids] for u in chosen]
-        return Batch(
-            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-            torch.tensor([len(row) for row in rows]),
-            torch.tensor([i for row in labels for i in row], dtype=torch.long),
-            torch.tensor([len(row) for row in labels]),
-            [u.text for u in chosen],
-        )
-
-
-class LengthBatches(Sampler[list[int]]):
-    """Batches of similar length, padded to at most ``seconds`` together; new and in a new order in every epoch.
-
-    Args:
-        utterances: what to draw from.
-        seconds: one utterance that is longer makes a batch alone.
-        seed: endless, epoch after epoch; None for always the same batches, once, in order of length.
-        start: batches that have been used before.
-    """
-
-    def __init__(self, utterances: Sequence[Utterance], seconds: float, seed: int | None, start: int = 0) -> None:
-        self.num_frames = torch.tensor([u.num_frames for u in utterances])
-        self.budget, self.seed, self.start = seconds * SAMPLE_RATE, seed, start
-
-    def epoch(self, number: int) -> list[list[int]]:
-        """The batches of epoch 0, 1, ..."""
-        generator = torch.Generator().manual_seed((self.seed or 0) * 1_000_003 + number)
-        # lengths a tenth apart count as equal, so that the neighbours of an utterance change from epoch to epoch
-        jitter = 1 + 0.1 * torch.rand(len(self.num_frames), generator=generator) if self.seed is not None else 1.0
-        batches: list[list[int]] = []
-        longest = 0
-        for position in (self.num_frames * jitter).argsort(stable=True).tolist():
-            longest = max(longest, int(self.num_frames[position])) if batches else 0
-            if batches and longest * (len(batches[-1]) + 1) <= self.budget:
-                batches[-1].append(position)
-            else:
-                batches.append([position])
-                longest = int(self.num_frames[position])
-        order = torch.randperm(len(batches), generator=generator) if self.seed is not None else range(len(batches))
-        return [batches[int(i)] for i in order]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.epoch(0)) if self.seed is None else self._endless()
-
-    def _endless(self) -> Iterator[list[int]]:
-        used = self.start
-        for number in itertools.count():
-            batches = self.epoch(number)
-            yield from batches[used:]
-            used = max(0, used - len(batches))

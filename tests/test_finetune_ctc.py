@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -21,11 +22,12 @@ from distillation.stopping import Stopped
 from distillation.training.record import Record
 from distillation.training.standing import Standing
 from exporting import verify
+from finetuning.batches import LengthBatches, SpeechDataset
 from finetuning.config import FinetuneConfig, FinetuneRun
-from finetuning.ctc import CTCModule
+from finetuning.ctc import CTCModule, head_frames
 from finetuning.decoding import beam_decoder, greedy_decoder
 from finetuning.training import finetune
-from finetuning.transcripts import LengthBatches, SpeechDataset, Utterance, make_vocabulary, read_transcripts
+from finetuning.transcripts import Utterance, make_vocabulary, read_transcripts
 from tests.configs import first_layers
 from wav2vec2 import load_model, save_model, wav2vec2_model
 from wav2vec2.checkpoint import load_checkpoint
@@ -195,14 +197,53 @@ def test_a_beam_adds_what_greedy_decoding_cannot():
     assert beam_decoder(VOCABULARY, 10)(probs.log(), frames) == ["A"]
 
 
-def test_transcripts_of_both_kinds(tones, tmp_path):
+def test_rows_that_cannot_be_used_are_left_out_of_a_run(random_model, tones, tmp_path, caplog):
     train = read_transcripts(tones[0])
     assert len(train) == 160 and make_vocabulary(train) == VOCABULARY
     assert train[0].num_frames == soundfile.info(train[0].path).frames
-    lines = [f"{u.path}\t  {u.text.lower().replace(' ', '   ')} " for u in train[:3]]
-    manifest = tmp_path / "list.tsv"
-    manifest.write_text("\n".join([*lines, "", ""]))
-    assert read_transcripts(manifest) == train[:3]
+    impossible = f"{train[0].path}\t{'ABCD' * 100}"
+    lines = [f"{u.path}\t  {u.text.lower().replace(' ', '   ')} " for u in train[:8]]
+    lists = tmp_path / "train.tsv", tmp_path / "valid.tsv"
+    lists[0].write_text("\n".join([*lines, "gone.wav\tA", impossible]))
+    lists[1].write_text("\n".join([lines[0], impossible]))
+    run(random_model, lists, tmp_path / "exp", max_steps=2, freeze_steps=0, seconds_per_batch=100)
+    (gone, long) = (tmp_path / "exp" / "left_out.tsv").read_text().splitlines()
+    assert gone == f"{tmp_path}/gone.wav\t{lists[0]} line 9\tmissing audio: No such file or directory"
+    assert long.startswith(f"{train[0].path}\t{lists[0]} line 10\tlonger than its audio allows: ")
+    assert long.endswith(" frames for 400 characters")
+    assert "train.tsv: 2 of 10 left out" in caplog.text
+    assert "valid.tsv: 1 of 2 transcripts have more characters than frames and count as errors" in caplog.text
+    rows = list(csv.DictReader((tmp_path / "exp" / "metrics.csv").open()))
+    assert all(0 < float(row["train/loss"]) < math.inf for row in rows if row["train/loss"])
+    content = load_checkpoint(tmp_path / "exp" / "final.pth").extra["run"]["history"][0]["settings"]
+    assert content["case"] == "upper" and "audio" not in content
+    assert content["train list"].startswith("8 utterances") and content["valid list"].startswith("2 utterances")
+    lists[0].write_text(impossible)
+    with pytest.raises(UserError, match=r"train\.tsv: none of its 1 utterances can be used: 1 longer than its audio"):
+        run(random_model, lists, tmp_path / "other", max_steps=2, freeze_steps=0)
+
+
+def test_nothing_hides_what_cannot_be_learnt(random_model, tones):
+    utterance = read_transcripts(tones[1])[0]._replace(text="ABCD" * 100)
+    module = CTCModule(load_model(random_model), VOCABULARY, FinetuneConfig(), Standing(Path("x"), Record([])))
+    module.log = lambda *args, **kwargs: None
+    assert module.training_step(SpeechDataset([utterance], VOCABULARY)[[0]], 0) == math.inf
+
+
+@pytest.mark.parametrize("merged", [None, 2, 3])
+def test_the_output_layer_writes_once_in_merged_frames(tiny_config, merged):
+    model = wav2vec2_model(**{**tiny_config, "encoder_time_reduction": merged, "aux_num_out": 5}).eval()
+    lengths = torch.arange(400, 6000, 160)
+    with torch.no_grad():
+        logits, frames = model(torch.randn(len(lengths), int(lengths.max())), lengths)
+    distinct = [len(row[:count].unique_consecutive(dim=0)) for row, count in zip(logits, frames)]
+    assert head_frames(model, lengths).tolist() == distinct
+
+
+def test_a_segment_is_read_from_its_start(tones):
+    path = read_transcripts(tones[1])[0].path
+    batch = SpeechDataset([Utterance(path, 4000, "A", 1000)], VOCABULARY)[[0]]
+    assert np.array_equal(batch.waveforms[0].numpy(), soundfile.read(path, dtype="float32")[0][1000:5000])
 
 
 def test_batches_lose_nothing_hold_the_budget_and_change():
@@ -224,24 +265,7 @@ def test_batches_lose_nothing_hold_the_budget_and_change():
     assert [len(batch) for batch in alone.epoch(0)] == [1, 1]
 
 
-def test_mistakes(random_model, tones, noise, tmp_path):
-    def refusal(content: str) -> str:
-        (tmp_path / "list.tsv").write_text(content)
-        with pytest.raises(UserError) as caught:
-            read_transcripts(tmp_path / "list.tsv")
-        return str(caught.value)
-
-    noise(tmp_path / "fast.wav", 1, 0, 8_000)
-    noise(tmp_path / "a.wav", 1, 0)
-    assert "line 2 is not path<TAB>text" in refusal("a.wav\tA\nb.wav A\n")
-    assert "the transcript of" in refusal("a.wav\t \n")
-    assert "8000 Hz, 1 channels; wanted 16000 Hz mono" in refusal("fast.wav\tA\n")
-    assert "no.wav" in refusal("no.wav\tA\n")
-    assert "no transcribed utterance" in refusal("\n")
-    noise(tmp_path / "short.wav", 0.01, 0)
-    assert "no utterance is long enough" in refusal("short.wav\tA\n")
-    with pytest.raises(UserError, match="neither a folder nor a readable text file"):
-        read_transcripts(tmp_path / "nothing.tsv")
+def test_mistakes_in_settings():
     with pytest.raises(UserError, match="--freeze_steps 5: it must be at least 0 and less than --max_steps 5"):
         FinetuneConfig(max_steps=5, freeze_steps=5)
 
@@ -249,5 +273,8 @@ def test_mistakes(random_model, tones, noise, tmp_path):
 def test_mistakes_on_the_command_line(random_model, tones, script_error, tmp_path):
     words = [random_model, "--train", tones[0], "--valid", tones[1], "--exp_dir", tmp_path / "exp"]
     assert "--validate_every must be at least 1" in script_error("finetune_ctc.py", *words, "--validate_every", 0)
+    assert f"--audio {tmp_path / 'no'} is not a folder" in script_error(
+        "finetune_ctc.py", *words, "--audio", tmp_path / "no"
+    )
     assert "no such file" in script_error("finetune_ctc.py", tmp_path / "no.pth", *words[1:], "--accelerator", "cpu")
     assert not (tmp_path / "exp").exists()

@@ -71,10 +71,10 @@ RECIPE = {
         data.valid continue_with_changes""",
 }  # fmt: skip
 FINETUNE = {
-    "identity": "seconds_per_batch train_extractor seed",
+    "identity": "case seconds_per_batch train_extractor seed",
     "rates": "max_steps freeze_steps lr head_lr warmup_ratio",
     "free": "validate_every beam_size accelerator precision workers",
-    "elsewhere": "model train valid exp_dir continue_with_changes",
+    "elsewhere": "model train valid audio exp_dir continue_with_changes",
 }
 
 

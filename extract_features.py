@@ -43,7 +43,8 @@ def run(model: str, audio: list[Path], out: Path, options: FeatureOptions, devic
         logger.info("%d of %d files were finished before", len(targets) - len(todo), len(targets))
     total = 0.0
     for path in tqdm(todo.values(), "opening", unit="file", delay=1, disable=None):
-        num_samples = AudioFile(path).num_samples  # what cannot be opened is said now, and no file stays open
+        with AudioFile(path) as file:  # what cannot be opened is said now
+            num_samples = file.num_samples
         options.windows(network, num_samples)
         total += num_samples / SAMPLE_RATE
     with (
@@ -52,9 +53,10 @@ def run(model: str, audio: list[Path], out: Path, options: FeatureOptions, devic
         logging_redirect_tqdm(),
     ):
         for target, path in todo.items():
-            file, source = AudioFile(path), _source(path)
-            file.notice()
-            num_frames = write_features(network, file, target, options, bar.update)
+            with AudioFile(path) as file:
+                source = _source(path)
+                file.notice()
+                num_frames = write_features(network, file, target, options, bar.update)
             finished[target.name] = {**source, "frames": num_frames}
             if num_frames == 0:
                 logger.warning("%s: too short for a single frame", path)

@@ -1,9 +1,12 @@
-"""List the audio files of a data set: LibriSpeech, or any folder of 16 kHz mono audio.
+"""List the audio files of a data set: LibriSpeech, or any folder of audio.
 
     python prepare_data.py --data /path/to/LibriSpeech --out data
+    python prepare_data.py --data /path/to/audio --out data/mine --convert data/mine/audio
 
 LibriSpeech gives train100.tsv, train960.tsv (when its three training parts are there) and valid.tsv (dev-clean and
-dev-other). Any other folder gives train.tsv and valid.tsv.
+dev-other; without them, speakers of train-clean-100 that are in no other list). Any other folder gives train.tsv and
+valid.tsv. Models take 16 kHz mono: --convert makes copies of what is something else, of any format that libsndfile
+reads, or ffmpeg where it is installed. Originals are never changed.
 """
 
 from distillation.commandline import make_parser, parse_arguments

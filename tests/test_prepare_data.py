@@ -11,8 +11,9 @@ import soundfile
 
 import prepare_data
 from distillation.data import corpus
+from distillation.data.conversion import COPIES
 from distillation.data.manifest import read_tsv
-from distillation.data.preparation import KEPT
+from distillation.data.preparation import KEPT, Survey, survey
 
 SCRIPT = Path(__file__).parents[1] / "prepare_data.py"
 
@@ -95,6 +96,29 @@ def test_parent_of_librispeech_with_parts_missing(run, caplog, librispeech, tmp_
     assert manifest.root == parent / "LibriSpeech" and len(manifest) == 2
 
 
+def test_librispeech_of_training_parts_alone(run, caplog, tmp_path):
+    """Speakers are held out; test parts are never looked at."""
+    for part in ("train-clean-100", "test-other"):
+        for speaker in range(10):
+            for k in range(2):
+                write(tmp_path / "data" / part / f"{speaker}" / "1" / f"{k}.flac", 4000 + k)
+    write(tmp_path / "data" / "test-other" / "stereo.flac", channels=2)
+    args = ("--data", tmp_path / "data", "--valid_fraction", 0.2, "--out")
+    run(*args, tmp_path / "out")
+    assert files(tmp_path / "out") == corpus.lists_of(tmp_path / "data") == ["train100.tsv", "valid.tsv"]
+    train, valid = (read_tsv(tmp_path / "out" / name).paths for name in ("train100.tsv", "valid.tsv"))
+    speakers = [{name.rsplit("/", 2)[0] for name in names} for names in (train, valid)]
+    assert len(train) + len(valid) == 20 and not speakers[0] & speakers[1] and len(speakers[1]) == 2
+    assert "held out for validation: 2 of 10 speakers of train-clean-100, as there is no dev-clean or" in caplog.text
+    (tmp_path / "data" / "train-clean-100").rename(tmp_path / "data" / "train-other-500")
+    run(*args, tmp_path / "other")
+    assert files(tmp_path / "other") == corpus.lists_of(tmp_path / "data") == ["train.tsv", "valid.tsv"]
+    missing = "holds no train-clean-100, train-clean-360"
+    assert f"train.tsv is of train-other-500: {tmp_path / 'data'} {missing}" in caplog.text
+    (tmp_path / "data" / "train-clean-360").mkdir()
+    assert "train-clean-360 holds no audio of its own" in run(*args, tmp_path / "none", code=2)
+
+
 def test_speakers_are_held_out_whole(run, tmp_path):
     for speaker in range(25):
         for k in range(3):
@@ -140,7 +164,7 @@ def test_validation_audio_is_never_trained_on(run, caplog, tmp_path):
     (tmp_path / "data" / "link.flac").symlink_to(tmp_path / "data" / "valid" / "b.flac")
     run("--data", tmp_path / "data", "--valid", tmp_path / "data" / "valid", "--out", tmp_path / "out")
     train, valid = (read_tsv(tmp_path / "out" / f"{name}.tsv") for name in ("train", "valid"))
-    assert (train.paths, valid.paths) == (["a.flac"], ["b.flac"]) and "2 files of --data are in --valid" in caplog.text
+    assert (train.paths, valid.paths) == (["a.flac"], ["b.flac"]) and "1 files of --data are in --valid" in caplog.text
     args = ("--data", tmp_path / "data", "--valid", tmp_path / "data", "--out", tmp_path / "same")
     assert "train.tsv would be empty" in run(*args, code=2)
 
@@ -152,8 +176,115 @@ def test_other_rates_and_stereo_are_refused(run, tmp_path, rate, channels):
         write(tmp_path / "data" / f"{name}.flac", rate=rate, channels=channels)
     error = run("--data", tmp_path / "data", "--out", tmp_path / "out", "--skip_broken", code=2)
     assert f"{tmp_path / 'data' / 'b.flac'} has {rate} Hz and {channels} channel(s)" in error
-    assert "2 of 3 files differ" in error
+    assert "2 of 3 files differ: prepare_data.py --convert FOLDER makes 16 kHz mono copies" in error
     assert files(tmp_path / "out") == []
+
+
+def test_no_recording_is_in_two_lists(run, tmp_path):
+    data = tmp_path / "data"
+    for k in range(10):
+        write(data / "all" / f"{k}.wav")
+        write(data / ".snapshot" / "all" / f"{k}.wav")
+    for folder in ("selected", "hard"):
+        (data / folder).mkdir()
+    (data / "selected" / "3.wav").symlink_to("../all/3.wav")
+    (data / "hard" / "4.wav").hardlink_to(data / "all" / "4.wav")
+    run("--data", data, "--out", tmp_path / "out", "--valid_fraction", 0.2)
+    names = [name for list_ in ("train", "valid") for name in read_tsv(tmp_path / "out" / f"{list_}.tsv").paths]
+    assert sorted(names) == [f"all/{k}.wav" for k in range(10)]
+    run("--data", data, "--valid", data / "hard", "--out", tmp_path / "own")
+    assert "all/4.wav" not in read_tsv(tmp_path / "own" / "train.tsv").paths
+
+
+def test_copies_are_listed_in_place_of_what_does_not_fit(run, caplog, tmp_path):
+    data, out, audio = tmp_path / "data", tmp_path / "out", tmp_path / "out" / "audio"
+    for k in range(4):
+        write(data / f"{k}.flac", 16000)
+    args = ("--data", data, "--out", out, "--convert", audio)
+    run(*args)
+    assert "all 4 files are 16 kHz mono FLAC or WAV: nothing to convert" in caplog.text and not audio.exists()
+    assert read_tsv(out / "train.tsv").root == data
+    write(data / "4.wav", 44100 * 36, rate=44100, channels=2)
+    assert survey(data) == Survey(5, pytest.approx(0.01 + 4 / 3600), 1, 0.01, 0, 0)
+    planned = survey(data).lists
+    run(*args)
+    size = "1 of 5 files (0.01 of 0.01 h) are converted, copies of about 0.00 GB"
+    assert size in caplog.text and f"{audio}: 1 copies of 0.01 h in 0.00 GB, 4 links" in caplog.text
+    manifests = [read_tsv(out / f"{name}.tsv") for name in ("train", "valid")]
+    assert {manifest.root for manifest in manifests} == {audio}
+    for name, manifest in zip(("train.tsv", "valid.tsv"), manifests, strict=True):
+        assert np.array_equal(planned[name].num_frames, manifest.num_frames)
+    frames = {name: int(n) for manifest in manifests for name, n in zip(manifest.paths, manifest.num_frames)}
+    assert frames == {**{f"{k}.flac": 16000 for k in range(4)}, "4.flac": 16000 * 36}
+    for folder in (data / "audio", tmp_path, data):
+        assert "are inside one another" in run("--data", data, "--out", out, "--convert", folder, code=2)
+    assert "--channel left is neither" in run(*args, "--channel", "left", code=2)
+    assert "--channel 0 says what copies hold" in run("--data", data, "--out", out, "--channel", 0, code=2)
+
+
+def test_copies_of_own_validation_folder(run, tmp_path):
+    write(tmp_path / "data" / "a.wav", rate=8000)
+    write(tmp_path / "valid" / "a.wav", rate=8000, channels=2)
+    out, audio = tmp_path / "out", tmp_path / "audio"
+    run("--data", tmp_path / "data", "--valid", tmp_path / "valid", "--out", out, "--convert", audio, "--channel", 0)
+    for name in ("train", "valid"):
+        manifest = read_tsv(out / f"{name}.tsv")
+        assert (manifest.root, manifest.paths, manifest.num_frames.tolist()) == (audio / name, ["a.flac"], [8000])
+    assert survey(tmp_path / "data", tmp_path / "valid").num_converted == 2
+
+
+def test_broken_originals_are_in_the_table(run, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    for k in range(3):
+        write(data / f"{k}.flac", 40000, rate=8000)
+    content = (data / "0.flac").read_bytes()
+    (data / "1.flac").write_bytes(content[: len(content) // 2])
+    args = ("--data", data, "--out", out, "--convert", tmp_path / "audio")
+    error = run(*args, code=2)
+    assert f"{data / '1.flac'}: unreadable" in error and "--skip_broken" in error and files(out) == []
+    printed = run(*args, "--skip_broken")
+    assert printed.splitlines()[1].split()[:3] == ["unreadable", "1", "yes"]
+    assert files(out) == ["broken.tsv", "train.tsv", "valid.tsv"]
+    (data / "1.flac").write_bytes(b"no header")
+    (tmp_path / "audio" / "2.flac").unlink()
+    run(*args, code=2)
+    assert not (tmp_path / "audio" / "2.flac").exists(), "what headers show is said before hours of work"
+
+
+def test_formats_that_only_ffmpeg_reads_are_named(run, caplog, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    data, out = tmp_path / "data", tmp_path / "out"
+    for name in ("b.m4a", "c.wma", "a.m4a"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_text("")
+    kinds = f"3 files are in formats that only ffmpeg reads (2 .m4a, 1 .wma; first {data / 'a.m4a'})"
+    error = run("--data", data, "--out", out, code=2)
+    assert f"{data} holds nothing else: {kinds}: with ffmpeg installed --convert FOLDER makes copies" in error
+    for k in range(2):
+        write(data / f"{k}.flac")
+    run("--data", data, "--out", out)
+    assert f"left out: {kinds}: with ffmpeg" in caplog.text and files(out) == ["train.tsv", "valid.tsv"]
+    run("--data", data, "--out", out, "--convert", tmp_path / "audio")
+    assert "install ffmpeg and run again" in caplog.text and "nothing to convert" in caplog.text
+    assert survey(data).num_foreign == 3
+
+
+def test_a_stopped_conversion_goes_on(server, tmp_path):
+    data, audio = tmp_path / "data", tmp_path / "audio"
+    for k in range(2):
+        write(data / f"{k}.wav", 8000 * (2 + 60 * k), rate=8000)
+    write(data / "long.wav", 44100 * 500, rate=44100)
+    words = ["prepare_data.py", "--data", data, "--num_threads", 2, "--out", tmp_path / "out", "--convert", audio]
+    process = server.start(*words)
+    process.until(lambda: (audio / "1.flac").exists())
+    process.kill(signal.SIGTERM)
+    stopped = process.wait()
+    assert stopped.error == f"stopped: SIGTERM: the finished copies are in {audio}; the same command goes on"
+    assert stopped.code == 75 and {"1.flac"} <= {path.name for path in audio.iterdir()} <= {COPIES, "0.flac", "1.flac"}
+    made = (audio / "1.flac").stat().st_mtime_ns
+    server.run(*words)
+    assert (audio / "1.flac").stat().st_mtime_ns == made
+    assert sorted(path.name for path in audio.iterdir()) == [COPIES, "0.flac", "1.flac", "long.flac"]
 
 
 def test_unreadable_files(run, tmp_path):

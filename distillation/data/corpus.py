@@ -1,11 +1,15 @@
 """Find the audio of a corpus, read what the headers say, decode it for a check, and divide it into lists."""
 
+import heapq
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +23,14 @@ from distillation.journal import Journal
 
 logger = logging.getLogger(__name__)
 
+# Formats that libsndfile cannot read, and ffmpeg can.
+FFMPEG_SUFFIXES = frozenset((
+    ".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".aac", ".3gp", ".3g2", ".wma", ".asf", ".webm", ".mka", ".mkv", ".amr",
+    ".ape", ".wv", ".tta", ".tak", ".mpc", ".spx", ".ac3", ".eac3", ".dts", ".mp2", ".ra", ".rm", ".oga", ".dsf",
+    ".avi", ".flv",
+))  # fmt: skip
+ALL_SUFFIXES = AUDIO_SUFFIXES | FFMPEG_SUFFIXES
+
 TRAIN_PARTS = ("train-clean-100", "train-clean-360", "train-other-500")
 VALID_PARTS = ("dev-clean", "dev-other")
 # Where no folder is small enough for valid_fraction, the smallest is held out if it has at most this share.
@@ -28,6 +40,7 @@ KEEP_SECONDS, KEEP_RATE = 1.0, 10_000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Identity = tuple[int, int]  # device and inode number of a file: the same under all of its names
 
 
 class Problem(NamedTuple):
@@ -37,47 +50,182 @@ class Problem(NamedTuple):
     finding: Finding
 
 
+class Found(NamedTuple):
+    """Files below one root, each once, whatever links there are."""
+
+    root: Path
+    names: list[str]  # sorted; in formats that are read here
+    foreign: list[str]  # sorted; in formats that only ffmpeg reads
+    identities: AbstractSet[Identity]
+
+
 class Files(NamedTuple):
-    """Audio files below one root, sorted, and what their headers say."""
+    """Audio files below one root and what their headers say."""
 
     root: Path
     names: list[str]
-    headers: list[Header | AudioError]
+    headers: list[Header]
+
+
+class Layout(NamedTuple):
+    """The lists that a folder gives."""
+
+    root: Path
+    lists: dict[str, tuple[str, ...]]
+    """The folders below the root that each list holds; none: it is held out from the first list."""
+    librispeech: bool
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The folders that a list is of, or is held out from."""
+        return self.lists[name] or next(iter(self.lists.values()))
 
 
 def find_librispeech(data: Path) -> Path | None:
-    """The folder that holds the parts of LibriSpeech: ``data`` or its LibriSpeech/; None for another corpus."""
+    """The folder with training parts of LibriSpeech: ``data`` or its LibriSpeech/; None for another corpus."""
     for root in (data, data / "LibriSpeech"):
-        if any((root / part).is_dir() for part in TRAIN_PARTS + VALID_PARTS):
+        if any((root / part).is_dir() for part in TRAIN_PARTS):
             return root
     return None
 
 
-def scan(root: Path, parts: Sequence[str], num_threads: int | None, known: Journal) -> Files:
-    """Find the audio below some folders of ``root`` and read every header that is not ``known``.
+def layout_of(data: Path) -> Layout:
+    """Which lists a folder gives, by its subfolders alone."""
+    root = find_librispeech(data)
+    if root is None:
+        return Layout(data, {"train.tsv": (".",), "valid.tsv": ()}, False)
+    training = tuple(part for part in TRAIN_PARTS if (root / part).is_dir())
+    lists: dict[str, tuple[str, ...]] = {}
+    if TRAIN_PARTS[0] in training:
+        lists["train100.tsv"] = TRAIN_PARTS[:1]
+    if training == TRAIN_PARTS:
+        lists["train960.tsv"] = TRAIN_PARTS
+    lists = lists or {"train.tsv": training}
+    return Layout(root, {**lists, "valid.tsv": tuple(part for part in VALID_PARTS if (root / part).is_dir())}, True)
+
+
+def lists_of(data: Path) -> list[str]:
+    """Names of the lists that prepare_data.py makes of a folder, training lists first; no file is looked at."""
+    return list(layout_of(data).lists)
+
+
+def find(root: Path, parts: Sequence[str], elsewhere: AbstractSet[Identity] = frozenset()) -> Found:
+    """Find the audio below some folders of ``root``, but for hidden files and folders.
+
+    A file that is found under several names (symbolic or hard links) counts once, under its own name rather than one
+    that leads through a symbolic link.
+
+    Args:
+        root: of the names.
+        parts: folders below it, or "." for itself; those that are not there are passed over.
+        elsewhere: files that are left out: another list holds them.
 
     Raises:
-        UserError: a folder cannot be read, or there is no audio.
+        UserError: a folder cannot be read, or one of ``parts`` has no audio of its own.
     """
     root = root.resolve()
-    names: list[str] = []
-    visited: set[tuple[int, int]] = set()
-    for part in filter(lambda part: (root / part).is_dir(), parts):
-        # Parts of a corpus are often links to other disks; `visited` ends a loop of links and lists nothing twice.
-        for folder, subfolders, files in os.walk(root / part, followlinks=True, onerror=_unreadable_folder):
-            status = Path(folder).stat()
-            if (status.st_dev, status.st_ino) in visited:
-                subfolders.clear()
-                continue
-            visited.add((status.st_dev, status.st_ino))
-            subfolders.sort()
-            prefix = os.path.relpath(folder, root)
-            # Hidden files are not audio: macOS leaves "._x.flac" beside x.flac.
-            audio = (name for name in files if Path(name).suffix.lower() in AUDIO_SUFFIXES and name[0] != ".")
-            names.extend(name if prefix == "." else f"{prefix}/{name}" for name in audio)
-    if not names:
+    parts = [part for part in dict.fromkeys(parts) if (root / part).is_dir()]
+    files, num_folders = _walk(root, parts)
+    files.sort()
+    if not files:
         raise UserError(f"{root} holds no audio files ({', '.join(sorted(AUDIO_SUFFIXES))})")
-    names.sort()
+    once: dict[Identity, str] = {}
+    for _, name, identity in files:
+        once.setdefault(identity, name)
+    for part in parts:
+        if part != "." and not any(name.startswith(f"{part}/") for name in once.values()):
+            raise UserError(f"{root / part} holds no audio of its own: put it there, or remove the folder")
+    names = sorted(name for identity, name in once.items() if identity not in elsewhere)
+    if num_links := len(files) - len(once):
+        logger.info("%s: %d further names (links) of files that are listed are left out", root, num_links)
+    if num_folders:
+        logger.info("%s: %d links to folders that are listed are left out", root, num_folders)
+    if num_elsewhere := len(once) - len(names):
+        logger.info("%d files of --data are in --valid as well: they are not trained on", num_elsewhere)
+    own = [name for name in names if _suffix(name) in AUDIO_SUFFIXES]
+    foreign = [] if len(own) == len(names) else [name for name in names if _suffix(name) in FFMPEG_SUFFIXES]
+    return Found(root, own, foreign, once.keys())
+
+
+def _walk(root: Path, parts: Sequence[str]) -> tuple[list[tuple[bool, str, Identity]], int]:
+    """All audio files: whether a symbolic link leads there, name and identity; and how many links to folders do not."""
+    files: list[tuple[bool, str, Identity]] = []
+    visited: set[Identity] = set()
+    # Folders under their own names first. Then one link after the other, in order of names: parts of a corpus are often
+    # links to other disks. `visited` ends a loop of links.
+    own: list[tuple[bool, str]] = []
+    links: list[str] = []
+    num_again = 0
+    for part in parts:
+        prefix = "" if part == "." else f"{part}/"
+        if (root / part).is_symlink():
+            heapq.heappush(links, prefix)
+        else:
+            own.append((False, prefix))
+    while own or links:
+        linked, prefix = own.pop() if own else (True, heapq.heappop(links))
+        try:
+            status = os.stat(f"{root}/{prefix}")  # noqa: PTH116 (there may be a million; so below)
+            device, here = status.st_dev, (status.st_dev, status.st_ino)
+            if here in visited:
+                num_again += 1
+                continue
+            visited.add(here)
+            with os.scandir(f"{root}/{prefix}") as entries:
+                numbered: bool | None = None
+                for entry in entries:
+                    name = entry.name
+                    if name[0] == ".":
+                        continue
+                    if _is_folder(entry):
+                        if entry.is_symlink():
+                            heapq.heappush(links, f"{prefix}{name}/")
+                        else:
+                            own.append((linked, f"{prefix}{name}/"))
+                    elif _suffix(name) in ALL_SUFFIXES:
+                        if is_link := entry.is_symlink():
+                            identity = _identity(entry, device)
+                        else:
+                            # The folder knows the number of a file without a look at the file, but on some network
+                            # and overlay file systems it is another number.
+                            if numbered is None:
+                                numbered = _identity(entry, device) == (device, entry.inode())
+                            identity = (device, entry.inode()) if numbered else _identity(entry, device)
+                        files.append((linked or is_link, f"{prefix}{name}", identity))
+        except OSError as error:
+            raise UserError(f"cannot read the folder {root}/{prefix}: {error.strerror}") from None
+    return files, num_again
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder that may not be looked into
+        return False
+
+
+def _identity(entry: os.DirEntry[str], device: int) -> Identity:
+    try:
+        status = entry.stat()
+    except OSError:  # a link to nowhere: what reads it will say so
+        return device, entry.inode()
+    return status.st_dev, status.st_ino
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
+def describe_foreign(root: Path, foreign: Sequence[str]) -> str:
+    """How many files only ffmpeg reads, of which formats, and the first."""
+    counts = Counter(map(_suffix, foreign)).most_common()
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts)
+    return f"{len(foreign)} files are in formats that only ffmpeg reads ({kinds}; first {root / foreign[0]})"
+
+
+def read_headers(
+    root: Path, names: list[str], num_threads: int | None, known: Journal | None, problems: list[Problem]
+) -> Files:
+    """Read every header that is not ``known``; files whose header cannot be read become ``problems``."""
 
     def header(index: int) -> Header | str:
         try:
@@ -86,32 +234,32 @@ def scan(root: Path, parts: Sequence[str], num_threads: int | None, known: Journ
             return error.reason
 
     paths = [f"{root}/{name}" for name in names]
-    found = remembered(header, paths, paths, known, "headers", num_threads, chunk=256, slow=False)
-    headers = [AudioError(Path(path), it) if isinstance(it, str) else Header(*it) for path, it in zip(paths, found)]
-    return Files(root, names, headers)
+    good: list[str] = []
+    headers: list[Header] = []
+    for index, found in sorted(remembered(header, paths, paths, known, "headers", num_threads, chunk=256, slow=False)):
+        if isinstance(found, str):
+            problems.append(Problem(root / names[index], Finding("unreadable", found, False)))
+        else:
+            good.append(names[index])
+            headers.append(Header(*found))
+    return Files(root, good, headers)
 
 
-def usable_headers(files: Files, sample_rate: int, problems: list[Problem]) -> Manifest:
-    """The files with a readable header; the others become problems.
+def as_they_are(files: Files, sample_rate: int) -> Manifest:
+    """The files without conversion.
 
     Raises:
         UserError: a file has another sample rate or several channels, which nothing but conversion cures.
     """
-    names, frames, wrong = [], [], []
-    for name, header in zip(files.names, files.headers, strict=True):
-        if isinstance(header, AudioError):
-            problems.append(Problem(files.root / name, Finding("unreadable", header.reason, False)))
-        elif header.sample_rate != sample_rate or header.num_channels != 1:
-            wrong.append(f"{files.root / name} has {header.sample_rate} Hz and {header.num_channels} channel(s)")
-        else:
-            names.append(name)
-            frames.append(header.num_frames)
+    wrong = [i for i, it in enumerate(files.headers) if (it.sample_rate, it.num_channels) != (sample_rate, 1)]
     if wrong:
+        name, header = files.names[wrong[0]], files.headers[wrong[0]]
         raise UserError(
-            f"{wrong[0]}, wanted {sample_rate} Hz and 1; {len(wrong)} of {len(files.names)} files differ: "
-            f"convert them first (sox IN -r {sample_rate} -c 1 OUT)"
+            f"{files.root / name} has {header.sample_rate} Hz and {header.num_channels} channel(s), wanted "
+            f"{sample_rate} Hz and 1; {len(wrong)} of {len(files.names)} files differ: prepare_data.py --convert "
+            f"FOLDER makes {sample_rate / 1000:g} kHz mono copies"
         )
-    return Manifest(files.root, names, np.array(frames, dtype=np.int64))
+    return Manifest(files.root, files.names, np.array([it.num_frames for it in files.headers], dtype=np.int64))
 
 
 def decodable(manifest: Manifest, num_threads: int | None, problems: list[Problem], known: Journal) -> Manifest:
@@ -126,7 +274,7 @@ def decodable(manifest: Manifest, num_threads: int | None, problems: list[Proble
     paths = [f"{manifest.root}/{name}" for name in manifest.paths]
     keys = [f"{path}, decoded to {num} samples" for path, num in zip(paths, manifest.num_frames.tolist())]
     keep = np.ones(len(manifest), dtype=bool)
-    for index, found in enumerate(remembered(decode, paths, keys, known, "decoding", num_threads, chunk=8)):
+    for index, found in sorted(remembered(decode, paths, keys, known, "decoding", num_threads, chunk=8)):
         if found is not None:
             finding = Finding(*found)
             problems.append(Problem(manifest.file(index), finding))
@@ -134,35 +282,49 @@ def decodable(manifest: Manifest, num_threads: int | None, problems: list[Proble
     return subset(manifest, keep)
 
 
-def librispeech_lists(manifest: Manifest, held_out: Manifest | None) -> dict[str, Manifest]:
-    """The lists that the parts at hand allow, by the first folder below the root and nothing else in the path.
+def divide(
+    manifest: Manifest, layout: Layout, validation: Manifest | None, fraction: float, seed: int
+) -> dict[str, Manifest]:
+    """The lists of a folder, by the first folder of each path and nothing else in it.
+
+    Args:
+        manifest: all usable files.
+        layout: of the folder.
+        validation: the list to validate on, if it is of another folder.
+        fraction: share of the audio to hold out where the folder has nothing to validate on.
+        seed: of the choice of what is held out.
 
     Raises:
-        UserError: the parts allow none.
+        UserError: there are fewer than two files to hold some out of.
     """
     part_of = np.array([name.split("/", 1)[0] for name in manifest.paths])
-    present = set(part_of.tolist())
-    lists: dict[str, Manifest] = {}
-    if TRAIN_PARTS[0] in present:
-        lists["train100.tsv"] = subset(manifest, part_of == TRAIN_PARTS[0])
-    missing = [part for part in TRAIN_PARTS if part not in present]
-    if not missing:
-        lists["train960.tsv"] = subset(manifest, np.isin(part_of, TRAIN_PARTS))
-    else:
-        logger.warning("train960.tsv is not written: %s holds no %s", manifest.root, ", ".join(missing))
-    if held_out is not None:
-        lists["valid.tsv"] = held_out
-    elif present & set(VALID_PARTS):
-        lists["valid.tsv"] = subset(manifest, np.isin(part_of, VALID_PARTS))
-    else:
-        logger.warning("valid.tsv is not written: %s holds no %s, use --valid", manifest.root, " or ".join(VALID_PARTS))
-    if not lists:
-        raise UserError(f"{manifest.root} allows no list: it holds neither {TRAIN_PARTS[0]} nor all training parts")
-    return lists
+    masks = {
+        name: np.ones(len(manifest), dtype=bool) if parts == (".",) else np.isin(part_of, parts)
+        for name, parts in layout.lists.items()
+    }
+    if validation is not None:
+        del masks["valid.tsv"]
+    elif not layout.lists["valid.tsv"]:
+        source = next(iter(masks))
+        files, what = subset(manifest, masks[source]), "top folders"
+        if layout.librispeech:  # speakers are folders of a part
+            files = Manifest(files.root, [name.split("/", 1)[1] for name in files.paths], files.num_frames)
+            what = f"speakers of {' and '.join(layout.lists[source])}, as there is no {' or '.join(VALID_PARTS)},"
+        held_out = np.zeros(len(manifest), dtype=bool)
+        held_out[masks[source]] = choose_held_out(files, fraction, seed, what)
+        masks = {name: mask & ~held_out for name, mask in masks.items()} | {"valid.tsv": held_out}
+    lists = {name: subset(manifest, mask) for name, mask in masks.items()}
+    return lists if validation is None else {**lists, "valid.tsv": validation}
 
 
-def choose_held_out(manifest: Manifest, fraction: float, seed: int) -> np.ndarray:
+def choose_held_out(manifest: Manifest, fraction: float, seed: int, top_folders: str = "top folders") -> np.ndarray:
     """Mask ``[len(manifest)]`` of what to validate on: whole top folders if possible, so that speakers differ.
+
+    Args:
+        manifest: the files to choose from.
+        fraction: share of the audio.
+        seed: of the choice.
+        top_folders: what they are, for the log.
 
     Raises:
         UserError: there are fewer than two files.
@@ -175,7 +337,7 @@ def choose_held_out(manifest: Manifest, fraction: float, seed: int) -> np.ndarra
         depth += 1
     tops = np.array([parts[depth] for parts in split])
     folders = any(len(parts) > depth + 1 for parts in split)
-    for groups, what in ((tops, "top folders" if folders else "files"), (np.array(manifest.paths), "files")):
+    for groups, what in ((tops, top_folders if folders else "files"), (np.array(manifest.paths), "files")):
         _, group_of = np.unique(groups, return_inverse=True)
         frames = np.bincount(group_of, weights=manifest.num_frames)
         chosen, total = [], 0.0
@@ -186,7 +348,8 @@ def choose_held_out(manifest: Manifest, fraction: float, seed: int) -> np.ndarra
         if not chosen and (what == "files" or frames.min() <= MAX_VALID_SHARE * frames.sum()):
             chosen = [int(frames.argmin())]
         if chosen:
-            logger.info("held out for validation: %d of %d %s", len(chosen), len(frames), what)
+            text = "held out for validation: %d of %d %s"
+            logger.info(text, len(chosen), len(frames), what.removesuffix(","))
             return np.isin(group_of, chosen)
     raise AssertionError("files can always be held out")
 
@@ -201,76 +364,92 @@ def remembered(
     function: Callable[[int], Any],
     paths: Sequence[str],
     keys: Sequence[str],
-    known: Journal,
-    label: str,
+    known: Journal | None,
+    label: str | None,
     num_threads: int | None,
     chunk: int,
     slow: bool = True,
-) -> Iterator[Any]:
-    """What a function finds in each file, in order and in plain JSON types; it is kept, and looked for only once.
+    holds: Callable[[int, Any], bool] = lambda index, found: True,
+    ended: threading.Event | None = None,
+) -> Generator[tuple[int, Any], None, None]:
+    """What a function finds in each file, as it comes, in plain JSON types; it is kept, and looked for only once.
 
     Args:
         function: is given the index of a file.
         paths: of the files; one that has another size or time than when it was looked at is looked at again.
         keys: under which the findings are kept.
-        known: keeps them.
-        label: of the progress bar.
+        known: keeps them; None keeps nothing.
+        label: of the progress bar; None for no bar.
         num_threads: files looked at once.
         chunk: files that a thread takes at once.
         slow: whether what is found in the first second is kept; then that is measured.
-    """
+        holds: whether what was found for the file of that index can still be used.
+        ended: is set when nobody waits any more, for a function that takes long.
 
-    def look(index: int) -> tuple[Any, list[Any] | None]:
-        before = known.pieces.get(keys[index])
+    Yields:
+        Index of a file, and what was found.
+    """
+    pieces: dict[str, Any] = {} if known is None else known.pieces
+    new: deque[tuple[str, list[Any]]] = deque()
+    slow = slow and known is not None
+
+    def look(index: int) -> Any:
+        before = pieces.get(keys[index])
         if before is None and not slow:
-            return function(index), None
+            return function(index)
         try:
             status = os.stat(paths[index])  # noqa: PTH116 (a Path of each of a million files would take longer)
         except OSError:
-            return function(index), None
-        size, time_ns = status.st_size, status.st_mtime_ns
-        if before is not None and before[:2] == [size, time_ns]:
-            return before[2], None
-        return (found := function(index)), [size, time_ns, found]
+            return function(index)
+        stamp = [status.st_size, status.st_mtime_ns]
+        if before is not None and before[:2] == stamp and holds(index, before[2]):
+            return before[2]
+        found = function(index)
+        new.append((keys[index], [*stamp, found]))
+        return found
 
-    new: dict[str, list[Any]] = {}
+    def keep() -> None:
+        if known is not None:
+            known.update(dict(new.popleft() for _ in range(len(new))))
+
     since, count = time.monotonic(), 0
     try:
-        for key, (found, piece) in zip(keys, in_threads(look, range(len(paths)), label, num_threads, chunk)):
-            count += 1
-            if piece is not None:
-                new[key] = piece
-            if (elapsed := time.monotonic() - since) > KEEP_SECONDS:
-                slow = count < KEEP_RATE * elapsed
-                known.update(new)
-                new, since, count = {}, time.monotonic(), 0
-            yield found
+        with closing(in_threads(look, range(len(paths)), label, num_threads, chunk, ended)) as results:
+            for result in results:
+                count += 1
+                if (elapsed := time.monotonic() - since) > KEEP_SECONDS:
+                    slow = known is not None and count < KEEP_RATE * elapsed
+                    keep()
+                    since, count = time.monotonic(), 0
+                yield result
     finally:
-        known.update(new)
+        keep()
 
 
 def in_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], label: str, num_threads: int | None, chunk: int
-) -> Iterator[Result]:
-    """Results in order, from several threads, with a progress bar when it takes longer than a second.
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    label: str | None,
+    num_threads: int | None,
+    chunk: int,
+    ended: threading.Event | None = None,
+) -> Generator[tuple[int, Result], None, None]:
+    """Index of an item and result, as they come from several threads; a progress bar when it takes over a second.
 
-    Whoever stops waiting for them, as on a signal, waits for no more than one item of each thread.
+    Whoever stops waiting for them, as on a signal, waits for no more than one item of each thread, and sets ``ended``.
     """
-    ended = threading.Event()
+    ended = ended or threading.Event()
 
-    def work(start: int) -> list[Result]:
-        return [function(item) for item in items[start : start + chunk] if not ended.is_set()]
+    def work(start: int) -> list[tuple[int, Result]]:
+        indices = range(start, min(start + chunk, len(items)))
+        return [(index, function(items[index])) for index in indices if not ended.is_set()]
 
     pool = ThreadPoolExecutor(num_threads or 2 * (os.cpu_count() or 1))
     try:
-        with tqdm(total=len(items), desc=label, unit="file", delay=1) as bar:
-            for results in pool.map(work, range(0, len(items), chunk)):
-                bar.update(len(results))
-                yield from results
+        with tqdm(total=len(items), desc=label, unit="file", delay=1, disable=label is None) as bar:
+            for done in as_completed([pool.submit(work, start) for start in range(0, len(items), chunk)]):
+                bar.update(len(done.result()))
+                yield from done.result()
     finally:
         ended.set()
         pool.shutdown(cancel_futures=True)
-
-
-def _unreadable_folder(error: OSError) -> None:
-    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")

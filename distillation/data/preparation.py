@@ -2,32 +2,38 @@
 
 import contextlib
 import logging
-import os
-from dataclasses import dataclass
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from distillation.data.audio import CLIPPED_LEVEL, CLIPPED_SHARE, SILENCE_PEAK
+from distillation.data.conversion import GIGABYTES_PER_HOUR, Copying, convert, fits
 from distillation.data.corpus import (
     TRAIN_PARTS,
-    VALID_PARTS,
+    Files,
+    Found,
+    Layout,
     Problem,
-    choose_held_out,
+    as_they_are,
     decodable,
-    find_librispeech,
-    librispeech_lists,
-    scan,
-    subset,
-    usable_headers,
+    describe_foreign,
+    divide,
+    find,
+    layout_of,
+    read_headers,
 )
 from distillation.data.manifest import Manifest, write_lines, write_tsv
+from distillation.data.resampling import resampled_length
 from distillation.errors import UserError
 from distillation.journal import Journal
 from distillation.stopping import keeping
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger("prepare_data")
+VALID_FRACTION = 0.05
 KEPT = ".prepare_data.jsonl"  # in OUT until the lists are there
 
 
@@ -41,18 +47,23 @@ class Preparation:
     """Folder for the lists."""
     valid: Path | None = None
     """Folder of validation audio; by default the dev parts of LibriSpeech, or a held-out part of other data."""
-    valid_fraction: float = 0.05
+    valid_fraction: float = VALID_FRACTION
     """Share of the audio to hold out; whole top folders (speakers) where they are small enough."""
     seed: int = 0
     """Of the choice of what is held out."""
     sample_rate: int = SAMPLE_RATE
     """Required rate in Hz."""
     num_threads: int | None = None
-    """Files read at once; by default twice the number of cores."""
+    """Files read at once; by default twice the number of cores, and one per core where copies are made."""
     check: bool = False
     """Decode every file; problems are an error and listed in OUT/broken.tsv."""
     skip_broken: bool = False
     """Leave out the files that cannot be used."""
+    convert: Path | None = None
+    """Folder for FLAC copies of one channel at the required rate, which the lists are then of, with links to the files
+    that need none; not used where no file needs a copy. Copies that are finished are kept."""
+    channel: str = "mix"
+    """What the copies hold of several channels: mix (their average), or the number of one: 0, 1, ..."""
 
     def __post_init__(self) -> None:
         if not 0 < self.valid_fraction < 1:
@@ -64,13 +75,91 @@ class Preparation:
         for flag, folder in (("--data", self.data), ("--valid", self.valid)):
             if folder is not None and not folder.is_dir():
                 raise UserError(f"{flag} {folder} is not a folder")
+        if self.channel != "mix" and not (self.channel.isascii() and self.channel.isdigit()):
+            raise UserError(f"--channel {self.channel} is neither mix nor the number of a channel: 0, 1, ...")
+        if self.channel != "mix" and self.convert is None:
+            raise UserError(f"--channel {self.channel} says what copies hold: add --convert FOLDER")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the headers of some audio say."""
+
+    num_files: int
+    """All audio files, those included whose header cannot be read."""
+    hours: float
+    """Of all whose header can be read, however long their container claims to be."""
+    num_converted: int
+    """Files that --convert would make a copy of; the others are linked."""
+    hours_converted: float
+    num_foreign: int
+    """Files besides that only ffmpeg reads: nothing is known of their length."""
+    num_unreadable: int
+    lists: dict[str, Manifest] = field(default_factory=dict, compare=False)
+    """What the lists would hold, in samples at the required rate; without the files that only ffmpeg reads."""
+
+    @property
+    def gigabytes(self) -> float:
+        """That the copies would take."""
+        return self.hours_converted * GIGABYTES_PER_HOUR
+
+
+def survey(
+    data: Path,
+    valid: Path | None = None,
+    num_threads: int | None = None,
+    sample_rate: int = SAMPLE_RATE,
+    valid_fraction: float = VALID_FRACTION,
+    seed: int = 0,
+) -> Survey:
+    """Read the headers of what prepare_data.py would list; nothing is written.
+
+    The arguments are fields of `Preparation`.
+
+    Raises:
+        UserError: there is no audio, or too little to hold some out, or a folder cannot be read.
+    """
+    layout = layout_of(data)
+    problems: list[Problem] = []
+    found = _find(layout, valid)
+    files = [read_headers(it.root, it.names, num_threads, None, problems) for it in found]
+    manifests = []
+    for it in files:
+        lengths = [resampled_length(header.num_frames, header.sample_rate, sample_rate) for header in it.headers]
+        manifests.append(Manifest(it.root, it.names, np.array(lengths, dtype=np.int64)))
+    validation = manifests[1] if valid is not None else None
+    lists = divide(manifests[0], layout, validation, valid_fraction, seed)
+    return replace(_survey(files, found, len(problems), sample_rate), lists=lists)
+
+
+def _survey(files: Sequence[Files], found: Sequence[Found], num_unreadable: int, sample_rate: int) -> Survey:
+    rows = [(it.root / name, header) for it in files for name, header in zip(it.names, it.headers, strict=True)]
+    wrong = [header for path, header in rows if not fits(path, header, sample_rate)]
+    return Survey(
+        num_files=sum(len(it.names) for it in found),
+        hours=sum(header.num_frames / header.sample_rate for _, header in rows) / 3600,
+        num_converted=len(wrong),
+        hours_converted=sum(header.num_frames / header.sample_rate for header in wrong) / 3600,
+        num_foreign=sum(len(it.foreign) for it in found),
+        num_unreadable=num_unreadable,
+    )
+
+
+def _find(layout: Layout, valid: Path | None) -> list[Found]:
+    """What is listed of a folder and, apart from it, of the folder of validation audio."""
+    if valid is None:
+        return [find(layout.root, sorted({part for parts in layout.lists.values() for part in parts}))]
+    validation = find(valid, ["."])
+    training = sorted({part for name, parts in layout.lists.items() if name != "valid.tsv" for part in parts})
+    return [find(layout.root, training, validation.identities), validation]
 
 
 def prepare(config: Preparation) -> None:
     """Write the lists.
 
     LibriSpeech gives train100.tsv, train960.tsv (when its three training parts are there) and valid.tsv (dev-clean and
-    dev-other). Any other folder gives train.tsv and valid.tsv. What is found in the files is kept until they are there.
+    dev-other, or speakers that are held out). Any other folder gives train.tsv and valid.tsv. What is found in the
+    files is kept until they are there.
 
     Raises:
         Stopped: a signal asked for it.
@@ -84,27 +173,29 @@ def prepare(config: Preparation) -> None:
 
 
 def _prepare(config: Preparation, known: Journal) -> None:
-    librispeech = find_librispeech(config.data)
-    parts = TRAIN_PARTS + VALID_PARTS if librispeech else (".",)
-    sources = [scan(librispeech or config.data, parts, config.num_threads, known)]
-    if config.valid is not None:
-        sources.append(scan(config.valid, (".",), config.num_threads, known))
+    layout = layout_of(config.data)
+    if layout.librispeech:
+        missing = [part for part in TRAIN_PARTS if not (layout.root / part).is_dir()]
+        if "train.tsv" in layout.lists:
+            parts = " and ".join(layout.lists["train.tsv"])
+            logger.warning("train.tsv is of %s: %s holds no %s", parts, layout.root, ", ".join(missing))
+        elif missing:
+            logger.warning("train960.tsv is not written: %s holds no %s", layout.root, ", ".join(missing))
+    found = _with_ffmpeg(_find(layout, config.valid), config.convert is not None)
     problems: list[Problem] = []
-    manifests = [usable_headers(files, config.sample_rate, problems) for files in sources]
+    sources = [read_headers(it.root, it.names, config.num_threads, known, problems) for it in found]
+    if problems and not config.check and not config.skip_broken:
+        raise _refusal(problems)
+    if config.convert is None:
+        manifests = [as_they_are(files, config.sample_rate) for files in sources]
+    else:
+        manifests = _converted(config, config.convert, sources, found, problems)
     if config.check:
         manifests = [decodable(manifest, config.num_threads, problems, known) for manifest in manifests]
     _report(problems, config.out, config.check, config.skip_broken)
-    if config.valid is not None:
-        manifests[0] = _without(manifests[0], manifests[1])
 
-    held_out = manifests[1] if config.valid is not None else None
-    if librispeech:
-        lists = librispeech_lists(manifests[0], held_out)
-    elif held_out is not None:
-        lists = {"train.tsv": manifests[0], "valid.tsv": held_out}
-    else:
-        mask = choose_held_out(manifests[0], config.valid_fraction, config.seed)
-        lists = {"train.tsv": subset(manifests[0], ~mask), "valid.tsv": subset(manifests[0], mask)}
+    validation = manifests[1] if config.valid is not None else None
+    lists = divide(manifests[0], layout, validation, config.valid_fraction, config.seed)
     for name, manifest in lists.items():
         if not len(manifest):
             raise UserError(f"{name} would be empty: no file under {manifest.root} can be used")
@@ -114,13 +205,57 @@ def _prepare(config: Preparation, known: Journal) -> None:
         logger.info("%s: %d utterances, %.2f h", config.out / name, len(manifest), hours)
 
 
-def _without(manifest: Manifest, held_out: Manifest) -> Manifest:
-    """What is not validated on, whatever link a file is found through."""
-    validated = {os.path.realpath(held_out.file(i)) for i in range(len(held_out))}
-    keep = np.array([os.path.realpath(manifest.file(i)) not in validated for i in range(len(manifest))], dtype=bool)
-    if not keep.all():
-        logger.info("%d files of --data are in --valid as well: they are not trained on", (~keep).sum())
-    return subset(manifest, keep)
+def _with_ffmpeg(found: list[Found], converting: bool) -> list[Found]:
+    """Without the files that only ffmpeg reads where it cannot be run or is not to be.
+
+    Raises:
+        UserError: there are no others.
+    """
+    if converting and shutil.which("ffmpeg"):
+        return found
+    for it in filter(lambda it: it.foreign, found):
+        cure = "install ffmpeg and run again" if converting else "with ffmpeg installed --convert FOLDER makes copies"
+        text = f"{describe_foreign(it.root, it.foreign)}: {cure}"
+        if not it.names:
+            raise UserError(f"{it.root} holds nothing else: {text}")
+        logger.warning("left out: %s", text)
+    return [it._replace(foreign=[]) for it in found]
+
+
+def _converted(
+    config: Preparation, out: Path, sources: list[Files], found: list[Found], problems: list[Problem]
+) -> list[Manifest]:
+    """Copies of the sources that need them; the others as they are."""
+    manifests = []
+    for files, it, folder in zip(sources, found, (out,) if config.valid is None else (out / "train", out / "valid")):
+        numbers = _survey([files], [it], 0, config.sample_rate)
+        if not numbers.num_converted and not numbers.num_foreign:
+            text = "%s: all %d files are %g kHz mono FLAC or WAV: nothing to convert"
+            logger.info(text, files.root, len(files.names), config.sample_rate / 1000)
+            manifests.append(as_they_are(files, config.sample_rate))
+            continue
+        for root in (it.root for it in found):
+            if out.resolve().is_relative_to(root) or root.is_relative_to(out.resolve()):
+                text = "copies and originals are to be apart, name a folder beside the lists"
+                raise UserError(f"--convert {out} and {root}, where the audio is, are inside one another: {text}")
+        text = "%s: %d of %d files (%.2f of %.2f h) are converted, copies of about %.2f GB in %s; the others are linked"
+        sizes = (numbers.num_converted, numbers.num_files, numbers.hours_converted, numbers.hours, numbers.gigabytes)
+        if numbers.num_files:
+            logger.info(text, files.root, *sizes, folder)
+        if numbers.num_foreign:
+            text = "%s: %d files of other formats are converted by ffmpeg, copies of about %g GB an hour in %s"
+            logger.info(text, files.root, numbers.num_foreign, GIGABYTES_PER_HOUR, folder)
+        copying = Copying(folder, config.channel, config.sample_rate, config.num_threads)
+        manifests.append(convert(files, it.foreign, copying, problems))
+    return manifests
+
+
+def _refusal(problems: list[Problem]) -> UserError:
+    num_unusable = sum(not problem.finding.usable for problem in problems)
+    first = f"{problems[0].file}: {problems[0].finding.kind}, {problems[0].finding.detail}"
+    return UserError(
+        f"{first} ({num_unusable} such files): repair them, or leave them out with --skip_broken; --check tells all"
+    )
 
 
 def _report(problems: list[Problem], out: Path, check: bool, skip_broken: bool) -> None:
@@ -129,12 +264,9 @@ def _report(problems: list[Problem], out: Path, check: bool, skip_broken: bool) 
         with contextlib.suppress(OSError):
             (out / "broken.tsv").unlink()  # of an earlier check
         return
-    num_unusable = sum(not problem.finding.usable for problem in problems)
-    first = f"{problems[0].file}: {problems[0].finding.kind}, {problems[0].finding.detail}"
     if not check and not skip_broken:
-        raise UserError(
-            f"{first} ({num_unusable} such files): repair them, or leave them out with --skip_broken; --check tells all"
-        )
+        raise _refusal(problems)
+    num_unusable = sum(not problem.finding.usable for problem in problems)
     lines = [f"{problem.file}\t{problem.finding.kind}\t{problem.finding.detail}" for problem in problems]
     write_lines(out / "broken.tsv", lines)
     print(f"{'problem':<16} {'files':>7} {'left out':>9}  first")

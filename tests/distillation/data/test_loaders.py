@@ -151,14 +151,9 @@ def test_header_agrees_with_libsndfile(tmp_path, suffix, rate, channels):
 def test_header_of_broken_files(tmp_path):
     soundfile.write(tmp_path / "x.flac", np.zeros(1000), 16000)
     soundfile.write(tmp_path / "nothing.wav", np.zeros(0), 16000)
-    flac = bytearray((tmp_path / "x.flac").read_bytes())
-    flac[21] &= 0xF0
-    flac[22:26] = bytes(4)  # a stream of unknown length
-    (tmp_path / "stream.flac").write_bytes(flac)
-    (tmp_path / "cut.flac").write_bytes(flac[:30])
+    (tmp_path / "cut.flac").write_bytes((tmp_path / "x.flac").read_bytes()[:30])
     os.mkfifo(tmp_path / "pipe.flac")
     for name, reason in (
-        ("stream.flac", "no length"),
         ("nothing.wav", "no audio"),
         ("cut.flac", ""),
         ("gone.flac", "No such file"),

@@ -7,11 +7,12 @@ Leaves in exp_dir: config.yaml, ckpts/last.ckpt, metrics.csv, TensorBoard events
 
 import logging
 
-from distillation.build import build_step, load_teacher, starting_student
+from distillation.build import build_step, starting_student
 from distillation.config import parse_recipe
 from distillation.errors import command
 from distillation.identity import content_of, step_1_identity
 from distillation.sparsity import check_target, make_prunable
+from distillation.teacher import load_teacher
 from distillation.training.lock import run_lock
 from distillation.training.standing import open_run, save_result
 from wav2vec2 import prune

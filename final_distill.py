@@ -7,10 +7,11 @@ Leaves final.pth in exp_dir, beside what step 1 leaves in its own. Run again to 
 
 import logging
 
-from distillation.build import build_step, load_teacher
+from distillation.build import build_step
 from distillation.config import parse_recipe
 from distillation.errors import UserError, command
 from distillation.identity import check_student, content_of, step_1_identity, step_2_identity
+from distillation.teacher import load_teacher
 from distillation.training.lock import run_lock
 from distillation.training.record import RUN
 from distillation.training.standing import LAST, open_run, save_result

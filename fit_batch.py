@@ -12,10 +12,11 @@ import logging
 
 import yaml
 
-from distillation.build import build_step, load_teacher, starting_student
+from distillation.build import build_step, starting_student
 from distillation.config import parse_recipe
 from distillation.errors import UserError, command
 from distillation.sparsity import make_prunable
+from distillation.teacher import load_teacher
 from distillation.training.memory import TrialUpdates, is_current, same_update, search, searched_for
 from wav2vec2.checkpoint import write_text
 

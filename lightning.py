@@ -22,7 +22,6 @@ from distillation.config import Recipe, save_resolved
 from distillation.data.batching import BatchStream, select_utterances
 from distillation.data.loaders import Batch, Place, make_train_loader, make_valid_loader
 from distillation.data.manifest import Manifest, read_tsv
-from distillation.errors import UserError
 from distillation.optimisation import OptimConfig, lr_factor
 from distillation.stopping import keeping
 from distillation.training.guards import BatchGuard
@@ -254,23 +253,6 @@ class AudioDataModule(pl.LightningDataModule):
         return make_valid_loader(self.valid_manifest, self.config, self._place())
 
 
-def accumulation(batches_per_update: int, world_size: int) -> int:
-    """Micro-batches that each of ``world_size`` processes takes for one update.
-
-    Raises:
-        UserError: the recipe's micro-batches cannot be spread evenly.
-    """
-    each, rest = divmod(batches_per_update, world_size)
-    if rest:
-        fitting = [n for n in range(1, batches_per_update + 1) if batches_per_update % n == 0]
-        raise UserError(
-            f"{batches_per_update} micro-batches per update do not spread evenly over {world_size} processes: "
-            f"use {', '.join(map(str, fitting))} processes, or set --trainer.batches_per_update "
-            f"and --data.seconds_per_batch so that their product stays the published one"
-        )
-    return each
-
-
 def build_trainer(recipe: Recipe, optim: OptimConfig, table: MetricsCSV) -> pl.Trainer:
     """Trainer of one step of a recipe, with the accumulation that this number of processes needs.
 
@@ -285,7 +267,7 @@ def build_trainer(recipe: Recipe, optim: OptimConfig, table: MetricsCSV) -> pl.T
     config = recipe.trainer
     accelerator, devices = config.find_devices()
     world_size = devices * config.num_nodes
-    accumulate = accumulation(config.batches_per_update, world_size)
+    accumulate = config.micro_batches(world_size)
     strategy: str | Strategy = "auto"
     if world_size > 1:
         backend = "nccl" if accelerator == "gpu" else "gloo"
@@ -305,7 +287,7 @@ def build_trainer(recipe: Recipe, optim: OptimConfig, table: MetricsCSV) -> pl.T
         devices=devices,
         num_nodes=config.num_nodes,
         strategy=strategy,
-        precision=config.precision,
+        precision=config.precision,  # type: ignore[arg-type]  # parse_recipe has settled what auto is
         max_steps=optim.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,

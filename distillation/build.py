@@ -1,58 +1,17 @@
 """From a recipe to the objects of a run. Nothing below this level sees a recipe."""
 
 import logging
-from pathlib import Path
-
-import torch
 
 from distillation.config import Recipe
-from distillation.errors import UserError
 from distillation.objectives import Objectives, Teacher
 from distillation.optimisation import OptimConfig
 from distillation.sparsity import Lagrangian, PruningConfig
 from distillation.students import backbone_params, build_student, check_frame_rate
 from distillation.training.step import TrainingStep
 from wav2vec2 import Wav2Vec2Model, load_model
-from wav2vec2.checkpoint import load_checkpoint
 from wav2vec2.counting import count_params
-from wav2vec2.importers import Source
-from wav2vec2.importers.folder import model_files
 
 logger = logging.getLogger(__name__)
-
-
-def load_teacher(recipe: Recipe) -> Wav2Vec2Model:
-    """The dense teacher, checked against what the recipe is written for. Seeds what is drawn at random after it.
-
-    Raises:
-        UserError: no such file, another source, depth or width.
-    """
-    path, wanted_id = recipe.teacher_ckpt, recipe.teacher_id
-    if wanted_id is not None and not path.exists():
-        raise UserError(f"{path}: no such file; convert_hubert_from_hf.py --model {wanted_id} --out {path} makes it")
-    checkpoint = load_checkpoint(path)
-    source = Source.read(checkpoint.extra)
-    if source is None:
-        logger.info("teacher: %s, which does not say what it was converted from", path)
-    elif wanted_id is not None and (difference := source.difference(wanted_id, model_files(Path(wanted_id)))):
-        raise UserError(
-            f"{path} {difference}: remove it to convert {wanted_id}, or give another --teacher_ckpt; "
-            f"--teacher_ckpt {path} without --teacher_id trains with {source}"
-        )
-    else:
-        logger.info("teacher: %s, converted from %s", path, source)
-    model = checkpoint.model
-    for name, wanted, found in (
-        ("layers", recipe.teacher_layers, model.num_layers),
-        ("width", recipe.teacher_width, model.embed_dim),
-    ):
-        if wanted is not None and wanted != found:
-            raise UserError(
-                f"{path}: {name} {found}, but the recipe is for a teacher of {name} {wanted}: "
-                f"choose the recipe for this model, or set --teacher_{name} and --objective to match"
-            )
-    torch.manual_seed(recipe.seed)
-    return model
 
 
 def starting_student(recipe: Recipe, teacher: Wav2Vec2Model) -> Wav2Vec2Model:

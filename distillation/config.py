@@ -16,7 +16,8 @@ import torch
 
 from distillation.commandline import add_continue_flag, make_parser, one_line, parse_arguments
 from distillation.data.batching import DataConfig
-from distillation.errors import UserError, command, require
+from distillation.errors import UserError, require
+from distillation.machine import find_accelerator, find_precision
 from distillation.objectives import ObjectiveConfig
 from distillation.optimisation import OptimConfig
 from distillation.sparsity import PruningConfig
@@ -37,14 +38,15 @@ DTYPES = {
 class TrainerConfig:
     """Machine, precision and bookkeeping."""
 
-    accelerator: Literal["gpu", "cpu", "auto"] = "gpu"
-    """Where to train; gpu is an error where there is none."""
+    accelerator: Literal["auto", "gpu", "cpu"] = "auto"
+    """Where to train: auto takes GPUs where there are any; gpu is an error where there is none."""
     devices: int | Literal["auto"] = "auto"
     """Processes per node, one per GPU; auto takes all GPUs, or one CPU process."""
     num_nodes: int = 1
     """Machines."""
-    precision: Literal["bf16-mixed", "16-mixed", "32-true"] = "bf16-mixed"
-    """Of the training step; masks and losses are float32 in any case."""
+    precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true"] = "auto"
+    """Of the training step: auto takes bfloat16 where the GPU or the processor has units for it, else float16 on a GPU
+    and float32 on a CPU. Masks and losses are float32 in any case."""
     teacher_precision: Literal["same", "float32", "bfloat16"] = "same"
     """Of the teacher's forward pass."""
     recompute: bool = False
@@ -80,6 +82,23 @@ class TrainerConfig:
         """What the teacher computes in."""
         return DTYPES[self.precision if self.teacher_precision == "same" else self.teacher_precision]
 
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches that each of ``world_size`` processes takes for one update.
+
+        Raises:
+            UserError: those of an update cannot be spread evenly.
+        """
+        count = self.batches_per_update
+        each, rest = divmod(count, world_size)
+        if rest:
+            fitting = [n for n in range(1, count + 1) if count % n == 0]
+            raise UserError(
+                f"{count} micro-batches per update do not spread evenly over {world_size} processes: "
+                f"use {', '.join(map(str, fitting))} processes, or set --trainer.batches_per_update "
+                f"and --data.seconds_per_batch so that their product stays the published one"
+            )
+        return each
+
     def find_devices(self) -> tuple[str, int]:
         """What to train on, "gpu" or "cpu", and how many processes of it per node.
 
@@ -87,7 +106,7 @@ class TrainerConfig:
             UserError: the machine is not what the recipe asks for.
         """
         gpus = torch.cuda.device_count()
-        accelerator = self.accelerator if self.accelerator != "auto" else ("gpu" if gpus else "cpu")
+        accelerator = find_accelerator() if self.accelerator == "auto" else self.accelerator
         if accelerator == "gpu" and not gpus:
             raise UserError(
                 "the recipe asks for a GPU and none is visible: set --trainer.accelerator cpu to train without"
@@ -143,7 +162,8 @@ class Recipe:
 
 
 def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[Recipe, str]:
-    """Recipe from a command line, and its resolved YAML.
+    """Recipe from a command line, and its resolved YAML: with what this machine has instead of auto, where to train
+    and in which precision.
 
     Raises:
         UserError: an unknown recipe, key or value.
@@ -161,6 +181,11 @@ def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[
         raise error from None
     namespace.pop("config", None)
     namespace.base = None
+    trainer = namespace.trainer
+    if trainer.accelerator == "auto":
+        trainer.accelerator = find_accelerator()
+    if trainer.precision == "auto":
+        trainer.precision = find_precision(trainer.accelerator)
     on_request = namespace.pop("continue_with_changes")
     resolved = parser.dump(namespace, skip_unset=False)
     try:
@@ -330,28 +355,3 @@ def _plain(value: Any) -> Any:
 def save_resolved(resolved: str, exp_dir: Path) -> None:
     """Write the resolved recipe beside the run."""
     write_text(exp_dir / "config.yaml", resolved)
-
-
-@command
-def main() -> None:
-    """Print values, a line each, which is empty for null.
-
-    ``python -m distillation.config --config conf/X.yaml data.train,seed``
-    """
-    *argv, keys = sys.argv[1:] or ["--help"]
-    if keys in ("-h", "--help"):
-        raise UserError("usage: python -m distillation.config --config conf/X.yaml data.train,seed")
-    recipe, _ = parse_recipe(argv)
-    values = []
-    for key in keys.split(","):
-        value: object = recipe
-        for name in key.split("."):
-            if not dataclasses.is_dataclass(value) or name not in (f.name for f in dataclasses.fields(value)):
-                raise UserError(f"{key}: no such setting")
-            value = getattr(value, name)
-        values.append("" if value is None else value)
-    print(*values, sep="\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -48,6 +48,14 @@ class UserError(ValueError):
     """Bad input: the message names the file and the value, and says what to do."""
 
 
+class Problems(UserError):
+    """Several mistakes that have nothing to do with each other, told at once."""
+
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__("; ".join(messages))
+        self.messages = messages
+
+
 def require(settings: object, section: str, must: str, holds: Callable[[Any], bool], *names: str) -> None:
     """Refuse values of settings that are set.
 
@@ -87,7 +95,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exc()
                 _leave(FAILED)
             logger.debug("traceback", exc_info=True)
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+            for text in error.messages if isinstance(error, Problems) else [message]:
+                print(f"error: {' '.join(text.split())}", file=sys.stderr)
             _leave(FAILED if isinstance(error, PeerLost) else MISTAKE)
 
     return run

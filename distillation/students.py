@@ -133,7 +133,7 @@ def check_frame_rate(student: Wav2Vec2Model, teacher: Wav2Vec2Model, source: obj
     Raises:
         UserError: naming ``source``.
     """
-    samples = torch.arange(400, 2000)
+    samples = torch.arange(400, 2000, device="cpu")  # of models on the meta device too
     if not torch.equal(student.output_length(samples), teacher.output_length(samples)):
         raise UserError(
             f"{source}: its extractor gives other frames than the teacher's; kernels and strides must agree"

@@ -92,34 +92,42 @@ two_steps() {
     stage python final_distill.py --config "$recipe" "$@" --student_ckpt "$exp/pruned.pth" --exp_dir "$exp/final"
 }
 
-# prepare_recipe AUDIO_DIR LISTS TRAIN TEACHER TEACHER_ID: utterance lists and the converted teacher, what is missing of them.
-prepare_recipe() {
-    local audio=$1 lists=$2 train=$2/$3 teacher=$4 teacher_id=$5 root
-    if [ ! -f "$train" ] || [ ! -f "$lists/valid.tsv" ]; then
-        stage python prepare_data.py --data "$audio" --out "$lists"
-        [ -f "$train" ] || die "$audio gives no $train; for audio other than LibriSpeech add --data.train train.tsv"
-    fi
-    root=$(head -n 1 "$train")
-    case $root in "$(realpath -- "$audio")" | "$(realpath -m -- "$audio/LibriSpeech")") ;; *)
-        die "$train lists audio of $root, not of $audio: remove $lists, or name another folder with --data.tsv_dir" ;;
-    esac
-    [ -f "$teacher" ] || [ -n "$teacher_id" ] || die "$teacher: no such file, and no --teacher_id to make it from"
-    [ -f "$teacher" ] || stage python convert_hubert_from_hf.py --model "$teacher_id" --out "$teacher"
+# from_caller FLAGS...: sets FLAGS, in which a teacher that is named relative to the caller's folder is found from here.
+from_caller() {
+    local word before=""
+    FLAGS=()
+    for word in "$@"; do
+        case $before in --teacher_id | --teacher_ckpt)
+            [ "$CALLER_DIR" = "$PWD" ] || [ ! -e "$CALLER_DIR/$word" ] || word=$(realpath -- "$CALLER_DIR/$word") ;;
+        esac
+        FLAGS+=("$word")
+        before=$word
+    done
 }
 
-# whole_recipe AUDIO_DIR RECIPE [FLAGS...]: everything from audio to final.pth and a report.
+# whole_recipe ADAPT AUDIO_DIR RECIPE [FLAGS...]: everything from audio to final.pth and a report. ADAPT is --adapt to have
+# the recipe follow teacher, audio and machine, or empty. With --dry_run among the flags the plan is printed, no more.
 whole_recipe() {
-    local audio recipe=conf/$2.yaml settings lists train teacher teacher_id exp units final
-    audio=$(cd "$CALLER_DIR" && realpath -m -- "$1")
-    [ -d "$audio" ] || die "$audio: no such folder"
+    local adapt=$1 audio recipe=conf/$3.yaml plan lists train teacher teacher_id exp units final
+    audio=$(cd "$CALLER_DIR" && realpath -m -- "$2")
     [ -f "$recipe" ] || die "$recipe: no such recipe; there are $(cd conf && echo *.yaml)"
-    shift 2
+    shift 3
+    from_caller "$@"
+    set -- "${FLAGS[@]}"
     setup requirements.txt
-    settings=data.tsv_dir,data.train,teacher_ckpt,teacher_id,exp_dir,pruning.units
-    settings=$(python -m distillation.config --config "$recipe" "$@" "$settings") # once: it imports torch
-    { read -r lists; read -r train; read -r teacher; read -r teacher_id; read -r exp; read -r units; } <<<"$settings"
-    prepare_recipe "$audio" "$lists" "$train" "$teacher" "$teacher_id"
-    if [ "$units" = "[]" ]; then
+    case " $* " in *" --dry_run "*)
+        stage python -m distillation.dry_run "$audio" ${adapt:+"$adapt"} --config "$recipe" "$@"
+        return ;;
+    esac
+    plan=$(python -m distillation.plan "$audio" ${adapt:+"$adapt"} --config "$recipe" "$@") # all that is wrong, at once
+    mapfile -t plan <<<"$plan"
+    lists=${plan[0]} train=${plan[1]} teacher=${plan[2]} teacher_id=${plan[3]} exp=${plan[4]} units=${plan[5]}
+    set -- "${plan[@]:6}" "$@"
+    if [ ! -f "$lists/$train" ] || [ ! -f "$lists/valid.tsv" ]; then
+        stage python prepare_data.py --data "$audio" --out "$lists" --convert "$lists/audio" ${adapt:+--skip_broken}
+    fi
+    [ -z "$teacher_id" ] || stage python convert_hubert_from_hf.py --model "$teacher_id" --out "$teacher"
+    if [ "$units" = none ]; then
         final=$exp/final.pth
         fit_batch "$recipe" "$exp" "$@"
         stage python distill.py --config "$recipe" "$@" "${BATCH[@]}"
@@ -137,8 +145,8 @@ two_step_recipe() {
     shift 2
     case "${1:-}" in -h | --help) usage "$script"; exit 0 ;; "") usage "$script" >&2; exit 2 ;; esac
     if [ $# -gt 1 ] && [[ $2 != --* ]]; then
-        whole_recipe "$@"
+        whole_recipe "" "$@"
     else
-        whole_recipe "$1" "$default" "${@:2}"
+        whole_recipe --adapt "$1" "$default" "${@:2}"
     fi
 }

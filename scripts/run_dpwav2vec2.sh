@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Compress wav2vec 2.0 end to end: data lists, teacher, both steps, report. Run again to resume.
-#   scripts/run_dpwav2vec2.sh LIBRISPEECH_DIR [RECIPE] [FLAGS...]
-# RECIPE: dpwav2vec2_base (default), dpxlsr_300m
-# FLAGS go to both steps, e.g. --trainer.devices 2
+# Compress wav2vec 2.0, or another teacher of its family, end to end: lists, teacher, both steps, report. Run again to resume.
+#   scripts/run_dpwav2vec2.sh AUDIO_DIR [RECIPE] [FLAGS...]
+# AUDIO_DIR: LibriSpeech or any folder of speech; what is not 16 kHz mono is copied so, beside the lists.
+# RECIPE: dpwav2vec2_base, dpxlsr_300m.
+# Without one dpwav2vec2_base follows the teacher (--teacher_id ID_OR_FOLDER), the audio and the machine.
+# FLAGS go to both steps, e.g. --optim.max_steps 1000; --dry_run prints what would run, how large, how long.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 two_step_recipe "scripts/run_dpwav2vec2.sh" dpwav2vec2_base "$@"

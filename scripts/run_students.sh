@@ -8,4 +8,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 case "${1:-}" in -h | --help) usage "scripts/run_students.sh"; exit 0 ;; esac
 [ $# -ge 2 ] || { usage "scripts/run_students.sh" >&2; exit 2; }
-whole_recipe "$2" "$1" "${@:3}"
+whole_recipe "" "$2" "$1" "${@:3}"

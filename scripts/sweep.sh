@@ -15,7 +15,7 @@ lines=$(python -m distillation.sweep --config "conf/$recipe.yaml" "$@")
 runs=()
 while IFS=$'\x1f' read -r -a words; do
     echo "== ${words[0]}"
-    whole_recipe "$audio" "$recipe" "${words[@]:3}" </dev/null # without --config
+    whole_recipe "" "$audio" "$recipe" "${words[@]:3}" </dev/null # without --config
     runs+=("${words[0]}")
 done <<<"$lines"
 stage python report.py "${runs[@]}" --out "$(dirname "${runs[0]}")/compare.html" --if_changed

@@ -20,7 +20,7 @@ from distillation.training.memory import TrialUpdates
 from distillation.training.record import Record
 from distillation.training.standing import Standing
 from distillation.training.step import seed_micro_batch
-from lightning import DistillModule, accumulation
+from lightning import DistillModule
 from wav2vec2 import kernels, wav2vec2_model
 from wav2vec2.passes import PassOptions
 
@@ -101,9 +101,10 @@ def test_starts_as_the_teacher(tiny_config):
 
 @pytest.mark.parametrize(("per_update", "processes", "expected"), [(4, 1, 4), (4, 2, 2), (4, 4, 1), (8, 2, 4)])
 def test_accumulation_keeps_the_update(per_update, processes, expected):
-    assert accumulation(per_update, processes) == expected
+    trainer = TrainerConfig(batches_per_update=per_update)
+    assert trainer.micro_batches(processes) == expected
     with pytest.raises(UserError, match="use 1, 2, 4"):
-        accumulation(per_update, 3)
+        trainer.micro_batches(3)
 
 
 @pytest.mark.parametrize("pruning", [PruningConfig(), None])
@@ -129,7 +130,7 @@ def out_of_memory() -> None:
 
 def test_batches_are_fitted_to_gpus_alone(server, tmp_path):
     command = ["fit_batch.py", "--config", "conf/dphubert_base.yaml", "--exp_dir", tmp_path]
-    for flags, message in ([], "none is visible"), (["--trainer.accelerator", "cpu"], "trains on the CPU"):
+    for flags, message in (["--trainer.accelerator", "gpu"], "none is visible"), ([], "trains on the CPU"):
         assert message in server.run(*command, *flags, code=2).error
     assert not list(tmp_path.iterdir())
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
 import yaml
 
-from tests.helpers import run_here, run_shell, write_batches
+from distillation.data.audio import read_header
+from tests.helpers import run_here, run_shell, write_batches, write_noise
 from wav2vec2 import load_model
 
 SMALL = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512, "conv_dim": [64] * 7,
@@ -100,20 +103,67 @@ def test_recipe(server, name, corpus, tmp_path):
 
 
 def test_usage_and_errors(tmp_path):
-    assert "LIBRISPEECH_DIR [RECIPE]" in run_shell("run_dphubert.sh", "--help")
-    assert "LIBRISPEECH_DIR [RECIPE]" in run_shell("run_dpwavlm.sh", code=2)
-    assert "no such folder" in run_shell("run_dphubert.sh", tmp_path / "none", code=2)
+    assert "AUDIO_DIR [RECIPE]" in run_shell("run_dphubert.sh", "--help")
+    assert "AUDIO_DIR [RECIPE]" in run_shell("run_dpwavlm.sh", code=2)
     assert "there are" in run_shell("run_dphubert.sh", tmp_path, "dphubert_huge", code=2)
 
 
-def test_lists_of_other_audio_are_not_trained_on(server, tmp_path):
+def test_all_that_is_wrong_is_told_before_anything_is_made(server, tmp_path):
+    flags = ("--data.tsv_dir", tmp_path / "lists", "--exp_dir", tmp_path / "exp", "--trainer.accelerator", "gpu")
+    printed = run_shell(
+        "run_dphubert.sh", tmp_path / "none", "--teacher_id", tmp_path / "hf", *flags, code=2, python=server.bin
+    )
+    assert printed.count("error: ") == 3
+    for message in (f"{tmp_path / 'none'}: no such folder", f"{tmp_path / 'hf'}: no such folder", "none is visible"):
+        assert f"error: {message}" in printed or message in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_lists_of_other_audio_are_not_trained_on(server, tmp_path, teacher_path):
     other = tmp_path / "other"
-    for folder in (other, tmp_path / "lists", tmp_path / "audio" / "LibriSpeech"):
+    for folder in (other, tmp_path / "lists", tmp_path / "audio" / "LibriSpeech" / "train-clean-100"):
         folder.mkdir(parents=True)
-    flags = ("--data.tsv_dir", tmp_path / "lists", "--teacher_ckpt", tmp_path / "none.pth", "--teacher_id", tmp_path)
-    for root, refused in ((other, True), (tmp_path / "audio", False), (tmp_path / "audio" / "LibriSpeech", False)):
-        for name in ("train960.tsv", "valid.tsv"):
-            (tmp_path / "lists" / name).write_text(f"{root}\n")
-        printed = run_shell("run_dphubert.sh", tmp_path / "audio", *flags, code=2, python=server.bin)
-        message = f"train960.tsv lists audio of {other}, not of {tmp_path / 'audio'}: remove"
-        assert (message in printed) == refused and printed.count("error: ") == 1
+    flags = ("--data.tsv_dir", tmp_path / "lists", "--exp_dir", tmp_path / "exp", "--teacher_ckpt", teacher_path)
+    for name in ("train100.tsv", "valid.tsv"):
+        (tmp_path / "lists" / name).write_text(f"{other}\na.flac\t32000\n")
+    printed = run_shell("run_dphubert.sh", tmp_path / "audio", *flags, code=2, python=server.bin)
+    message = f"train100.tsv lists audio of {other}, not of {tmp_path / 'audio'}: remove"
+    assert message in printed and printed.count("error: ") == 1
+
+
+@pytest.mark.slow
+def test_any_audio_and_any_teacher(server, tmp_path):
+    """44.1 kHz stereo in folders of speakers, a teacher without a recipe: nothing else is asked."""
+    for i in range(6):
+        write_noise(tmp_path / "audio" / f"speaker {i % 3}" / f"{i}.mp3", 1.5, i, rate=44100, channels=2)
+    torch.manual_seed(0)
+    config = transformers.WavLMConfig(**SMALL | {"num_hidden_layers": 4})
+    transformers.WavLMModel(config).save_pretrained(tmp_path / "my-wavlm")
+    exp = tmp_path / "exp"
+    words = [tmp_path / "audio", "--teacher_id", tmp_path / "my-wavlm", "--teacher_ckpt", tmp_path / "teacher.pth"]
+    words += ["--optim.max_steps", 2, "--final.max_steps", 2, "--exp_dir", exp, "--data.tsv_dir", tmp_path / "lists"]
+    words += ["--data.num_workers", 0]
+
+    printed = run_shell("run_dphubert.sh", *words, "--dry_run", python=server.bin)
+    rows = dict(re.findall(r"^(\w[\w ]{0,8}?)  +(.*)$", printed, re.MULTILINE))
+    assert rows.keys() >= {"teacher", "audio", "update", "step 1", "step 2", "memory", "measured", "result", "folders"}
+    assert "2 updates" in rows["step 1"] and "25.0% of the teacher's" in rows["result"]
+    assert not exp.exists() and not (tmp_path / "lists").exists() and not (tmp_path / "teacher.pth").exists()
+
+    printed = run_shell("run_dphubert.sh", *words, python=server.bin)
+    assert "derived teacher_layers 4, teacher_width 128, objective.layer_to_layer.layers [[0], [1, 3, 4]]" in printed
+    assert f"Done: {exp / 'final' / 'final.pth'}" in printed
+    copies = sorted((tmp_path / "lists" / "audio").rglob("*.flac"))
+    assert len(copies) == 6 and {read_header(path)[1:] for path in copies} == {(16000, 1)}
+    used = yaml.safe_load((exp / "recipe.yaml").read_text())
+    assert used["objective"]["layer_to_layer"]["layers"] == [[0], [1, 3, 4]] and used["optim"]["max_steps"] == 2
+    assert yaml.safe_load((exp / "config.yaml").read_text())["teacher_layers"] == 4
+    model = load_model(exp / "final" / "final.pth")
+    before = sum(p.numel() for p in load_model(tmp_path / "teacher.pth").parameters())
+    assert sum(p.numel() for p in model.parameters()) / before == pytest.approx(0.25, abs=0.003)
+    assert (exp / "report.html").stat().st_size > 10_000
+
+    left = [exp / "recipe.yaml", exp / "config.yaml", exp / "final" / "final.pth", exp / "report.html", *copies]
+    stamps = [path.stat().st_mtime_ns for path in left]
+    run_shell("run_dphubert.sh", *words, python=server.bin)  # again: nothing is left to do
+    assert [path.stat().st_mtime_ns for path in left] == stamps

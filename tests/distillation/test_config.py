@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distillation.config import RECIPES, main, parse_recipe, recipe_chain
+from distillation.config import RECIPES, parse_recipe, recipe_chain
 from distillation.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -57,18 +57,6 @@ def test_resolved_recipe_round_trips(tmp_path):
         (tmp_path / "config.yaml").write_text(resolved)
         again, text = parse_recipe(["--config", str(tmp_path / "config.yaml")])
         assert again == recipe and text == resolved and recipe.seed == 7, path
-
-
-def test_values_for_the_shell(monkeypatch, capsys):
-    words = ["config.py", "--config", str(CONF / "dphubert_base.yaml"), "--data.tsv_dir", "my lists"]
-    monkeypatch.setattr("sys.argv", [*words, "data.tsv_dir,optim.max_steps,pruning.units"])
-    main()
-    assert capsys.readouterr().out == "my lists\n50000\n['conv', 'head', 'interm']\n"
-    monkeypatch.setattr("sys.argv", [*words, "seed,data.tsv"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    printed = capsys.readouterr()
-    assert stop.value.code == 2 and "error: data.tsv: no such setting" in printed.err and not printed.out
 
 
 def test_chain(tmp_path):

@@ -128,6 +128,7 @@ def check_shell(script: str, words: list[str]) -> None:
         recipe, words = TWO_STEPS[name], words[1:]
         if words and not words[0].startswith("--"):
             recipe, words = words[0], words[1:]
+    words = [word for word in words if word != "--dry_run"]
     if recipe != "NAME":
         check_recipe(["--config", f"conf/{recipe}.yaml", *words])
 

@@ -1,0 +1,168 @@
+"""A recipe for any teacher, any audio and the machine at hand: what differs from the published one, and why.
+
+Settings that the user names are never derived. The rules follow what is published: matched layers are 0 and each third
+of the depth, an update keeps its seconds of audio, warm-ups keep their share of a shortened run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillation.config import Recipe
+from distillation.optimisation import OptimConfig
+
+LIST_960H, LIST_100H, OTHER_LIST = "train960.tsv", "train100.tsv", "train.tsv"
+# Runs under a fifth of the published length need other rates of the multipliers and a longer ramp to hold the sparsity:
+# those of the demo, measured at 400 to 1,600 updates.
+SHORT_STEPS = 10_000
+SHORT_RUN = {
+    "pruning.constant_lr": True, "pruning.lr_masks": 0.05, "pruning.lr_lagrangian": 0.015,
+    "pruning.drop_rates": {"conv": 0.1, "head": 0.1, "interm": 0.1},
+}  # fmt: skip
+SHORT_RAMP = 0.6
+CPU_SECONDS = 20.0  # in a micro-batch: holds the longest utterance, and fits a laptop
+OTHER_MIN_FRAMES = 16_000
+POINTS = 20  # rows of metrics, at least, of a short run
+
+
+@dataclass
+class Derived:
+    """Settings by dotted name, and one reason for some of them after the other."""
+
+    settings: dict[str, Any]
+    reasons: list[tuple[list[str], str]]
+
+    @classmethod
+    def nothing(cls) -> Derived:
+        """To be filled."""
+        return cls({}, [])
+
+    def add(self, reason: str, settings: Mapping[str, Any]) -> None:
+        """Derive settings for a reason."""
+        self.settings |= settings
+        self.reasons.append((list(settings), reason))
+
+
+def matched_layers(num_layers: int) -> list[int]:
+    """Each third of the depth: 4, 8, 12 of 12 layers and 8, 16, 24 of 24, as published; layer 0 has its own map."""
+    return sorted({max(1, round(num_layers * third / 3)) for third in (1, 2, 3)})
+
+
+def for_teacher(derived: Derived, recipe: Recipe, num_layers: int, width: int) -> None:
+    """Depth, width and matched layers, where the recipe is for another teacher."""
+    if (recipe.teacher_layers, recipe.teacher_width) == (num_layers, width):
+        return
+    settings: dict[str, Any] = {"teacher_layers": num_layers, "teacher_width": width}
+    if recipe.objective.layer_to_layer is not None and recipe.teacher_layers != num_layers:
+        settings["objective.layer_to_layer.layers"] = [[0], matched_layers(num_layers)]
+    derived.add("the teacher's depth and width; 0 and each third of its layers are matched, as published", settings)
+
+
+def for_audio(derived: Derived, recipe: Recipe, lists: list[str], adapt: bool) -> None:
+    """The training list, of those that a folder of audio gives.
+
+    Args:
+        derived: gets what the recipe does not say.
+        recipe: as the user asks for it.
+        lists: file names.
+        adapt: whether other settings than the list may follow the audio.
+    """
+    if recipe.data.train in lists:
+        return
+    if OTHER_LIST in lists:
+        settings: dict[str, Any] = {"data.train": OTHER_LIST}
+        if adapt:
+            settings |= {"data.long": "split", "data.min_frames": OTHER_MIN_FRAMES}
+        used = ": utterances of any length from 1 s on are used" if adapt else ""
+        derived.add(f"the audio is no LibriSpeech{used}", settings)
+    elif adapt and recipe.data.train == LIST_960H and LIST_100H in lists:
+        derived.add("the audio is train-clean-100 alone: the list of the 100 h recipe", {"data.train": LIST_100H})
+
+
+def for_machine(derived: Derived, recipe: Recipe, published: Recipe, accelerator: str, world_size: int) -> None:
+    """Micro-batches that spread over the processes, for the same update; on a CPU small ones."""
+    data, trainer = recipe.data, recipe.trainer
+    cut = [(r.data.utterances_per_batch, r.data.seconds_per_batch, r.trainer.batches_per_update)
+           for r in (recipe, published)]  # fmt: skip
+    if cut[0] != cut[1] or data.utterances_per_batch is not None:
+        return
+    if accelerator == "cpu":
+        seconds = max(CPU_SECONDS, math.ceil(data.max_seconds))
+        if data.seconds_per_batch > seconds:
+            update = f"{data.seconds_per_batch * trainer.batches_per_update:g}"
+            derived.add(
+                f"the CPU: an update of {trainer.batches_per_update} x {seconds:g} s of audio instead of {update} s",
+                {"data.seconds_per_batch": seconds, "data.valid_seconds_per_batch": seconds},
+            )
+    elif trainer.batches_per_update % world_size:
+        count = math.ceil(trainer.batches_per_update / world_size) * world_size
+        total = data.seconds_per_batch * trainer.batches_per_update
+        seconds = max(total / count, data.max_seconds)
+        derived.add(
+            f"{world_size} GPUs: each gets as many micro-batches, the update keeps its {total:g} s",
+            {"trainer.batches_per_update": count, "data.seconds_per_batch": seconds},
+        )
+
+
+def for_length(derived: Derived, recipe: Recipe, published: Recipe) -> None:
+    """Warm-ups, rates of the multipliers and intervals of a run that the user has made shorter or longer."""
+    steps = []
+    for name, optim, before in (("optim", recipe.optim, published.optim), ("final", recipe.final, published.final)):
+        if optim is None or before is None or optim.max_epochs is not None or optim.warmup_ratio is not None:
+            continue
+        if optim.max_steps != before.max_steps:
+            steps.append(optim.max_steps)
+            warmup = _scaled(before.warmup_steps, optim, before)
+            derived.add(f"the same share of {optim.max_steps} updates", {f"{name}.warmup_steps": warmup})
+    if recipe.pruning.units and recipe.optim.max_steps != published.optim.max_steps:
+        length = recipe.optim.max_steps
+        if length < SHORT_STEPS:
+            ramp = round(SHORT_RAMP * length)
+            derived.add(
+                f"{length} updates are few: rates that hold the sparsity in short runs, as conf/demo.yaml",
+                {"pruning.warmup_steps": ramp, **SHORT_RUN},
+            )
+        else:
+            ramp = _scaled(published.pruning.warmup_steps, recipe.optim, published.optim)
+            derived.add(f"the same share of {length} updates", {"pruning.warmup_steps": ramp})
+    trainer = recipe.trainer
+    if steps and min(steps) < POINTS * trainer.log_every:
+        every = max(1, min(steps) // POINTS)
+        quarter = max(1, min(steps) // 4)
+        derived.add(
+            "a short run",
+            {
+                "trainer.log_every": every,
+                "trainer.validate_every": min(trainer.validate_every, quarter),
+                "trainer.checkpoint_every": min(trainer.checkpoint_every, quarter),
+            },
+        )
+
+
+def _scaled(steps: int, optim: OptimConfig, before: OptimConfig) -> int:
+    return round(steps * optim.max_steps / before.max_steps)
+
+
+def run_name(recipe: Recipe, published: Recipe, default: str, audio: Path, lists: list[str]) -> Path:
+    """Folder of the run: of the published recipe, with what is another in its name.
+
+    Args:
+        recipe: as the user asks for it.
+        published: the recipe itself.
+        default: its name.
+        audio: folder.
+        lists: that it gives.
+    """
+    name = default
+    teacher = recipe.teacher_id or recipe.teacher_ckpt.name.split(".")[0]
+    if teacher != published.teacher_id:
+        name = f"{default.split('_')[0]}_{Path(teacher.removeprefix('torchaudio:')).resolve().name.lower()}"
+    if OTHER_LIST in lists:
+        name += f"_{audio.name.lower()}"
+    elif recipe.data.train == LIST_960H and LIST_960H not in lists:
+        name += "_100h"
+    return published.exp_dir.parent / name

@@ -1,0 +1,224 @@
+"""What a shell recipe derives for another teacher, other audio and this machine, and what it refuses at its start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from distillation import machine, plan
+from distillation.config import parse_recipe
+from distillation.deriving import matched_layers
+from distillation.errors import Problems
+from distillation.plan import answers, make_plan, read_words, save_recipe
+from tests.configs import TINY
+from tests.helpers import HF_SIZE, ROOT, write_noise
+from wav2vec2 import save_model, wav2vec2_model
+
+BASE = ROOT / "conf" / "dphubert_base.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A model of transformers with 5 layers, 24 wide."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("hf") / "my-hubert"
+    transformers.HubertModel(transformers.HubertConfig(**HF_SIZE | {"num_hidden_layers": 5})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("audio") / "Speech"
+    for speaker in "ab":
+        write_noise(root / speaker / "1.wav", 2, 0, rate=22050, channels=2)
+    return root
+
+
+@pytest.fixture
+def librispeech(tmp_path) -> Path:
+    for part in ("train-clean-100", "dev-clean"):
+        write_noise(tmp_path / "Libri" / part / "1" / "1" / "1.flac", 2, 0)
+    return tmp_path / "Libri"
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """So many of them, as far as is asked."""
+
+    def set_count(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+
+    machine.find_precision.cache_clear()
+    yield set_count
+    machine.find_precision.cache_clear()
+
+
+def problems(*words: object) -> list[str]:
+    with pytest.raises(Problems) as error:
+        read_words([str(word) for word in words])
+    assert all("\n" not in message for message in error.value.messages)
+    return error.value.messages
+
+
+@pytest.mark.parametrize(
+    ("layers", "matched"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 3, 4]), (6, [2, 4, 6]), (12, [4, 8, 12]), (24, [8, 16, 24]),
+     (48, [16, 32, 48])],
+)  # fmt: skip
+def test_each_third_is_matched(layers, matched):
+    assert matched_layers(layers) == matched
+
+
+def test_the_rule_gives_the_published_layers():
+    for name in ("dphubert_base", "dphubert_large", "dphubert_xlarge", "dpxlsr_300m", "demo"):
+        recipe, _ = parse_recipe(["--config", str(ROOT / "conf" / f"{name}.yaml")])
+        assert recipe.objective.layer_to_layer.layers == [[0], matched_layers(recipe.teacher_layers)]
+
+
+def test_any_teacher_and_any_audio(teacher, audio):
+    flags = ["--teacher_id", str(teacher), "--optim.max_steps", "20", "--final.max_steps", "10", "--optim.lr", "1e-3"]
+    made = read_words([str(audio), "--adapt", "--config", str(BASE), *flags])
+    recipe = made.recipe
+    assert (recipe.teacher_layers, recipe.teacher_width) == (5, 24)
+    assert recipe.objective.layer_to_layer.layers == [[0], [2, 3, 5]]
+    assert (recipe.data.train, recipe.data.long, recipe.data.min_frames) == ("train.tsv", "split", 16000)
+    assert (recipe.data.tsv_dir, recipe.exp_dir) == (Path("data/Speech"), Path("exp/dphubert_my-hubert_speech"))
+    assert (recipe.data.seconds_per_batch, recipe.trainer.batches_per_update) == (20, 4)
+    assert (recipe.optim.warmup_steps, recipe.final.warmup_steps, recipe.pruning.warmup_steps) == (6, 2, 12)
+    assert recipe.pruning.constant_lr and recipe.trainer.log_every == 1 and recipe.optim.lr == 1e-3
+    parameters = transformers.HubertModel.from_pretrained(teacher).named_parameters()
+    assert made.sizes[0] == sum(p.numel() for name, p in parameters if "masked" not in name) + 20  # the dummy weight
+
+    # the file says the same as all flags
+    path = save_recipe(made)
+    assert path == Path("exp/dphubert_my-hubert_speech/recipe.yaml")
+    assert parse_recipe(["--config", str(path)]) == parse_recipe(["--config", str(BASE), *made.flags, *flags])
+    assert "optim.lr" not in path.read_text() and yaml.safe_load(path.read_text())["optim"]["lr"] == 1e-3
+    assert answers(made)[:6] == ["data/Speech", "train.tsv", "pretrained/my-hubert.hf.pth", str(teacher),
+                                 "exp/dphubert_my-hubert_speech", "conv,head,interm"]  # fmt: skip
+
+    # a run that has begun keeps the recipe that it began with
+    (path.parent / "ckpts").mkdir()
+    (path.parent / "ckpts" / "last.ckpt").touch()
+    before = path.read_text()
+    save_recipe(read_words([str(audio), "--adapt", "--config", str(BASE), *flags, "--optim.lr", "2e-3"]))
+    assert path.read_text() == before
+
+
+def test_flags_win_over_what_is_derived(teacher, audio):
+    flags = ["--teacher_id", str(teacher), "--objective.layer_to_layer.layers", "[[0],[1,5]]", "--exp_dir", "mine",
+             "--data.long", "drop", "--data.seconds_per_batch", "16", "--optim.max_steps", "100",
+             "--optim.warmup_steps", "7"]  # fmt: skip
+    made = read_words([str(audio), "--adapt", "--config", str(BASE), *flags])
+    recipe = made.recipe
+    assert recipe.objective.layer_to_layer.layers == [[0], [1, 5]] and recipe.exp_dir == Path("mine")
+    assert (recipe.data.long, recipe.data.seconds_per_batch, recipe.optim.warmup_steps) == ("drop", 16, 7)
+    named = {"objective.layer_to_layer.layers", "exp_dir", "data.long", "data.seconds_per_batch", "optim.warmup_steps"}
+    assert not named & made.derived.settings.keys(), "what is said to be derived is"
+
+
+@pytest.mark.parametrize(("count", "batches", "seconds"), [(1, 4, 160), (2, 4, 160), (3, 6, 640 / 6), (8, 8, 80)])
+def test_the_published_recipe_on_any_number_of_gpus(gpus, librispeech, monkeypatch, count, batches, seconds):
+    """Nothing else is derived, and the update stays the published one."""
+    gpus(count)
+    for part in ("train-clean-360", "train-other-500"):
+        write_noise(librispeech / part / "1" / "1" / "1.flac", 2, 0)
+    Path("pretrained").mkdir()
+    config = wav2vec2_model(**TINY).config
+    monkeypatch.setattr(plan, "teacher_config", lambda recipe: config)
+    monkeypatch.setattr(plan, "_check_models", lambda plan: None)
+    monkeypatch.setattr(plan, "for_teacher", lambda *args: None)
+    made = make_plan(librispeech, BASE, [], adapt=True)
+    published, _ = parse_recipe(["--config", str(BASE)])
+    assert not made.problems and made.world_size == count
+    assert made.recipe.trainer.batches_per_update == batches
+    assert made.recipe.data.seconds_per_batch == pytest.approx(seconds)
+    changed = {"trainer.batches_per_update", "data.seconds_per_batch"} if 4 % count else set()
+    assert made.derived.settings.keys() == changed and made.recipe.exp_dir == published.exp_dir
+    assert made.recipe.trainer.precision == "bf16-mixed" and made.recipe.trainer.accelerator == "gpu"
+
+
+def test_train_clean_100_alone(teacher, librispeech):
+    made = read_words([str(librispeech), "--adapt", "--config", str(BASE), "--teacher_id", str(teacher)])
+    assert (made.recipe.data.train, made.recipe.data.tsv_dir) == ("train100.tsv", Path("data"))
+    assert made.recipe.exp_dir == Path("exp/dphubert_my-hubert_100h")
+    (message,) = problems(librispeech, "--config", BASE, "--teacher_id", teacher, "--teacher_layers", "null",
+                          "--teacher_width", "null", "--objective.layer_to_layer.layers", "[[0],[5]]")  # fmt: skip
+    assert "gives train100.tsv, valid.tsv and no train960.tsv" in message
+    assert "name the recipe dphubert_base_100h, or add --data.train train100.tsv" in message
+
+
+def test_named_recipes_follow_the_list_alone_and_refuse_other_teachers(teacher, audio):
+    recipe = ROOT / "conf" / "dpxlsr_300m.yaml"
+    flags = ["--teacher_layers", "5", "--teacher_width", "24", "--objective.layer_to_layer.layers", "[[0],[5]]"]
+    made = read_words([str(audio), "--config", str(recipe), "--teacher_id", str(teacher), *flags])
+    assert made.derived.settings == {"data.train": "train.tsv", "data.tsv_dir": Path("data/Speech")}
+    assert made.recipe.data.long == "drop"
+    (message,) = problems(audio, "--config", recipe, "--teacher_id", teacher)
+    assert f"{teacher}: layers 5, but the recipe is for a teacher of layers 24" in message
+
+
+def test_all_problems_at_once(teacher, tmp_path):
+    (tmp_path / "empty").mkdir()
+    words = ["--config", BASE, "--teacher_id", teacher, "--trainer.accelerator", "gpu"]
+    found = problems(tmp_path / "none", *words)
+    assert [any(part in message for message in found) for part in ("no such folder", "none is visible", "layers 5")]
+    assert len(found) == 3
+    found = problems(tmp_path / "empty", *words[:2], "--teacher_id", tmp_path / "empty")
+    assert len(found) == 2 and "config.json: no such file" in found[0] and "holds no audio files" in found[1]
+    wrong = ["--pruning.target_sparsity", "0.999", "--optim.max_steps", "10"]
+    assert "parameters stay" in problems(tmp_path / "none", "--adapt", *words[:4], *wrong)[-1]
+    assert not (tmp_path / "exp").exists() and not (tmp_path / "data").exists(), "nothing is made"
+
+
+def test_lists_of_other_audio(teacher, librispeech, audio):
+    """Those of another LibriSpeech in the default folder are left alone; where a folder is named, it is told."""
+    lists = Path("data")
+    lists.mkdir()
+    for name in ("train100.tsv", "valid.tsv"):
+        (lists / name).write_text(f"{audio}\na/1.wav\t32000\n")
+    words = [str(librispeech), "--adapt", "--config", str(BASE), "--teacher_id", str(teacher)]
+    assert read_words(words).recipe.data.tsv_dir == Path("data/Libri")
+    Path("mine").mkdir()
+    for name in ("train100.tsv", "valid.tsv"):
+        (Path("mine") / name).write_text((lists / name).read_text())
+    (message,) = problems(*words, "--data.tsv_dir", "mine")
+    assert message.startswith(f"mine/train100.tsv lists audio of {audio}, not of {librispeech}: remove mine, or")
+    for root in (librispeech, librispeech.parent / "Libri"):
+        for name in ("train100.tsv", "valid.tsv"):
+            (lists / name).write_text(f"{root}\ntrain-clean-100/1/1/1.flac\t32000\n")
+        assert read_words(words).recipe.data.tsv_dir == lists
+
+
+def test_a_converted_teacher_stands_for_itself(audio, tmp_path):
+    torch.manual_seed(0)
+    save_model(tmp_path / "teacher.pth", wav2vec2_model(**TINY))
+    made = read_words([str(audio), "--adapt", "--config", str(BASE), "--teacher_ckpt", str(tmp_path / "teacher.pth")])
+    assert made.recipe.teacher_layers == 4 and answers(made)[3] == ""
+    assert made.recipe.exp_dir == Path("exp/dphubert_teacher_speech")
+    (message,) = problems(
+        audio, "--adapt", "--config", BASE, "--teacher_ckpt", tmp_path / "no.pth", "--teacher_id", "null"
+    )
+    assert message == f"{tmp_path / 'no.pth'}: no such file, and no --teacher_id to make it from"
+
+
+def test_copies_are_of_the_audio_that_they_were_made_of(teacher, audio):
+    copies = Path("data/Speech/audio").resolve()
+    copies.mkdir(parents=True)
+    for name in ("train.tsv", "valid.tsv"):
+        (copies.parent / name).write_text(f"{copies}\na/1.flac\t32000\n")
+    words = [str(audio), "--adapt", "--config", str(BASE), "--teacher_id", str(teacher)]
+    assert "lists audio of" in problems(*words)[0]
+    (copies / plan.COPIES).write_text(json.dumps({"of": {"data": str(audio)}}) + "\n")
+    read_words(words)

@@ -31,7 +31,7 @@ POINTS = 20  # rows of metrics, at least, of a short run
 
 @dataclass
 class Derived:
-    """Settings by dotted name, and one reason for some of them after the other."""
+    """Settings by dotted name, and the reasons why, each with the names of its settings."""
 
     settings: dict[str, Any]
     reasons: list[tuple[list[str], str]]
@@ -45,6 +45,17 @@ class Derived:
         """Derive settings for a reason."""
         self.settings |= settings
         self.reasons.append((list(settings), reason))
+
+    def keep(self, used: Mapping[str, Any]) -> None:
+        """Forget what is not used, since the user has named something else.
+
+        Args:
+            used: all settings of the recipe, in plain types.
+        """
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in self.settings.items()}
+        self.settings = {name: value for name, value in self.settings.items() if used.get(name) == plain[name]}
+        reasons = [([name for name in names if name in self.settings], why) for names, why in self.reasons]
+        self.reasons = [(names, why) for names, why in reasons if names]
 
 
 def matched_layers(num_layers: int) -> list[int]:

@@ -11,24 +11,25 @@ takes what distillation.plan takes; nothing is written.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import resource
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from distillation.build import build_step, starting_student
-from distillation.config import Recipe
+from distillation.config import Recipe, TrainerConfig
 from distillation.data.batching import select_utterances
 from distillation.data.manifest import read_tsv
 from distillation.data.preparation import survey
-from distillation.errors import command
+from distillation.errors import UserError, command
 from distillation.optimisation import OptimConfig
 from distillation.plan import Plan, read_words
 from distillation.sparsity import PruningConfig, make_prunable
@@ -40,15 +41,16 @@ from wav2vec2.feature_extractor import SAMPLE_RATE
 
 GIB = 2**30
 CPU_SECONDS = 20.0  # of audio that are measured on a CPU; longer micro-batches are multiples of it
+NO_ROOM = "not enough for micro-batches of {:.4g} s: FIT_BATCH=1 before the command finds smaller ones"
 
 
 @dataclass
 class Measured:
-    """A trial.
+    """One update of one micro-batch.
 
     Attributes:
-        seconds: for one micro-batch of the recipe, with its share of an update.
-        memory: bytes that training takes at most, everything included.
+        seconds: that it takes.
+        memory: bytes that the process has at most.
     """
 
     seconds: float
@@ -57,48 +59,42 @@ class Measured:
 
 def print_plan(plan: Plan) -> None:
     """Measure and print; nothing is written."""
-    recipe = plan.recipe
+    recipe, trainer, pruning = plan.recipe, plan.recipe.trainer, plan.recipe.pruning
     assert plan.sizes is not None
     before, start, heads = plan.sizes
-    pruning = recipe.pruning
     final = round((1 - pruning.target_sparsity) * before) if pruning.units else start
     hours, kept, conversion = _audio(plan)
     per_batch = _seconds_per_batch(recipe, kept)
-    each = recipe.trainer.micro_batches(plan.world_size)
+    each = trainer.micro_batches(plan.world_size)
     first, last = measure(plan, final, kept, per_batch)
-    name = "GPU" if recipe.trainer.accelerator == "gpu" else "CPU"
 
-    rows = [
-        ("teacher", f"{recipe.teacher_id or recipe.teacher_ckpt}, {before / 1e6:.2f} M parameters"),
-        ("audio", f"{kept.sum() / 3600:.2f} h used of {hours:.2f} h in {recipe.data.train}{conversion}"),
-        ("update", f"{recipe.trainer.batches_per_update} x {per_batch:.4g} s of audio, {each} on each of "
-                   f"{plan.world_size} process(es), {name}, {recipe.trainer.precision}"),
-    ]  # fmt: skip
-    update_seconds = per_batch * recipe.trainer.batches_per_update
-    for step, optim in (("step 1", recipe.optim), ("step 2", recipe.final if pruning.units else None)):
+    table = {
+        "teacher": f"{recipe.teacher_id or recipe.teacher_ckpt}, {before / 1e6:.2f} M parameters",
+        "audio": f"{kept.sum() / 3600:.2f} h used of {hours:.2f} h in {recipe.data.train}{conversion}",
+        "update": f"{trainer.batches_per_update} x {per_batch:.4g} s of audio, {each} in each of {plan.world_size} "
+        f"process(es), {trainer.accelerator.upper()}, {trainer.precision}",
+    }
+    update_seconds = per_batch * trainer.batches_per_update
+    steps = {"step 1": (recipe.optim, pruning.warmup_steps), "step 2": (recipe.final, 0)}
+    for name, (optim, ramp) in steps.items() if pruning.units else [("training", (recipe.optim, 0))]:
         if optim is None:
             continue
-        resolved = optim.resolved(lambda epochs: max(1, round(epochs * kept.sum() / update_seconds)))
-        text = f"{resolved.max_steps:,} updates, {_epochs(resolved.max_steps * update_seconds / kept.sum())} epochs"
+        updates = optim.resolved(lambda epochs: max(1, round(epochs * kept.sum() / update_seconds))).max_steps
+        table[name] = f"{updates:,} updates, {_count(updates * update_seconds / kept.sum())} epochs"
         if first is not None and last is not None:
-            ramp = min(pruning.warmup_steps, resolved.max_steps) if step == "step 1" and pruning.units else 0
-            seconds = each * (ramp * (first.seconds + last.seconds) / 2 + (resolved.max_steps - ramp) * last.seconds)
-            text += f", about {_duration(seconds)}"
-        rows.append((step, text))
-    if first is None or last is None:
-        rows.append(("memory", f"micro-batches of {per_batch:.4g} s do not fit: FIT_BATCH=1 before the command"))
-    else:
-        room = (
-            torch.cuda.mem_get_info()[1] if name == "GPU" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        )
-        rows.append(("memory", f"about {first.memory / GIB:.1f} of {room / GIB:.1f} GiB for each process"))
-        rows.append(
-            ("measured", f"a micro-batch takes {first.seconds:.3g} s at the start, {last.seconds:.3g} s at the end")
-        )
+            ramp = min(ramp, updates)
+            seconds = each * (ramp * (first.seconds + last.seconds) / 2 + (updates - ramp) * last.seconds)
+            table[name] += f", about {_duration(seconds)}"
+    table["memory"] = NO_ROOM.format(per_batch)
+    if first is not None and last is not None:
+        table["memory"] = f"about {first.memory / GIB:.1f} of {_room(trainer) / GIB:.1f} GiB for each process"
+        ends = f" at the start, {last.seconds:.3g} s at the final size" if pruning.units else ""
+        table["measured"] = f"a micro-batch takes {first.seconds:.3g} s{ends}"
     share = f", {final / before:.1%} of the teacher's" if pruning.units else ""
-    rows.append(("result", f"{final / 1e6:.2f} M parameters{share}, {4 * (final + heads) / 1e6:.1f} MB with the heads"))
-    rows.append(("folders", f"{recipe.data.tsv_dir} (lists), {recipe.teacher_ckpt} (teacher), {recipe.exp_dir} (run)"))
-    print("\n".join(f"{label:<10}{text}" for label, text in rows))
+    table["result"] = f"{final / 1e6:.2f} M parameters{share}, {4 * (final + heads) / 1e6:.1f} MB with the heads"
+    table["folders"] = f"{recipe.data.tsv_dir} (lists), {recipe.teacher_ckpt} (teacher), {recipe.exp_dir} (run)"
+    for name, text in table.items():
+        print(f"{name:<10}{text}")
 
 
 def _audio(plan: Plan) -> tuple[float, np.ndarray, str]:
@@ -126,7 +122,7 @@ def _seconds_per_batch(recipe: Recipe, kept: np.ndarray) -> float:
     return float(min(data.seconds_per_batch, kept.sum()))
 
 
-def _epochs(count: float) -> str:
+def _count(count: float) -> str:
     return f"{count:,.0f}" if count >= 10 else f"{count:.2g}"
 
 
@@ -155,8 +151,9 @@ def measure(plan: Plan, final: int, kept: np.ndarray, per_batch: float) -> tuple
         (make_prunable(starting_student(recipe, teacher), recipe.pruning), recipe.optim, recipe.pruning)
     ]
     if recipe.pruning.units:
-        small = build_student(StudentConfig(slice=UniformSlice(num_params=final)), teacher)
-        students.append((small, recipe.final or recipe.optim, None))
+        with contextlib.suppress(UserError):  # smaller than any slice: what the start takes is then said of the end
+            small = build_student(StudentConfig(slice=UniformSlice(num_params=final)), teacher)
+            students.append((small, recipe.final or recipe.optim, None))
     row = float(kept.mean())
     found = [
         _trial(recipe, student, optim, pruning, teacher, row, per_batch)
@@ -169,48 +166,48 @@ def _trial(
     recipe: Recipe, student: Wav2Vec2Model, optim: OptimConfig, pruning: PruningConfig | None, teacher: Wav2Vec2Model,
     row: float, per_batch: float,
 ) -> Measured | None:  # fmt: skip
-    """One update of a student on rows of so many seconds."""
+    """One update of a student on rows of so many seconds, after one that warms up and shows the memory."""
     on_gpu = recipe.trainer.accelerator == "gpu"
-    audio = per_batch if on_gpu else min(per_batch, max(CPU_SECONDS, row))
     step = build_step(recipe, optim.resolved(lambda epochs: 10**6), student, teacher, pruning)
     device = step.to("cuda:0" if on_gpu else "cpu")
     update = TrialUpdates(step, recipe.trainer.dtype, recipe.data)
+    audio = per_batch if on_gpu else min(per_batch, max(CPU_SECONDS, row))
     waveforms = 0.1 * torch.randn(max(1, int(audio / row)), int(row * SAMPLE_RATE), device=device)
     scale = per_batch / (waveforms.numel() / SAMPLE_RATE)
-    kept = 12 * count_params(step.trained)  # gradients and the optimizer's two moments
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    before = _resident()
-    if not on_gpu:
+        if not runs_in_memory(lambda: update(waveforms)):
+            return None
+        memory = float(torch.cuda.max_memory_allocated())
+    else:
+        fixed = _resident() + 12 * count_params(step.trained)  # with gradients and the optimizer's two moments
         update(waveforms)
-    elif not runs_in_memory(lambda: update(waveforms)):
-        return None
-    peak = float(torch.cuda.max_memory_allocated()) if on_gpu else _peak()
-    seconds = _timed(update, waveforms)
-    if not on_gpu:  # what the step keeps for its backward pass grows with the audio
-        peak = before + kept + max(0.0, peak - before - kept) * scale
-    step.to("cpu")
-    return Measured(seconds * scale, peak)
-
-
-def _timed(update: TrialUpdates, waveforms: Tensor) -> float:
-    if waveforms.is_cuda:
-        torch.cuda.synchronize()
+        peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = fixed + max(0.0, peak - fixed) * scale  # what is kept for the backward pass grows with the audio
+    _synchronize(on_gpu)
     begin = time.perf_counter()
     update(waveforms)
-    if waveforms.is_cuda:
+    _synchronize(on_gpu)
+    seconds = time.perf_counter() - begin
+    step.to("cpu")
+    return Measured(seconds * scale, memory)
+
+
+def _synchronize(on_gpu: bool) -> None:
+    if on_gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def _resident() -> float:
     """Bytes of memory that this process has now."""
-    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
-        return float(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return float(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _peak() -> float:
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+def _room(trainer: TrainerConfig) -> float:
+    """Bytes of memory of the GPU or the machine."""
+    if trainer.accelerator == "gpu":
+        return float(torch.cuda.mem_get_info()[1])
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 @command

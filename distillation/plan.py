@@ -133,8 +133,7 @@ def make_plan(audio: Path, source: Path, flags: list[str], adapt: bool) -> Plan:
         if folder != published.exp_dir:
             derived.add("a folder for this teacher and audio", {"exp_dir": folder})
     plan.recipe, _ = parse_recipe(["--config", str(source), *plan.flags, *flags])
-    used = flat_settings(plan.recipe)
-    derived.settings = {name: value for name, value in derived.settings.items() if used.get(name) == _plain(value)}
+    derived.keep(flat_settings(plan.recipe))
 
     if lists:
         plan.look(_check_lists, plan, lists)
@@ -143,10 +142,6 @@ def make_plan(audio: Path, source: Path, flags: list[str], adapt: bool) -> Plan:
     if plan.teacher is not None:
         plan.look(_check_models, plan)
     return plan
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _lists_folder(audio: Path, default: Path, train: str) -> Path:
@@ -244,7 +239,7 @@ def save_recipe(plan: Plan) -> Path:
         place[last] = value
     reasons = [f"#   {', '.join(names)}: {why}" for names, why in plan.derived.reasons]
     header = [f"# {plan.source.stem} for {plan.recipe.teacher_id or plan.recipe.teacher_ckpt} and {plan.audio}"]
-    header += ["# Derived, unless named by hand:", *reasons] if reasons else []
+    header += ["# Derived:", *reasons] if reasons else []
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)
     write_text(path, "\n".join([*header, text]))
     return path
@@ -253,9 +248,8 @@ def save_recipe(plan: Plan) -> Path:
 def say(plan: Plan) -> None:
     """Log what is derived."""
     for names, why in plan.derived.reasons:
-        told = [f"{name} {_text(plan.derived.settings[name])}" for name in names if name in plan.derived.settings]
-        if told:
-            logger.info("derived %s: %s", ", ".join(told), why)
+        told = [f"{name} {_text(plan.derived.settings[name])}" for name in names]
+        logger.info("derived %s: %s", ", ".join(told), why)
 
 
 def answers(plan: Plan) -> list[str]:

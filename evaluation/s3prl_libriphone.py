@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import soundfile
 from torch.utils.data import Dataset
+
+from distillation.data.audio import read_header
 
 
 def read_lexicon(paths: Sequence[str | Path]) -> dict[str, list[str]]:
@@ -44,7 +45,7 @@ class LibriPhoneDataset(Dataset):
                         raise ValueError(f"{transcript}: {unknown[0]} is in none of the lexicon files {list(lexicon)}")
                     phones = " ".join(phone for word in text for phone in words[word.upper()])
                     file = transcript.with_name(f"{name}.flac")
-                    found.append((soundfile.info(str(file)).frames, str(file), tokenizer.encode(phones)))
+                    found.append((read_header(file).num_frames, str(file), tokenizer.encode(phones)))
         if not found:
             raise ValueError(f"{path}: no transcripts under {', '.join(split)}")
         found.sort(reverse=True)

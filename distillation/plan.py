@@ -10,7 +10,6 @@ before those of the user. A new run gets recipe.yaml, which says the same as all
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import logging
@@ -26,7 +25,7 @@ import yaml
 
 from distillation.build import starting_student
 from distillation.config import RECIPES, Recipe, flat_settings, parse_recipe
-from distillation.data.conversion import COPIES
+from distillation.data.conversion import copies_of
 from distillation.data.corpus import find, layout_of
 from distillation.deriving import Derived, for_audio, for_length, for_machine, for_teacher, run_name
 from distillation.errors import Problems, UserError, command
@@ -165,17 +164,8 @@ def _holds(root: Path, lists: Path, audio: Path) -> bool:
     """Whether lists with this root are of a folder of audio, or of its converted copies."""
     if root in (audio.resolve(), (audio / "LibriSpeech").resolve()):
         return True
-    return root == (lists / AUDIO).resolve() and _copied_from(root) == str(layout_of(audio).root.resolve())
-
-
-def _copied_from(copies: Path) -> str | None:
-    """Root of the audio that a folder of converted copies was made of."""
-    with (
-        contextlib.suppress(OSError, ValueError, TypeError, KeyError),
-        (copies / COPIES).open(encoding="utf-8") as file,
-    ):
-        return str(json.loads(file.readline())["of"]["data"])
-    return None
+    copies = copies_of(root) if root == (lists / AUDIO).resolve() else None
+    return copies is not None and copies[0] == layout_of(audio).root.resolve()
 
 
 def _check_lists(plan: Plan, lists: list[str]) -> None:

@@ -7,34 +7,33 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from distillation.data.audio import AudioError, read_crop
-from distillation.errors import UserError
-from finetuning.transcripts import SPACE, Utterance
+from finetuning.transcripts import DAMAGED, SPACE, LeftOut, Utterance
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 
 @dataclass
 class Batch:
-    """Padded utterances."""
+    """Padded utterances; B is 0 where none of a batch could be decoded."""
 
     waveforms: Tensor  # [B, N]
     lengths: Tensor  # [B] samples
     labels: Tensor  # [sum of S] characters of one utterance after the other
     label_lengths: Tensor  # [B]
     texts: list[str]
+    left_out: list[LeftOut] = field(default_factory=list)
+    """What could not be decoded."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
-        waveforms, lengths, labels, label_lengths = (
-            tensor.to(device) for tensor in (self.waveforms, self.lengths, self.labels, self.label_lengths)
-        )
-        return Batch(waveforms, lengths, labels, label_lengths, self.texts)
+        names = ("waveforms", "lengths", "labels", "label_lengths")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 class SpeechDataset(Dataset):
@@ -50,18 +49,24 @@ class SpeechDataset(Dataset):
         self.ids = {" " if token == SPACE else token: i for i, token in enumerate(vocabulary)}
 
     def __getitem__(self, positions: list[int]) -> Batch:
-        chosen = [self.utterances[position] for position in positions]
-        try:
-            rows = [torch.from_numpy(read_crop(u.path, u.start, u.num_frames, SAMPLE_RATE)) for u in chosen]
-        except AudioError as error:
-            raise UserError(str(error)) from None
+        rows: list[Tensor] = []
+        chosen: list[Utterance] = []
+        left_out: list[LeftOut] = []
+        for utterance in (self.utterances[position] for position in positions):
+            path, num_frames, _, start, place = utterance
+            try:
+                rows.append(torch.from_numpy(read_crop(path, start, num_frames, SAMPLE_RATE)))
+                chosen.append(utterance)
+            except AudioError as error:
+                left_out.append(LeftOut(path, place, DAMAGED, error.reason))
         labels = [[self.ids[character] for character in u.text if character in self.ids] for u in chosen]
         return Batch(
-            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0),
             torch.tensor([len(row) for row in rows]),
             torch.tensor([i for row in labels for i in row], dtype=torch.long),
             torch.tensor([len(row) for row in labels]),
             [u.text for u in chosen],
+            left_out,
         )
 
 

@@ -59,8 +59,8 @@ class FinetuneRun:
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Length and rates."""
     audio: Path | None = None
-    """Folder that relative paths of lists start from. Where it holds NAME.flac for a NAME.mp3, as prepare_data.py
-    --convert writes it (NAME.mp3.flac where others share the name), that is taken."""
+    """Folder of prepare_data.py --convert, whose copies are taken for the files that lists and folders name; of another
+    folder, what relative paths start from, NAME.mp3.flac or NAME.flac for a NAME.mp3 that it does not hold."""
     case: Case = "upper"
     """Capitals, as LibriSpeech has them, or letters as they are; composed (NFC) in any case."""
     validate_every: int = 1000

@@ -3,7 +3,7 @@
 Shapes: B batch, T frames, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -80,7 +80,13 @@ class CTCModule(pl.LightningModule):
         return F.log_softmax(logits, -1, dtype=torch.float32), frames
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean CTC loss per utterance, each divided by its characters; infinite for what is not learnable."""
+        """Mean CTC loss per utterance, each divided by its characters; infinite for what is not learnable.
+
+        A batch of which nothing could be decoded makes an update without gradients, which changes nothing: a resumed
+        run counts the batches by the updates.
+        """
+        if not batch.texts:
+            return torch.zeros((), device=self.device, requires_grad=True)
         seed_micro_batch(self.seed, self.global_step)
         self.model.encoder.requires_grad_(self.global_step >= self.config.freeze_steps)  # AdamW skips what has none
         log_probs, frames = self.log_probs(batch)
@@ -90,6 +96,8 @@ class CTCModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Decode greedily."""
+        if not batch.texts:
+            return
         texts = self.decode(*self.log_probs(batch))
         self.wer.update(texts, batch.texts)
         self.cer.update(texts, batch.texts)
@@ -138,11 +146,16 @@ class RatesBar(SavingBar):
 
 
 @torch.no_grad()
-def error_rates(module: CTCModule, batches: Iterable[Batch], decode: Decoder) -> tuple[float, float]:
-    """Word and character error rate in percent."""
+def error_rates(
+    module: CTCModule, batches: Iterable[Batch], decode: Decoder, note: Callable[[Batch], None]
+) -> tuple[float, float]:
+    """Word and character error rate in percent; ``note`` sees every batch first."""
     module.eval()
     wer, cer = WordErrorRate(), CharErrorRate()
     for batch in tqdm(batches, "decoding", leave=False, disable=None):
+        note(batch)
+        if not batch.texts:
+            continue
         texts = decode(*module.log_probs(batch.to(module.device)))
         wer.update(texts, batch.texts)
         cer.update(texts, batch.texts)

@@ -14,8 +14,9 @@ Case = Literal["upper", "keep"]
 
 DOTLESS, DOTTED = "\u0131", "\u0130"  # small ı and capital İ: in Turkish, Azeri and others, i and ı are two letters
 SIGNS = "i", "I", DOTLESS, DOTTED, "I\u0307"  # the last is İ before it is composed
+LOWERED = "i\u0307"  # what lower() makes of İ in languages that do not have it
 USUAL = 0.05  # of all letters i; in Turkish about a third are ı or İ, elsewhere names alone have them
-MTAVRULI = range(0x1C90, 0x1CC0)  # Georgian capitals of Unicode 11, for headings: no text is written in them
+MTAVRULI = range(0x1C90, 0x1CC0)  # Georgian capitals of Unicode 11, for headings: text is written in the small ones
 SIGMAS = {"ς": "Σ"}  # one letter with two small forms, of which the end of a word has the second
 
 
@@ -30,6 +31,8 @@ def capital(letter: str) -> str:
     So ß, ŉ and ligatures stay, and so do letters whose capital Unicode lends from another (ı, ſ, µ, ϑ): no two letters
     become the same, except the small, title and capital forms of one.
     """
+    if ord(letter) in MTAVRULI:
+        return letter.lower()
     upper = letter.upper()
     own = len(upper) == 1 and upper.lower() == letter.lower() and ord(upper) not in MTAVRULI
     return upper if own else SIGMAS.get(letter, letter)
@@ -53,6 +56,7 @@ class Letters:
 
     def __init__(self, case: Case, two_dots: bool = False) -> None:
         self.table = None if case == "keep" else _Capitals({ord("i"): DOTTED, ord(DOTLESS): "I"} if two_dots else {})
+        self.two_dots = two_dots
 
     @classmethod
     def of(cls, case: Case, texts: Iterable[str]) -> Letters:
@@ -76,5 +80,9 @@ class Letters:
     def write(self, text: str) -> str:
         """A transcript in these letters."""
         text = composed(text)
+        if self.table is None:
+            return text
+        if self.two_dots:
+            text = text.replace(LOWERED, "i")
         # once more: a capital may compose with a mark that its small letter does not compose with
-        return text if self.table is None else unicodedata.normalize("NFC", text.translate(self.table))
+        return unicodedata.normalize("NFC", text.translate(self.table))

@@ -20,6 +20,7 @@ from distillation.training.standing import open_run
 from finetuning.batches import LengthBatches, SpeechDataset
 from finetuning.config import FinetuneRun
 from finetuning.ctc import CTCModule, RatesBar, error_rates, head_frames
+from finetuning.damage import Damage
 from finetuning.decoding import beam_decoder
 from finetuning.transcripts import (
     Utterance,
@@ -67,6 +68,7 @@ def finetune(run: FinetuneRun) -> dict[str, float]:
     with run_lock(exp_dir, owner=True):
         standing = open_run(exp_dir, run.identity(content), run.continue_with_changes)
         report_left_out([train, valid], exp_dir)
+        damage = Damage(train, valid, exp_dir)
         step = standing.step
         standing.extend_to(config.max_steps)
         module = CTCModule(network, vocabulary, config, standing, run.seed)
@@ -82,7 +84,7 @@ def finetune(run: FinetuneRun) -> dict[str, float]:
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
             logger=metrics,
-            callbacks=[bar],
+            callbacks=[bar, damage],
             enable_checkpointing=False,
             plugins=[AtomicCheckpointIO()],
             enable_progress_bar=False,
@@ -110,9 +112,10 @@ def finetune(run: FinetuneRun) -> dict[str, float]:
             exp_dir / "final.pth", module.model, vocabulary=vocabulary, **{RUN: standing.entry(config.max_steps)}
         )
         with keeping(f"the model is in {exp_dir / 'final.pth'}, its error rates are not measured yet"):
-            results = dict(zip(("wer", "cer"), error_rates(module, valid_loader, module.decode)))
+            note = functools.partial(damage.note, valid)
+            results = dict(zip(("wer", "cer"), error_rates(module, valid_loader, module.decode, note)))
             if decode_beam is not None:
-                results |= zip(("beam_wer", "beam_cer"), error_rates(module, valid_loader, decode_beam))
+                results |= zip(("beam_wer", "beam_cer"), error_rates(module, valid_loader, decode_beam, note))
         write_text(exp_dir / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 

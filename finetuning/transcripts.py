@@ -7,7 +7,7 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from distillation.data.batching import MIN_INPUT_FRAMES
 from distillation.data.manifest import write_lines
 from distillation.errors import UserError
 from finetuning.letters import Case, Letters
-from finetuning.manifests import Row, read_rows
+from finetuning.manifests import BY_COMMAND, MALFORMED, NOT_FOUND, Row, read_rows
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
@@ -32,16 +32,19 @@ OVERSHOOT = round(0.5 * SAMPLE_RATE)  # samples by which an end may lie behind t
 
 # kind of a row that cannot be used -> what to do where all are so
 ADVICE = {
-    "missing audio": "do its paths start from another folder? Name it with --audio",
+    NOT_FOUND: "do its paths start from another folder? Name it with --audio",
+    MALFORMED: "is it a list of this kind?",
+    BY_COMMAND: "run the commands of wav.scp, and name what they give there",
     "unreadable audio": "copy them again, or convert formats that cannot be read here with prepare_data.py --convert",
     "not 16 kHz mono": "convert the files with prepare_data.py --convert and name their new folder with --audio",
+    "damaged audio": "copy the files again, or take them out of the list; prepare_data.py --check names all such files",
     "outside its audio": "do start and end belong to these files?",
     "too short for a frame": f"the models need {MIN_INPUT_FRAMES} samples",
     "empty transcript": "is the text in this file?",
     f"{SPACE} in the transcript": "it stands for the space: replace it",
     "longer than its audio allows": "do the transcripts belong to these files?",
 }
-MISSING, UNREADABLE, WRONG_FORMAT, OUTSIDE, TOO_SHORT, EMPTY, WITH_SPACE, TOO_LONG = ADVICE
+_, _, _, UNREADABLE, WRONG_FORMAT, DAMAGED, OUTSIDE, TOO_SHORT, EMPTY, WITH_SPACE, TOO_LONG = ADVICE
 
 
 class Utterance(NamedTuple):
@@ -94,7 +97,7 @@ def read_sets(sources: Sequence[Path], audio: Path | None = None, case: Case = "
 
     Args:
         sources: files or folders of one of ``finetuning.manifests.FORMATS``.
-        audio: folder that relative paths of lists start from, as for ``finetuning.manifests.AudioFolders``.
+        audio: folder of the audio, as for ``finetuning.manifests.AudioFolders``.
         case: as for ``finetuning.letters.Letters``.
 
     Raises:
@@ -121,15 +124,15 @@ def _checked(row: Row, letters: Letters, header_of: Callable[[Path], Header]) ->
     def unusable(kind: str, detail: str = "") -> LeftOut:
         return LeftOut(row.path, row.place, kind, detail)
 
+    if row.fault:
+        return unusable(*row.fault)
     text = letters.write(row.text)
     if not text or SPACE in text:
         return unusable(WITH_SPACE if text else EMPTY)
-    if row.missing:
-        return unusable(MISSING, row.missing)
     try:
         length, rate, channels = header_of(row.path)
     except AudioError as error:
-        return unusable(MISSING if isinstance(error.__context__, FileNotFoundError) else UNREADABLE, error.reason)
+        return unusable(NOT_FOUND if isinstance(error.__context__, FileNotFoundError) else UNREADABLE, error.reason)
     if rate != SAMPLE_RATE or channels != 1:
         return unusable(WRONG_FORMAT, f"{rate} Hz, {channels} channels")
     start, end = round(row.start * SAMPLE_RATE), length if row.end is None else round(row.end * SAMPLE_RATE)
@@ -188,20 +191,23 @@ def summary(rows: Sequence[LeftOut]) -> str:
     )
 
 
-def report_left_out(sets: Iterable[Transcripts], exp_dir: Path) -> None:
+def report_left_out(sets: Sequence[Transcripts], exp_dir: Path) -> None:
     """Log what is left out, and list it in ``left_out.tsv``, which is removed where there is nothing."""
+    for transcripts in sets:
+        if rows := transcripts.left_out:
+            total = len(rows) + len(transcripts.utterances)
+            of = transcripts.source, len(rows), total, exp_dir / LEFT_OUT
+            logger.warning("%s: %d of %d left out, see %s: %s", *of, summary(rows))
+    list_left_out(sets, exp_dir)
+
+
+def list_left_out(sets: Sequence[Transcripts], exp_dir: Path) -> None:
+    """Write ``left_out.tsv``."""
     listing = exp_dir / LEFT_OUT
     lines = []
-    for transcripts in sets:
-        rows = transcripts.left_out
-        if rows:
-            total = len(rows) + len(transcripts.utterances)
-            logger.warning(
-                "%s: %d of %d left out, see %s: %s", transcripts.source, len(rows), total, listing, summary(rows)
-            )
-        for path, place, kind, detail in rows:
-            cells = (str(path), place, f"{kind}: {detail}" if detail else kind)
-            lines.append("\t".join(re.sub(r"[\t\r\n]", " ", cell) for cell in cells))
+    for path, place, kind, detail in (row for transcripts in sets for row in transcripts.left_out):
+        cells = (str(path), place, f"{kind}: {detail}" if detail else kind)
+        lines.append("\t".join(re.sub(r"[\t\r\n]", " ", cell) for cell in cells))
     if lines:
         write_lines(listing, lines)
     else:

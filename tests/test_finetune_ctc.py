@@ -223,6 +223,57 @@ def test_rows_that_cannot_be_used_are_left_out_of_a_run(random_model, tones, tmp
         run(random_model, lists, tmp_path / "other", max_steps=2, freeze_steps=0)
 
 
+def lists_of(tones: tuple[Path, Path], folder: Path, damaged: int) -> tuple[Path, Path]:
+    """Lists of 4 utterances each, of which the first ``damaged`` are cut short behind their headers."""
+    lists = folder / "train.tsv", folder / "valid.tsv"
+    for source, listing in zip(tones, lists):
+        lines = []
+        for number, (path, _, text, *_) in enumerate(read_transcripts(source)[:4]):
+            copy = folder / f"{listing.stem}{number}.flac"
+            copy.write_bytes(path.read_bytes()[: path.stat().st_size // (2 if number < damaged else 1)])
+            lines.append(f"{copy.name}\t{text}")
+        listing.write_text("\n".join(lines))
+    return lists
+
+
+def test_damaged_audio_is_left_out_of_its_batch(random_model, tones, tmp_path, monkeypatch, caplog):
+    """Where it makes a batch alone, in training, validation and the last measurement; and resuming is exact."""
+    lists = lists_of(tones, tmp_path, 1)
+    settings = {"max_steps": 8, "freeze_steps": 1, "seconds_per_batch": 0.1}  # saves after 4, all utterances once
+    assert run(random_model, lists, tmp_path / "whole", **settings)["cer"] > 0
+    left_out = [line.split("\t") for line in (tmp_path / "whole" / "left_out.tsv").read_text().splitlines()]
+    for kind, (path, place, reason) in zip(("train", "valid"), left_out, strict=True):
+        assert (path, place) == (f"{tmp_path}/{kind}0.flac", f"{tmp_path}/{kind}.tsv line 1")
+        assert reason.startswith("damaged audio: ")
+        assert caplog.text.count(f"{kind}.tsv: 1 left out, see {tmp_path}/whole/left_out.tsv: 1 damaged audio") == 1
+    step = CTCModule.training_step
+
+    def killed(self, batch, batch_idx):
+        if self.global_step == 6:
+            raise KeyError("killed")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(CTCModule, "training_step", killed)
+        run(random_model, lists, tmp_path / "cut", **settings)
+    run(random_model, lists, tmp_path / "cut", **settings)
+    whole, cut = (load_model(tmp_path / name / "final.pth").state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_too_much_damaged_audio_ends_a_run(random_model, tones, tmp_path):
+    lists = lists_of(tones, tmp_path, 0)
+    settings = {"max_steps": 4, "freeze_steps": 1}
+    run(random_model, lists, tmp_path / "exp", **settings)
+    lists = lists_of(tones, tmp_path, 2)
+    with pytest.raises(UserError, match=r"valid\.tsv: 2 of 4 utterances cannot be decoded"):
+        run(random_model, lists, tmp_path / "exp", **settings)  # which only measures
+    with pytest.raises(UserError, match=r"train\.tsv: 2 of 4 utterances cannot be decoded so far, .* prepare_data\.py"):
+        run(random_model, lists, tmp_path / "other", **settings)
+    batch = SpeechDataset(read_transcripts(lists[0]), VOCABULARY)[[1, 2, 0, 3]]
+    assert len(batch.waveforms) == len(batch.texts) == 2 and len(batch.left_out) == 2
+
+
 def test_nothing_hides_what_cannot_be_learnt(random_model, tones):
     utterance = read_transcripts(tones[1])[0]._replace(text="ABCD" * 100)
     module = CTCModule(load_model(random_model), VOCABULARY, FinetuneConfig(), Standing(Path("x"), Record([])))

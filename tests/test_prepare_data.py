@@ -222,6 +222,61 @@ def test_copies_are_listed_in_place_of_what_does_not_fit(run, caplog, tmp_path):
     assert "--channel 0 says what copies hold" in run("--data", data, "--out", out, "--channel", 0, code=2)
 
 
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
+
+
+@pytest.mark.parametrize("joined", ["an original folder is elsewhere", "a folder of copies is a link", "copies"])
+def test_links_do_not_lead_copies_among_originals(run, tmp_path, joined):
+    data, disk, audio = tmp_path / "data", tmp_path / "disk", tmp_path / "audio"
+    args = ("--data", data, "--out", tmp_path / "out", "--convert", audio)
+    for folder in (disk / "clips", data / "own"):
+        write(folder / "hi.flac", rate=44100, channels=2)
+        write(folder / "ok.flac")
+        write(folder / "w.wav", rate=8000)
+    if joined == "copies":
+        run(*args)
+        (data / "again").symlink_to(audio / "own")
+    elif joined == "a folder of copies is a link":
+        audio.mkdir()
+        (audio / "own").symlink_to("../data/own")
+    else:
+        (data / "clips").symlink_to(disk / "clips")
+        args = (*args[:-1], disk)
+    before = content(tmp_path)
+    assert "are inside one another: copies and originals are to be apart" in run(*args, code=2)
+    assert {path: data for path, data in content(tmp_path).items() if path.name != KEPT} == before
+
+
+def test_names_that_no_list_can_hold(run, tmp_path):
+    data, out, audio = tmp_path / "data", tmp_path / "out", tmp_path / "audio"
+    for name in ("a.wav", "b.wav", "c\td.wav", "e\nf.wav", "g\udcff.wav"):
+        write(data / "x.wav", rate=8000)
+        (data / "x.wav").rename(data / name)
+    (data / "h\ni.m4a").write_text("")
+    args = ("--data", data, "--out", out, "--convert", audio)
+    error = run(*args, code=2)
+    assert f"{str(data / 'c') + chr(9) + 'd.wav'!r}: name, a tab or line end" in error and not audio.exists()
+    assert "no UTF-8, cannot be listed" in error and "(4 such files)" in error and files(out) == []
+    run(*args, "--skip_broken")
+    assert sorted(path.name for path in audio.iterdir()) == [COPIES, "a.flac", "b.flac"]
+    rows = [line.split("\t") for line in (out / "broken.tsv").read_text().splitlines()]
+    assert [row[1] for row in rows] == ["name"] * 4 and rows[2][0].endswith(r"g\udcff.wav'")
+    assert survey(data).num_unreadable == 4
+    assert "--convert" in run(*args[:-1], tmp_path / "a\nb", code=2)
+
+
+def test_channels_are_looked_for_before_anything_is_converted(run, tmp_path):
+    write(tmp_path / "data" / "a.wav", rate=8000, channels=2)
+    write(tmp_path / "valid" / "b.wav", rate=8000)
+    audio = tmp_path / "audio"
+    args = ("--data", tmp_path / "data", "--valid", tmp_path / "valid", "--out", tmp_path / "out", "--convert", audio)
+    assert "--channel 1: " in (error := run(*args, "--channel", 1, code=2)) and "b.wav has 1 channel(s)" in error
+    assert not audio.exists()
+    run(*args, "--channel", 0)
+    run(*args, "--channel", "00")
+
+
 def test_copies_of_own_validation_folder(run, tmp_path):
     write(tmp_path / "data" / "a.wav", rate=8000)
     write(tmp_path / "valid" / "a.wav", rate=8000, channels=2)
@@ -330,7 +385,7 @@ def test_check_reports_and_skips_what_cannot_be_used(run, tmp_path):
     assert ["unreadable", "2"] in table and ["silent", "1"] in table
 
     kept = read_kept(out)
-    assert len(kept) == 10  # of text.flac there was no header
+    assert len(kept) == 9  # what failed is looked at again
     run("--data", data, "--out", out, "--check", "--skip_broken")
     assert not (out / KEPT).exists()
     listed = [name for list_ in ("train", "valid") for name in read_tsv(out / f"{list_}.tsv").paths]
@@ -350,14 +405,14 @@ def test_what_was_found_is_not_looked_for_again(run, tmp_path, monkeypatch):
     write(data / "1.wav", 30000)
     (data / "2.wav").unlink()
     looked = []
-    for name in ("read_header", "check_audio"):
+    for name in ("probe", "check_audio"):
         original = getattr(corpus, name)
         monkeypatch.setattr(
             corpus, name, lambda path, *rest, f=original: (looked.append((f.__name__, path.name)), f(path, *rest))[1]
         )
     args = ("--data", data, "--out", out, "--check", "--skip_broken")
     run(*args)
-    headers = [("read_header", f"{name}.wav") for name in ("0", "1", "3", "silent")]
+    headers = [("probe", f"{name}.wav") for name in ("0", "1", "3", "silent")]
     assert sorted(looked) == [("check_audio", "1.wav"), *headers]
     manifests = [read_tsv(out / f"{name}.tsv") for name in ("train", "valid")]
     frames = {name: int(n) for manifest in manifests for name, n in zip(manifest.paths, manifest.num_frames)}
@@ -397,6 +452,8 @@ def test_command_line_mistakes(run, tmp_path):
     assert "holds no audio files" in run("--data", tmp_path / "none", *out, code=2)
     assert "--valid_fraction 1.5" in run(*data, *out, "--valid_fraction", 1.5, code=2)
     assert "use --valid" in run(*data, *out, code=2)
+    for rate in (0, -5, 1, 700_000):
+        assert f"--sample_rate {rate} is not between" in run(*data, *out, "--sample_rate", rate, code=2)
     assert files(tmp_path / "out") == []
     path = tmp_path / "data" / "a.flac"
     write(tmp_path / "other" / "b.flac")

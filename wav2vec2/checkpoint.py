@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import re
+import secrets
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         OSError: naming ``path``; the disk is full, the folder cannot be written, ...
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # No longer than the name where that is as long as names may be, and no other process's: some share folders and ids.
+    temporary = path.with_name(f".{path.name[:32]}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -16,7 +16,10 @@ import soundfile
 from distillation.data.containers import ContainerError, cut_off, inspect
 from distillation.data.manifest import MAX_FRAMES
 
-AUDIO_SUFFIXES = frozenset((".flac", ".wav", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph", ".w64", ".caf"))
+AUDIO_SUFFIXES = frozenset((
+    ".flac", ".wav", ".wave", ".rf64", ".w64", ".ogg", ".oga", ".opus", ".mp3", ".mpga", ".aiff", ".aif", ".aifc",
+    ".au", ".snd", ".sph", ".nist", ".caf", ".voc",
+))  # fmt: skip
 
 SILENCE_PEAK = 1e-4  # -80 dB of full scale: below the least bit but three of 16-bit audio
 CLIPPED_LEVEL = 0.999  # of full scale
@@ -82,6 +85,8 @@ class AudioReader:
         has_length = self._container.has_length and self._file.frames < UNKNOWN
         self.num_frames: int | None = self._file.frames if has_length else None
         """Samples that the header promises; None where it does not, and only decoding tells."""
+        self.seekable: bool = has_length and self._file.can_seek and self._container.seekable > 0
+        """Whether samples can be read from any place; else all before them is decoded."""
 
     def __enter__(self) -> "AudioReader":
         return self
@@ -107,8 +112,7 @@ class AudioReader:
         Where libsndfile cannot seek, or not to the right place, all before the sample is decoded: in MP3, GSM, G.72x
         and files without length. (Opus differs in the last bit after a seek, by 3e-8.)
         """
-        can_seek = self.num_frames is not None and self._file.can_seek
-        near = min(position, self._container.seekable) if can_seek else 0
+        near = min(position, self._container.seekable) if self.seekable else 0
         with self._naming():
             if near and not near <= self.position <= position:
                 self.position = self._file.seek(near)
@@ -175,6 +179,12 @@ def read_header(path: Path) -> Header:
     Raises:
         AudioError: the file is missing, no audio, empty or shorter than its header promises.
     """
+    return probe(path)[0]
+
+
+def probe(path: Path) -> tuple[Header, bool]:
+    """What `read_header` gives, and whether samples can be read from any place without decoding all before them."""
+    seekable = True
     try:
         _require_regular_file(path)
         with path.open("rb", buffering=0) as file:
@@ -185,12 +195,14 @@ def read_header(path: Path) -> Header:
     if header is None:
         with AudioReader(path) as reader:
             num_frames = sum(map(len, reader.blocks())) if reader.num_frames is None else reader.num_frames
-            header = Header(num_frames, reader.sample_rate, reader.num_channels)
+            header, seekable = Header(num_frames, reader.sample_rate, reader.num_channels), reader.seekable
+    if not header.sample_rate:
+        raise AudioError(path, "its header says 0 Hz")
     if not header.num_frames:
         raise AudioError(path, "holds no audio")
     if header.num_frames > MAX_FRAMES:
         raise AudioError(path, f"{header.num_frames} samples, more than {MAX_FRAMES}: cut it into several files")
-    return header
+    return header, seekable
 
 
 def read_crop(path: Path, start: int, num_frames: int, sample_rate: int) -> np.ndarray:
@@ -231,36 +243,40 @@ def decode(path: Path) -> Iterator[np.ndarray]:
 def level_of(waveform: np.ndarray) -> str | None:
     """``silent`` or ``clipped`` where a stretch of audio ``[N]`` is suspicious, though it can be used."""
     level = np.abs(waveform)
-    peak = level.max()
+    peak = float(level.max())
+    return _judge(peak, int(np.count_nonzero(level >= CLIPPED_LEVEL)) if peak >= CLIPPED_LEVEL else 0, len(level))
+
+
+def _judge(peak: float, num_clipped: int, count: int) -> str | None:
     if peak < SILENCE_PEAK:
         return "silent"
-    clipped = peak >= CLIPPED_LEVEL and np.count_nonzero(level >= CLIPPED_LEVEL) > CLIPPED_SHARE * len(level)
-    return "clipped" if clipped else None
+    return "clipped" if num_clipped > CLIPPED_SHARE * count else None
 
 
 def check_audio(path: Path, num_frames: int) -> Finding | None:
-    """Decode a whole file whose header promises ``num_frames`` and name the worst thing found, if any."""
+    """Decode a whole file whose header promises ``num_frames`` and name the worst thing found, if any.
+
+    Raises:
+        AudioError: it cannot be decoded.
+    """
     count, clipped, peak = 0, 0, 0.0
-    try:
-        for block in decode(path):
-            # One pass over the samples finds NaN too: a maximum with NaN in it is NaN.
-            level = np.abs(block)
-            highest = float(level.max())
-            if not np.isfinite(highest):
-                return Finding("NaN or infinite", f"between samples {count} and {count + len(block)}", False)
-            peak = max(peak, highest)
-            if highest >= CLIPPED_LEVEL:
-                clipped += int(np.count_nonzero(level >= CLIPPED_LEVEL))
-            count += len(block)
-    except AudioError as error:
-        return Finding("unreadable", error.reason, False)
+    for block in decode(path):
+        # One pass over the samples finds NaN too: a maximum with NaN in it is NaN.
+        level = np.abs(block)
+        highest = float(level.max())
+        if not np.isfinite(highest):
+            return Finding("NaN or infinite", f"between samples {count} and {count + len(block)}", False)
+        peak = max(peak, highest)
+        if highest >= CLIPPED_LEVEL:
+            clipped += int(np.count_nonzero(level >= CLIPPED_LEVEL))
+        count += len(block)
     if count != num_frames:
         return Finding("length", f"the header says {num_frames} samples, decoding gives {count}", False)
-    if peak < SILENCE_PEAK:
-        return Finding("silent", f"peak {peak:.1e} of full scale", True)
-    if clipped > CLIPPED_SHARE * count:
-        return Finding("clipped", f"{clipped / count:.1%} of the samples at full scale", True)
-    return None
+    kind = _judge(peak, clipped, count)
+    if kind is None:
+        return None
+    silent, loud = f"peak {peak:.1e} of full scale", f"{clipped / count:.1%} of the samples at full scale"
+    return Finding(kind, silent if kind == "silent" else loud, True)
 
 
 def _flac_header(head: bytes) -> Header | None:

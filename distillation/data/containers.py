@@ -189,7 +189,9 @@ def _inspect_ogg(descriptor: int, size: int) -> Container:
             raise ContainerError("cut off in the middle of an Ogg page")
         is_first = page[5] & 2
         if is_first and begun:
-            raise ContainerError("several Ogg streams joined, of which only the first can be read: convert it")
+            raise ContainerError(
+                "several Ogg streams joined, of which only the first can be read: decode it with another program"
+            )
         begun |= not is_first
         if (granule := int.from_bytes(page[6:14], "little")) < 2**63:
             granules = [granules[1], granule]

@@ -2,15 +2,18 @@
 
 import contextlib
 import functools
+import json
 import logging
 import os
+import secrets
 import shutil
 import struct
 import subprocess
 import tempfile
 import threading
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,27 +24,32 @@ import soundfile
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from distillation.data.audio import CHECK_BLOCK, AudioError, AudioReader, Finding, Header, decode
-from distillation.data.corpus import Files, Problem, in_threads, remembered
+from distillation.data.audio import CHECK_BLOCK, AudioError, Header, decode
+from distillation.data.corpus import Files, Problem, in_threads, remembered, unreadable
 from distillation.data.manifest import Manifest
 from distillation.data.resampling import resampled
 from distillation.errors import UserError
 from distillation.journal import Journal
 from distillation.stopping import keeping
+from distillation.training.lock import run_lock
 from wav2vec2.checkpoint import replacing
 
 logger = logging.getLogger(__name__)
 
-# Formats that hold what was recorded and are read from any place at once.
-LOSSLESS_SUFFIXES = frozenset((".flac", ".wav", ".aiff", ".aif", ".au", ".sph", ".w64", ".caf"))
+# Formats that are read as they are: they hold what was recorded, with few exceptions (GSM or ADPCM in WAV, ...).
+LOSSLESS_SUFFIXES = frozenset((
+    ".flac", ".wav", ".wave", ".rf64", ".w64", ".aiff", ".aif", ".aifc", ".au", ".snd", ".sph", ".nist", ".caf", ".voc",
+))  # fmt: skip
 # 16-bit FLAC at 16 kHz: 0.066 for LibriSpeech as it is, 0.063 for the same speech out of MP3
 GIGABYTES_PER_HOUR = 0.065
 # Where the speaker pauses it is less: only with less room than this share of the estimate it is sure not to fit.
 LEAST_ROOM = 2 / 3
 # A guess for the progress bar: the length of a file that only ffmpeg reads is not known before. 128 kbit/s
 FOREIGN_BYTES_PER_HOUR = 57.6e6
-# A file whose container does not give its length is decoded from its start for each crop: long ones are copied.
+# What cannot be read from any place (no length in the header, GSM, ...) is decoded from its start for each crop: long
+# files are copied.
 LONG_SECONDS = 60
+MAX_NAME = 255  # bytes, on nearly all file systems
 COPIES = ".copies.jsonl"  # in the folder of the copies: which are finished, and of which originals
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}]"
 # Of the AU format: magic, where the samples begin, their bytes, encoding, rate, channels; and the encoding float32.
@@ -62,23 +70,44 @@ class Copying:
     """Files converted at once; by default one per core."""
 
 
-def fits(path: Path, header: Header, sample_rate: int) -> bool:
-    """Whether a file needs no copy."""
-    if path.suffix.lower() not in LOSSLESS_SUFFIXES or (header.sample_rate, header.num_channels) != (sample_rate, 1):
-        return False
-    if header.num_frames < LONG_SECONDS * sample_rate:
-        return True
+def fitting(files: Files, sample_rate: int) -> list[bool]:
+    """Which files need no copy."""
+    return [
+        (header.sample_rate, header.num_channels) == (sample_rate, 1)
+        and PurePosixPath(name).suffix.lower() in LOSSLESS_SUFFIXES
+        and (seekable or header.num_frames < LONG_SECONDS * sample_rate)
+        for name, header, seekable in zip(files.names, files.headers, files.seekable, strict=True)
+    ]
+
+
+def copies_of(folder: Path) -> tuple[Path, dict[str, str]] | None:
+    """What a folder of copies was made of: root of the originals; and the name of each copy by that of its original.
+
+    Names are relative to root and folder. Originals that needed no copy are links, under their own names; they are not
+    among these. None where the folder is none of copies; nothing is written.
+    """
+    entries = []
     try:
-        with AudioReader(path) as reader:
-            return reader.num_frames is not None
-    except AudioError:  # what decodes it will say so
-        return False
+        for line in (folder / COPIES).read_text("utf-8", "replace").split("\n"):
+            with contextlib.suppress(ValueError):  # a crash cut it off
+                entries.append(json.loads(line))
+        root = Path(entries[0]["of"]["data"])
+        copies = _copies_in({entry["key"]: entry["value"] for entry in entries[1:]})
+        return root, {name: copy["copy"] for name, copy in copies.items() if copy["bytes"]}
+    except (OSError, LookupError, TypeError):
+        return None
+
+
+def _copies_in(pieces: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a journal says of the copies by the names of their originals; of 0 bytes those that may be half-made."""
+    return {name: piece[2] for name, piece in pieces.items() if piece is not None}
 
 
 def convert(files: Files, foreign: Sequence[str], copying: Copying, problems: list[Problem]) -> Manifest:
     """Make copies of files in the same folders; those that fit already are linked. Originals are only read.
 
-    A finished copy is made again only when its original has changed.
+    A finished copy stays while its original has the same size and time and the copy has the same name and size. Copies
+    that nothing is the original of any more are removed.
 
     Args:
         files: below one root.
@@ -91,18 +120,31 @@ def convert(files: Files, foreign: Sequence[str], copying: Copying, problems: li
 
     Raises:
         Stopped: a signal asked for it.
-        UserError: a file lacks the channel, the folder holds other copies, or its disk has too little room.
+        UserError: a file lacks the channel, the folder is in use or holds other copies or files that would be
+            overwritten, its disk has too little room, or the name of a copy would be too long.
     """
+    with run_lock(copying.out, owner=True):
+        return _convert(files, foreign, copying, problems)
+
+
+def _convert(files: Files, foreign: Sequence[str], copying: Copying, problems: list[Problem]) -> Manifest:
     root, out = files.root, copying.out
-    _require_channel(files, copying.channel)
+    require_channel(files, copying.channel)
     headers = dict(zip(files.names, files.headers, strict=True))
-    linked = [name for name, header in headers.items() if fits(root / name, header, copying.sample_rate)]
+    linked = [name for name, fit in zip(files.names, fitting(files, copying.sample_rate), strict=True) if fit]
+    if linked and not _has_links(out):
+        logger.info("%s: the file system has no symbolic links, all files are copied", out)
+        linked = []
     hours = {name: header.num_frames / header.sample_rate / 3600 for name, header in headers.items()}
     for name in linked:
         del hours[name]
-    of = {"data": str(root), "channel": copying.channel, "sample_rate": copying.sample_rate}
-    known = Journal(out / COPIES, of, "copies", "name another folder with --convert, or remove this one")
-    _require_room(out, sum(hours.values()) * GIGABYTES_PER_HOUR, known)
+    of = {"version": 2, "data": str(root), "channel": copying.channel, "sample_rate": copying.sample_rate}
+    moved = 'for the same audio in a new place, write the place as "data" in the first line of that file'
+    refuse = f"name another folder with --convert, or remove this one; {moved}"
+    known = Journal(out / COPIES, of, "copies", refuse)
+    before = _copies_in(known.pieces)
+    made = sum(copy["bytes"] for copy in before.values()) / 1e9
+    _require_room(out, sum(hours.values()) * GIGABYTES_PER_HOUR - made)
     for name in foreign:
         with contextlib.suppress(OSError):  # ffmpeg will say so
             hours[name] = 0.0
@@ -110,15 +152,24 @@ def convert(files: Files, foreign: Sequence[str], copying: Copying, problems: li
     # The longest first, so that no core is alone with one at the end.
     names = sorted(hours, key=lambda name: (-hours[name], name))
     targets = copy_names(names, linked)
+    _require_names(out, [*linked, *targets.values()], {copy["copy"] for copy in before.values()})
 
     with keeping(f"the finished copies are in {out}"):
+        old = {name: copy["copy"] for name, copy in before.items() if targets.get(name) != copy["copy"]}
+        _retire(out, old, known)
+        # Their names before they are made: what a kill leaves is known to be a copy, and made again.
+        new = targets.keys() - _copies_in(known.pieces).keys()
+        known.update({name: [0, 0, {"copy": targets[name], "frames": 0, "bytes": 0}] for name in sorted(new)})
         _link(root, linked, out, copying.num_threads)
         copies: list[dict[str, Any]] = []
+        failed = {}
         for name, found in _copies(root, names, headers, hours, targets, copying, known):
-            if isinstance(found, dict):
-                copies.append(found)
+            if isinstance(found, AudioError):
+                problems.append(unreadable(root / name, found))
+                failed[name] = targets[name]
             else:
-                problems.append(Problem(root / name, Finding(*found)))
+                copies.append(found)
+        _retire(out, failed, known)
     problems.sort(key=lambda problem: problem.file)
     gigabytes = sum(copy["bytes"] for copy in copies) / 1e9
     total = sum(copy["frames"] for copy in copies) / copying.sample_rate / 3600
@@ -132,36 +183,103 @@ def convert(files: Files, foreign: Sequence[str], copying: Copying, problems: li
 
 
 def copy_names(names: Sequence[str], linked: Sequence[str]) -> dict[str, str]:
-    """What the copy of each file is called: a.flac for a.mp3, but a.mp3.flac where another file would be a.flac too."""
+    """What the copy of each file is called: a.flac for a.mp3, but a.mp3.flac where something else would be a.flac too.
+
+    Names that some file systems take for one count as one.
+    """
     first = {name: str(PurePosixPath(name).with_suffix(".flac")) for name in names}
-    wanted = Counter([*first.values(), *linked])
-    taken = {*linked, *(target for target in first.values() if wanted[target] == 1)}
+    folders = {os.path.dirname(name) for name in (*names, *linked)}  # noqa: PTH120 (there may be a million names)
+    folders |= {str(parent) for folder in folders for parent in PurePosixPath(folder).parents}
+    fixed = [_folded(name) for name in (*linked, *folders)]
+    wanted = Counter([*map(_folded, first.values()), *fixed])
+    taken = {*fixed, *(target for target in map(_folded, first.values()) if wanted[target] == 1)}
     targets = {}
     for name in sorted(names):
         target = first[name]
-        if wanted[target] > 1:
+        if wanted[_folded(target)] > 1:
             target = f"{name}.flac"
-            while target in taken:
+            while _folded(target) in taken:
                 target += ".flac"
-            taken.add(target)
+            taken.add(_folded(target))
         targets[name] = target
     return targets
 
 
-def _require_channel(files: Files, channel: str) -> None:
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def require_apart(out: Path, names: Iterable[str], tops: Sequence[Path]) -> None:
+    """Refuse to make copies among originals, whatever links join the two.
+
+    Args:
+        out: folder of the copies.
+        names: of the originals, and so of the folders in ``out`` that are written to.
+        tops: folders that hold originals, resolved.
+
+    Raises:
+        UserError: a folder that would be written to is in one that holds originals, or the other way round.
+    """
+    folders = {os.path.dirname(name) for name in names}  # noqa: PTH120 (there may be a million names)
+    written = {Path(os.path.realpath(out / folder)) for folder in ("", *folders)}
+    above_written = {above for folder in written for above in (folder, *folder.parents)}
+    for top in tops:
+        if top in above_written or not written.isdisjoint((top, *top.parents)):
+            text = "copies and originals are to be apart, name a folder beside the lists"
+            raise UserError(f"--convert {out} and {top}, where the audio is, are inside one another: {text}")
+
+
+def _require_names(out: Path, names: list[str], known: set[str]) -> None:
+    """Refuse to overwrite what is neither a known copy nor a link that was made here; remove what a kill left."""
+    present = set()
+    for folder, folders, files in os.walk(out):
+        prefix = "" if folder == str(out) else f"{os.path.relpath(folder, out)}/"
+        for name in files:
+            if name.startswith(".") and name.endswith(".tmp"):
+                Path(folder, name).unlink(missing_ok=True)
+        present |= {prefix + name for name in (*folders, *files)}
+    for name in names:
+        path = out / name
+        if name in present and name not in known and not (path.is_symlink() and _is_link_to(path, name)):
+            raise UserError(
+                f"{path} was not made by --convert and would be overwritten: move it away, or name another folder"
+            )
+        if len(os.fsencode(path.name)) > MAX_NAME:
+            raise UserError(f"{path}: a copy's name is longer than {MAX_NAME} bytes: rename the original")
+
+
+def _is_link_to(path: Path, name: str) -> bool:
+    return os.readlink(path).endswith(f"/{name}")  # noqa: PTH115 (a Path of each of a million would take longer)
+
+
+def _retire(out: Path, copies: dict[str, str], known: Journal) -> None:
+    """Remove copies, which are given by the names of their originals."""
+    num_removed = 0
+    for copy in copies.values():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            (out / copy).unlink()
+            num_removed += 1
+    known.update(dict.fromkeys(copies))
+    if num_removed:
+        text = "%s: %d copies removed: their originals are gone, broken or fit by now, or they have other names"
+        logger.info(text, out, num_removed)
+
+
+def require_channel(files: Files, channel: str) -> None:
+    """Refuse files that lack the channel that copies are to hold.
+
+    Raises:
+        UserError: naming the first.
+    """
     if channel == "mix":
         return
     without = [i for i, header in enumerate(files.headers) if header.num_channels <= int(channel)]
     if without:
-        raise _no_channel(files.root / files.names[without[0]], files.headers[without[0]].num_channels, channel)
+        path, num_channels = files.root / files.names[without[0]], files.headers[without[0]].num_channels
+        raise UserError(f"--channel {channel}: {path} has {num_channels} channel(s), counted from 0")
 
 
-def _no_channel(path: Path, num_channels: int, channel: str) -> UserError:
-    return UserError(f"--channel {channel}: {path} has {num_channels} channel(s), counted from 0")
-
-
-def _require_room(out: Path, gigabytes: float, known: Journal) -> None:
-    gigabytes -= sum(found["bytes"] for *_, found in known.pieces.values() if isinstance(found, dict)) / 1e9
+def _require_room(out: Path, gigabytes: float) -> None:
     free = shutil.disk_usage(out).free / 1e9
     if free < LEAST_ROOM * gigabytes:
         raise UserError(
@@ -171,7 +289,7 @@ def _require_room(out: Path, gigabytes: float, known: Journal) -> None:
 
 
 def _link(root: Path, names: Sequence[str], out: Path, num_threads: int | None) -> None:
-    """Symbolic links to originals; copies where the file system has no links."""
+    """Symbolic links to originals."""
     for folder in sorted({os.path.dirname(name) for name in names}):  # noqa: PTH120 (there may be a million names)
         (out / folder).mkdir(parents=True, exist_ok=True)
 
@@ -179,19 +297,25 @@ def _link(root: Path, names: Sequence[str], out: Path, num_threads: int | None) 
         original, target = f"{root}/{name}", out / name
         if target.is_symlink() and os.readlink(target) == original:  # noqa: PTH115
             return
-        # Not the name that `replacing` writes to: nothing is ever written through a link to an original.
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.link")
+        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
         try:
-            temporary.unlink(missing_ok=True)
             temporary.symlink_to(original)
-        except OSError:
-            with replacing(target) as temporary:
-                shutil.copyfile(original, temporary)
-        else:
             temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     for _ in in_threads(link, names, "linking", num_threads, chunk=64):
         pass
+
+
+def _has_links(folder: Path) -> bool:
+    link = folder / f".{secrets.token_hex(8)}.tmp"
+    try:
+        link.symlink_to("anything")
+    except OSError:
+        return False
+    link.unlink()
+    return True
 
 
 def _copies(
@@ -203,7 +327,7 @@ def _copies(
     copying: Copying,
     known: Journal,
 ) -> Iterator[tuple[str, Any]]:
-    """Name of an original and what became of it, as they are finished: the copy, or a `Finding`."""
+    """Name of an original and what became of it, as they are finished: the copy, or an `AudioError`."""
     ended, lock = threading.Event(), threading.Lock()
     shown = dict.fromkeys(names, 0.0)
     with (
@@ -224,23 +348,18 @@ def _copies(
                 yield _one_channel(root / name, block, copying.channel)
                 show(name, len(block) / rate / 3600)
 
-        def copy(index: int) -> dict[str, Any] | Finding:
+        def copy(index: int) -> dict[str, Any]:
             name = names[index]
             source = ffmpeg_decode(root / name) if name not in headers else _decode(root / name, headers[name])
-            try:
-                with source as (rate, blocks), replacing(copying.out / targets[name]) as temporary:
-                    mono = resampled(watched(name, blocks, rate), rate, copying.sample_rate)
-                    num_frames, clipped = _write_flac(temporary, mono, copying.sample_rate)
-                    if not num_frames:
-                        raise AudioError(root / name, "holds no audio")
-                    size = temporary.stat().st_size
-            except AudioError as error:
-                return Finding("unreadable", error.reason, False)
+            with source as (rate, blocks), replacing(copying.out / targets[name]) as temporary:
+                mono = resampled(watched(name, blocks, rate), rate, copying.sample_rate)
+                num_frames, clipped = _write_flac(temporary, mono, copying.sample_rate)
+                if not num_frames:
+                    raise AudioError(root / name, "holds no audio")
+                size = temporary.stat().st_size
             return {"copy": targets[name], "frames": num_frames, "bytes": size, "clipped": clipped}
 
         def holds(index: int, found: Any) -> bool:
-            if not isinstance(found, dict):
-                return True
             try:
                 size = (copying.out / found["copy"]).stat().st_size
             except OSError:
@@ -249,7 +368,7 @@ def _copies(
 
         paths = [f"{root}/{name}" for name in names]
         num_threads = copying.num_threads or len(os.sched_getaffinity(0))
-        for index, found in remembered(copy, paths, paths, known, None, num_threads, chunk=1, holds=holds, ended=ended):
+        for index, found in remembered(copy, paths, names, known, None, num_threads, chunk=1, holds=holds, ended=ended):
             show(names[index], max(0.0, hours[names[index]] - shown[names[index]]))
             yield names[index], found
 
@@ -258,8 +377,7 @@ def _one_channel(path: Path, block: np.ndarray, channel: str) -> np.ndarray:
     """``[n]`` of ``[n, C]``.
 
     Raises:
-        AudioError: samples that are not finite.
-        UserError: there is no such channel.
+        AudioError: samples that are not finite, or no such channel.
     """
     num_channels = block.shape[1]
     if channel == "mix":
@@ -267,7 +385,7 @@ def _one_channel(path: Path, block: np.ndarray, channel: str) -> np.ndarray:
     elif int(channel) < num_channels:
         mono = block[:, int(channel)]
     else:
-        raise _no_channel(path, num_channels, channel)
+        raise AudioError(path, f"{num_channels} channel(s), no --channel {channel}, counted from 0")
     if not np.isfinite(mono).all():
         raise AudioError(path, "NaN or infinite samples")
     return np.ascontiguousarray(mono)
@@ -343,7 +461,7 @@ def ffmpeg_decode(path: Path) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
         def finish() -> None:
             """Ffmpeg goes on after an error and ends with code 0: what it says tells."""
             code = process.wait()
-            if code < 0 or code == 255:
+            if code < 0:
                 raise UserError(f"{path}: a signal ended ffmpeg (exit code {code}): run again")
             complaints.seek(0)
             said = complaints.read().decode("utf-8", "replace").strip()

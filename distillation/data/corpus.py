@@ -8,26 +8,28 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from distillation.data.audio import AUDIO_SUFFIXES, AudioError, Finding, Header, check_audio, read_header
-from distillation.data.manifest import Manifest
+from distillation.data.audio import AUDIO_SUFFIXES, AudioError, Finding, Header, check_audio, probe
+from distillation.data.manifest import NO_NAME, UNLISTABLE, Manifest
 from distillation.errors import UserError
 from distillation.journal import Journal
 
 logger = logging.getLogger(__name__)
 
-# Formats that libsndfile cannot read, and ffmpeg can.
+# Formats that libsndfile cannot read, or not to their end (MP2), and ffmpeg can.
 FFMPEG_SUFFIXES = frozenset((
     ".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".aac", ".3gp", ".3g2", ".wma", ".asf", ".webm", ".mka", ".mkv", ".amr",
-    ".ape", ".wv", ".tta", ".tak", ".mpc", ".spx", ".ac3", ".eac3", ".dts", ".mp2", ".ra", ".rm", ".oga", ".dsf",
-    ".avi", ".flv",
+    ".ape", ".wv", ".tta", ".tak", ".mpc", ".spx", ".ac3", ".eac3", ".dts", ".mp2", ".ra", ".rm", ".dsf", ".avi",
+    ".flv",
 ))  # fmt: skip
 ALL_SUFFIXES = AUDIO_SUFFIXES | FFMPEG_SUFFIXES
 
@@ -37,6 +39,8 @@ VALID_PARTS = ("dev-clean", "dev-other")
 MAX_VALID_SHARE = 0.2
 # Findings are kept once a second. Those that come faster than so many per second are as fast to find as to keep.
 KEEP_SECONDS, KEEP_RATE = 1.0, 10_000
+# Items that wait for a thread: a Future of each of a million would take gigabytes.
+WAITING = 4
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -57,6 +61,7 @@ class Found(NamedTuple):
     names: list[str]  # sorted; in formats that are read here
     foreign: list[str]  # sorted; in formats that only ffmpeg reads
     identities: AbstractSet[Identity]
+    tops: list[Path]  # resolved: the root, and the folders elsewhere that symbolic links lead to
 
 
 class Files(NamedTuple):
@@ -65,6 +70,8 @@ class Files(NamedTuple):
     root: Path
     names: list[str]
     headers: list[Header]
+    seekable: list[bool]
+    """Whether samples can be read from any place."""
 
 
 class Layout(NamedTuple):
@@ -124,7 +131,7 @@ def find(root: Path, parts: Sequence[str], elsewhere: AbstractSet[Identity] = fr
     """
     root = root.resolve()
     parts = [part for part in dict.fromkeys(parts) if (root / part).is_dir()]
-    files, num_folders = _walk(root, parts)
+    files, tops, num_folders = _walk(root, parts)
     files.sort()
     if not files:
         raise UserError(f"{root} holds no audio files ({', '.join(sorted(AUDIO_SUFFIXES))})")
@@ -143,12 +150,24 @@ def find(root: Path, parts: Sequence[str], elsewhere: AbstractSet[Identity] = fr
         logger.info("%d files of --data are in --valid as well: they are not trained on", num_elsewhere)
     own = [name for name in names if _suffix(name) in AUDIO_SUFFIXES]
     foreign = [] if len(own) == len(names) else [name for name in names if _suffix(name) in FFMPEG_SUFFIXES]
-    return Found(root, own, foreign, once.keys())
+    return Found(root, own, foreign, once.keys(), [root, *tops])
 
 
-def _walk(root: Path, parts: Sequence[str]) -> tuple[list[tuple[bool, str, Identity]], int]:
-    """All audio files: whether a symbolic link leads there, name and identity; and how many links to folders do not."""
+def without_bad_names(found: Found, problems: list[Problem]) -> Found:
+    """Without the files whose names no list can hold: they become ``problems``."""
+    bad = set(filter(UNLISTABLE.search, (*found.names, *found.foreign)))
+    problems += [Problem(found.root / name, Finding("name", NO_NAME, False)) for name in sorted(bad)]
+    names, foreign = ([name for name in names if name not in bad] for names in (found.names, found.foreign))
+    return found._replace(names=names, foreign=foreign)
+
+
+def _walk(root: Path, parts: Sequence[str]) -> tuple[list[tuple[bool, str, Identity]], list[Path], int]:
+    """All audio files: whether a symbolic link leads there, name and identity.
+
+    Then the folders that links lead to; and how many links lead to folders that are listed under other names.
+    """
     files: list[tuple[bool, str, Identity]] = []
+    tops: list[Path] = []
     visited: set[Identity] = set()
     # Folders under their own names first. Then one link after the other, in order of names: parts of a corpus are often
     # links to other disks. `visited` ends a loop of links.
@@ -162,6 +181,7 @@ def _walk(root: Path, parts: Sequence[str]) -> tuple[list[tuple[bool, str, Ident
         else:
             own.append((False, prefix))
     while own or links:
+        is_top = not own
         linked, prefix = own.pop() if own else (True, heapq.heappop(links))
         try:
             status = os.stat(f"{root}/{prefix}")  # noqa: PTH116 (there may be a million; so below)
@@ -170,6 +190,8 @@ def _walk(root: Path, parts: Sequence[str]) -> tuple[list[tuple[bool, str, Ident
                 num_again += 1
                 continue
             visited.add(here)
+            if is_top:
+                tops.append((root / prefix).resolve())
             with os.scandir(f"{root}/{prefix}") as entries:
                 numbered: bool | None = None
                 for entry in entries:
@@ -193,7 +215,7 @@ def _walk(root: Path, parts: Sequence[str]) -> tuple[list[tuple[bool, str, Ident
                         files.append((linked or is_link, f"{prefix}{name}", identity))
         except OSError as error:
             raise UserError(f"cannot read the folder {root}/{prefix}: {error.strerror}") from None
-    return files, num_again
+    return files, tops, num_again
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -227,22 +249,26 @@ def read_headers(
 ) -> Files:
     """Read every header that is not ``known``; files whose header cannot be read become ``problems``."""
 
-    def header(index: int) -> Header | str:
-        try:
-            return read_header(root / names[index])
-        except AudioError as error:
-            return error.reason
+    def look(index: int) -> tuple[Header, bool]:
+        return probe(root / names[index])
 
     paths = [f"{root}/{name}" for name in names]
-    good: list[str] = []
-    headers: list[Header] = []
-    for index, found in sorted(remembered(header, paths, paths, known, "headers", num_threads, chunk=256, slow=False)):
-        if isinstance(found, str):
-            problems.append(Problem(root / names[index], Finding("unreadable", found, False)))
+    files = Files(root, [], [], [])
+    results = remembered(look, paths, paths, known, "headers", num_threads, chunk=256, slow=False)
+    for index, found in sorted(results, key=itemgetter(0)):
+        if isinstance(found, AudioError):
+            problems.append(unreadable(root / names[index], found))
         else:
-            good.append(names[index])
-            headers.append(Header(*found))
-    return Files(root, good, headers)
+            header, seekable = found
+            files.names.append(names[index])
+            files.headers.append(Header(*header))
+            files.seekable.append(seekable)
+    return files
+
+
+def unreadable(file: Path, error: AudioError) -> Problem:
+    """A file that cannot be used."""
+    return Problem(file, Finding("unreadable", error.reason, False))
 
 
 def as_they_are(files: Files, sample_rate: int) -> Manifest:
@@ -274,11 +300,13 @@ def decodable(manifest: Manifest, num_threads: int | None, problems: list[Proble
     paths = [f"{manifest.root}/{name}" for name in manifest.paths]
     keys = [f"{path}, decoded to {num} samples" for path, num in zip(paths, manifest.num_frames.tolist())]
     keep = np.ones(len(manifest), dtype=bool)
-    for index, found in sorted(remembered(decode, paths, keys, known, "decoding", num_threads, chunk=8)):
+    results = remembered(decode, paths, keys, known, "decoding", num_threads, chunk=8)
+    for index, found in sorted(results, key=itemgetter(0)):
         if found is not None:
-            finding = Finding(*found)
-            problems.append(Problem(manifest.file(index), finding))
-            keep[index] = finding.usable
+            file = manifest.file(index)
+            problem = unreadable(file, found) if isinstance(found, AudioError) else Problem(file, Finding(*found))
+            problems.append(problem)
+            keep[index] = problem.finding.usable
     return subset(manifest, keep)
 
 
@@ -374,8 +402,10 @@ def remembered(
 ) -> Generator[tuple[int, Any], None, None]:
     """What a function finds in each file, as it comes, in plain JSON types; it is kept, and looked for only once.
 
+    Failures are not kept: they may pass, as those of a network mount do, and are few.
+
     Args:
-        function: is given the index of a file.
+        function: is given the index of a file, and raises AudioError where it fails.
         paths: of the files; one that has another size or time than when it was looked at is looked at again.
         keys: under which the findings are kept.
         known: keeps them; None keeps nothing.
@@ -387,13 +417,19 @@ def remembered(
         ended: is set when nobody waits any more, for a function that takes long.
 
     Yields:
-        Index of a file, and what was found.
+        Index of a file, and what was found, or the AudioError.
     """
     pieces: dict[str, Any] = {} if known is None else known.pieces
     new: deque[tuple[str, list[Any]]] = deque()
     slow = slow and known is not None
 
     def look(index: int) -> Any:
+        try:
+            return find_or_recall(index)
+        except AudioError as error:
+            return error
+
+    def find_or_recall(index: int) -> Any:
         before = pieces.get(keys[index])
         if before is None and not slow:
             return function(index)
@@ -444,12 +480,18 @@ def in_threads(
         indices = range(start, min(start + chunk, len(items)))
         return [(index, function(items[index])) for index in indices if not ended.is_set()]
 
-    pool = ThreadPoolExecutor(num_threads or 2 * (os.cpu_count() or 1))
+    num_threads = num_threads or 2 * (os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(num_threads)
+    starts = iter(range(0, len(items), chunk))
     try:
         with tqdm(total=len(items), desc=label, unit="file", delay=1, disable=label is None) as bar:
-            for done in as_completed([pool.submit(work, start) for start in range(0, len(items), chunk)]):
-                bar.update(len(done.result()))
-                yield from done.result()
+            running = {pool.submit(work, start) for start in islice(starts, WAITING * num_threads)}
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= {pool.submit(work, start) for start in islice(starts, len(done))}
+                for future in done:
+                    bar.update(len(future.result()))
+                    yield from future.result()
     finally:
         ended.set()
         pool.shutdown(cancel_futures=True)

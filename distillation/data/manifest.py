@@ -1,7 +1,8 @@
 """The tsv lists of utterances: the first line is the root folder, then ``relative path<TAB>frames`` per utterance."""
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,9 @@ MAX_FRAMES = 2**32
 MAX_DIGITS = 20
 # Characters of a list that are checked at once.
 BLOCK = 2**20
+# What no list can hold in a file name; bytes that are no UTF-8 come as surrogates.
+UNLISTABLE = re.compile("[\t\r\n\ud800-\udfff]")
+NO_NAME = "a tab or line end in a name, or bytes that are no UTF-8, cannot be listed: rename it"
 ROW_END = re.compile(rf"\t([0-9]{{1,{MAX_DIGITS}}})\r?(?:\n|\Z)")
 
 
@@ -76,17 +80,31 @@ def read_tsv(path: Path | str) -> Manifest:
 
 
 def write_tsv(path: Path | str, manifest: Manifest) -> None:
-    """Write a list of utterances under its name only when it is complete.
+    """Write a list of utterances under its name only when it is complete; raises as `write_lists` does."""
+    write_lists(Path(path).parent, {Path(path).name: manifest})
+
+
+def write_lists(folder: Path, lists: Mapping[str, Manifest]) -> None:
+    """Write lists of utterances under their names only when all of them are complete.
 
     Raises:
         UserError: a path cannot be written in this format.
-        OSError: naming ``path``; the disk is full, the folder cannot be written, ...
+        OSError: naming the file; the disk is full, the folder cannot be written, ...
     """
-    for name in manifest.paths:
-        if any(character in name for character in "\t\r\n"):
-            raise UserError(f"{manifest.root / name!s}: a tab or line end in a file name cannot be listed, rename it")
-    rows = zip(manifest.paths, manifest.num_frames.tolist(), strict=True)
-    write_lines(path, [str(manifest.root), *(f"{name}\t{frames}" for name, frames in rows)])
+    with contextlib.ExitStack() as complete:
+        for filename, manifest in lists.items():
+            bad = next(filter(UNLISTABLE.search, (str(manifest.root), *manifest.paths)), None)
+            if bad is not None:
+                raise UserError(f"{shown(manifest.root / bad)}: {NO_NAME}")
+            rows = zip(manifest.paths, manifest.num_frames.tolist(), strict=True)
+            text = "".join(f"{line}\n" for line in (str(manifest.root), *(f"{name}\t{num}" for name, num in rows)))
+            complete.enter_context(replacing(folder / filename)).write_text(text, encoding="utf-8")
+
+
+def shown(path: Path | str) -> str:
+    """A path as it is where one line of text can hold it; else as Python writes it."""
+    text = str(path)
+    return repr(text) if UNLISTABLE.search(text) else text
 
 
 def write_lines(path: Path | str, lines: Iterable[str]) -> None:

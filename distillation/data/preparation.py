@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from distillation.data.audio import CLIPPED_LEVEL, CLIPPED_SHARE, SILENCE_PEAK
-from distillation.data.conversion import GIGABYTES_PER_HOUR, Copying, convert, fits
+from distillation.data.conversion import GIGABYTES_PER_HOUR, Copying, convert, fitting, require_apart, require_channel
 from distillation.data.corpus import (
     TRAIN_PARTS,
     Files,
@@ -24,8 +25,9 @@ from distillation.data.corpus import (
     find,
     layout_of,
     read_headers,
+    without_bad_names,
 )
-from distillation.data.manifest import Manifest, write_lines, write_tsv
+from distillation.data.manifest import NO_NAME, UNLISTABLE, Manifest, shown, write_lines, write_lists
 from distillation.data.resampling import resampled_length
 from distillation.errors import UserError
 from distillation.journal import Journal
@@ -34,6 +36,7 @@ from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger("prepare_data")
 VALID_FRACTION = 0.05
+MIN_RATE, MAX_RATE = 1_000, 384_000  # in Hz; what recordings have
 KEPT = ".prepare_data.jsonl"  # in OUT until the lists are there
 
 
@@ -72,13 +75,19 @@ class Preparation:
             raise UserError(f"--seed {self.seed} is negative")
         if self.num_threads is not None and self.num_threads < 1:
             raise UserError(f"--num_threads {self.num_threads} is less than 1")
-        for flag, folder in (("--data", self.data), ("--valid", self.valid)):
-            if folder is not None and not folder.is_dir():
-                raise UserError(f"{flag} {folder} is not a folder")
+        if not MIN_RATE <= self.sample_rate <= MAX_RATE:
+            raise UserError(f"--sample_rate {self.sample_rate} is not between {MIN_RATE} and {MAX_RATE} Hz")
+        for flag, folder in (("--data", self.data), ("--valid", self.valid), ("--convert", self.convert)):
+            if folder is not None and flag != "--convert" and not folder.is_dir():
+                raise UserError(f"{flag} {shown(folder)} is not a folder")
+            if folder is not None and UNLISTABLE.search(os.fspath(folder.resolve())):
+                raise UserError(f"{flag} {shown(folder.resolve())}: {NO_NAME}")
         if self.channel != "mix" and not (self.channel.isascii() and self.channel.isdigit()):
             raise UserError(f"--channel {self.channel} is neither mix nor the number of a channel: 0, 1, ...")
         if self.channel != "mix" and self.convert is None:
             raise UserError(f"--channel {self.channel} says what copies hold: add --convert FOLDER")
+        if self.channel != "mix":
+            self.channel = str(int(self.channel))
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def survey(
     """
     layout = layout_of(data)
     problems: list[Problem] = []
-    found = _find(layout, valid)
+    found = _find(layout, valid, problems)
     files = [read_headers(it.root, it.names, num_threads, None, problems) for it in found]
     manifests = []
     for it in files:
@@ -133,11 +142,12 @@ def survey(
 
 
 def _survey(files: Sequence[Files], found: Sequence[Found], num_unreadable: int, sample_rate: int) -> Survey:
-    rows = [(it.root / name, header) for it in files for name, header in zip(it.names, it.headers, strict=True)]
-    wrong = [header for path, header in rows if not fits(path, header, sample_rate)]
+    headers = [header for it in files for header in it.headers]
+    fit = [fits for it in files for fits in fitting(it, sample_rate)]
+    wrong = [header for header, fits in zip(headers, fit, strict=True) if not fits]
     return Survey(
         num_files=sum(len(it.names) for it in found),
-        hours=sum(header.num_frames / header.sample_rate for _, header in rows) / 3600,
+        hours=sum(header.num_frames / header.sample_rate for header in headers) / 3600,
         num_converted=len(wrong),
         hours_converted=sum(header.num_frames / header.sample_rate for header in wrong) / 3600,
         num_foreign=sum(len(it.foreign) for it in found),
@@ -145,13 +155,15 @@ def _survey(files: Sequence[Files], found: Sequence[Found], num_unreadable: int,
     )
 
 
-def _find(layout: Layout, valid: Path | None) -> list[Found]:
+def _find(layout: Layout, valid: Path | None, problems: list[Problem]) -> list[Found]:
     """What is listed of a folder and, apart from it, of the folder of validation audio."""
     if valid is None:
-        return [find(layout.root, sorted({part for parts in layout.lists.values() for part in parts}))]
-    validation = find(valid, ["."])
-    training = sorted({part for name, parts in layout.lists.items() if name != "valid.tsv" for part in parts})
-    return [find(layout.root, training, validation.identities), validation]
+        found = [find(layout.root, sorted({part for parts in layout.lists.values() for part in parts}))]
+    else:
+        validation = find(valid, ["."])
+        training = sorted({part for name, parts in layout.lists.items() if name != "valid.tsv" for part in parts})
+        found = [find(layout.root, training, validation.identities), validation]
+    return [without_bad_names(it, problems) for it in found]
 
 
 def prepare(config: Preparation) -> None:
@@ -165,7 +177,7 @@ def prepare(config: Preparation) -> None:
         Stopped: a signal asked for it.
         UserError: no usable audio, or files that are not what was asked for.
     """
-    of = {"silence": SILENCE_PEAK, "clipped": [CLIPPED_LEVEL, CLIPPED_SHARE]}
+    of = {"version": 2, "silence": SILENCE_PEAK, "clipped": [CLIPPED_LEVEL, CLIPPED_SHARE]}
     known = Journal(config.out / KEPT, of, "findings")
     with keeping(f"what was found in the files so far is in {known.path}"):
         _prepare(config, known)
@@ -181,8 +193,8 @@ def _prepare(config: Preparation, known: Journal) -> None:
             logger.warning("train.tsv is of %s: %s holds no %s", parts, layout.root, ", ".join(missing))
         elif missing:
             logger.warning("train960.tsv is not written: %s holds no %s", layout.root, ", ".join(missing))
-    found = _with_ffmpeg(_find(layout, config.valid), config.convert is not None)
     problems: list[Problem] = []
+    found = _with_ffmpeg(_find(layout, config.valid, problems), config.convert is not None)
     sources = [read_headers(it.root, it.names, config.num_threads, known, problems) for it in found]
     if problems and not config.check and not config.skip_broken:
         raise _refusal(problems)
@@ -199,8 +211,8 @@ def _prepare(config: Preparation, known: Journal) -> None:
     for name, manifest in lists.items():
         if not len(manifest):
             raise UserError(f"{name} would be empty: no file under {manifest.root} can be used")
+    write_lists(config.out, lists)
     for name, manifest in lists.items():
-        write_tsv(config.out / name, manifest)
         hours = manifest.num_frames.sum() / config.sample_rate / 3600
         logger.info("%s: %d utterances, %.2f h", config.out / name, len(manifest), hours)
 
@@ -226,18 +238,21 @@ def _converted(
     config: Preparation, out: Path, sources: list[Files], found: list[Found], problems: list[Problem]
 ) -> list[Manifest]:
     """Copies of the sources that need them; the others as they are."""
+    folders = (out,) if config.valid is None else (out / "train", out / "valid")
+    surveys = [_survey([files], [it], 0, config.sample_rate) for files, it in zip(sources, found, strict=True)]
+    needed = [bool(numbers.num_converted or numbers.num_foreign) for numbers in surveys]
+    # All that can be refused, before hours of work.
+    for files, it, folder, is_needed in zip(sources, found, folders, needed, strict=True):
+        if is_needed:
+            require_apart(folder, (*files.names, *it.foreign), [top for each in found for top in each.tops])
+            require_channel(files, config.channel)
     manifests = []
-    for files, it, folder in zip(sources, found, (out,) if config.valid is None else (out / "train", out / "valid")):
-        numbers = _survey([files], [it], 0, config.sample_rate)
-        if not numbers.num_converted and not numbers.num_foreign:
+    for files, it, folder, numbers, is_needed in zip(sources, found, folders, surveys, needed, strict=True):
+        if not is_needed:
             text = "%s: all %d files are %g kHz mono FLAC or WAV: nothing to convert"
             logger.info(text, files.root, len(files.names), config.sample_rate / 1000)
             manifests.append(as_they_are(files, config.sample_rate))
             continue
-        for root in (it.root for it in found):
-            if out.resolve().is_relative_to(root) or root.is_relative_to(out.resolve()):
-                text = "copies and originals are to be apart, name a folder beside the lists"
-                raise UserError(f"--convert {out} and {root}, where the audio is, are inside one another: {text}")
         text = "%s: %d of %d files (%.2f of %.2f h) are converted, copies of about %.2f GB in %s; the others are linked"
         sizes = (numbers.num_converted, numbers.num_files, numbers.hours_converted, numbers.hours, numbers.gigabytes)
         if numbers.num_files:
@@ -252,7 +267,7 @@ def _converted(
 
 def _refusal(problems: list[Problem]) -> UserError:
     num_unusable = sum(not problem.finding.usable for problem in problems)
-    first = f"{problems[0].file}: {problems[0].finding.kind}, {problems[0].finding.detail}"
+    first = f"{shown(problems[0].file)}: {problems[0].finding.kind}, {problems[0].finding.detail}"
     return UserError(
         f"{first} ({num_unusable} such files): repair them, or leave them out with --skip_broken; --check tells all"
     )
@@ -267,13 +282,13 @@ def _report(problems: list[Problem], out: Path, check: bool, skip_broken: bool) 
     if not check and not skip_broken:
         raise _refusal(problems)
     num_unusable = sum(not problem.finding.usable for problem in problems)
-    lines = [f"{problem.file}\t{problem.finding.kind}\t{problem.finding.detail}" for problem in problems]
+    lines = [f"{shown(problem.file)}\t{problem.finding.kind}\t{problem.finding.detail}" for problem in problems]
     write_lines(out / "broken.tsv", lines)
     print(f"{'problem':<16} {'files':>7} {'left out':>9}  first")
     for kind in dict.fromkeys(problem.finding.kind for problem in problems):
         same = [problem for problem in problems if problem.finding.kind == kind]
         left_out = "no" if same[0].finding.usable else "yes"
-        print(f"{kind:<16} {len(same):>7} {left_out:>9}  {same[0].file}: {same[0].finding.detail}")
+        print(f"{kind:<16} {len(same):>7} {left_out:>9}  {shown(same[0].file)}: {same[0].finding.detail}")
     if not skip_broken:
         raise UserError(
             f"{len(problems)} files have problems, see {out / 'broken.tsv'}; no list was written: repair them, or "

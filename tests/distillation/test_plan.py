@@ -12,6 +12,7 @@ import yaml
 
 from distillation import machine, plan
 from distillation.config import parse_recipe
+from distillation.data.conversion import COPIES
 from distillation.deriving import matched_layers
 from distillation.errors import Problems
 from distillation.plan import answers, make_plan, read_words, save_recipe
@@ -92,7 +93,7 @@ def test_any_teacher_and_any_audio(teacher, audio):
     recipe = made.recipe
     assert (recipe.teacher_layers, recipe.teacher_width) == (5, 24)
     assert recipe.objective.layer_to_layer.layers == [[0], [2, 3, 5]]
-    assert (recipe.data.train, recipe.data.long, recipe.data.min_frames) == ("train.tsv", "split", 16000)
+    assert (recipe.data.train, recipe.data.long, recipe.data.min_frames) == ("train.tsv", "split", 8000)
     assert (recipe.data.tsv_dir, recipe.exp_dir) == (Path("data/Speech"), Path("exp/dphubert_my-hubert_speech"))
     assert (recipe.data.seconds_per_batch, recipe.trainer.batches_per_update) == (20, 4)
     assert (recipe.optim.warmup_steps, recipe.final.warmup_steps, recipe.pruning.warmup_steps) == (6, 2, 12)
@@ -220,5 +221,5 @@ def test_copies_are_of_the_audio_that_they_were_made_of(teacher, audio):
         (copies.parent / name).write_text(f"{copies}\na/1.flac\t32000\n")
     words = [str(audio), "--adapt", "--config", str(BASE), "--teacher_id", str(teacher)]
     assert "lists audio of" in problems(*words)[0]
-    (copies / plan.COPIES).write_text(json.dumps({"of": {"data": str(audio)}}) + "\n")
+    (copies / COPIES).write_text(json.dumps({"of": {"data": str(audio)}}) + "\n")
     read_words(words)

@@ -25,6 +25,7 @@ def test_text_is_composed_with_single_spaces():
     [
         ("Straße", "STRAßE"),
         ("გამარჯობა მსოფლიო", "გამარჯობა მსოფლიო"),
+        ("ᲒᲐᲛᲐᲠ გამარ", "გამარ გამარ"),
         ("ὁδός ΐ", "ὉΔΌΣ ΐ"),
         ("\ufb01n ŉ և", "\ufb01N ŉ և"),
         ("привет ёж", "ПРИВЕТ ЁЖ"),
@@ -47,6 +48,12 @@ def test_dotted_and_dotless_i_stay_apart(sign, caplog):
         assert Letters.of("keep", texts).write("kisir") == "kisir"
     assert letters.write("kisir") == f"K{DOTTED}S{DOTTED}R" and letters.write(texts[2]) == "KISIR"
     assert caplog.text.count(f"i becomes {DOTTED}, {DOTLESS} becomes I") == 1
+
+
+def test_capitals_that_lower_took_apart_are_the_same_letter():
+    text = f"{DOTLESS}sparta i\u0307stanbul"
+    assert Letters.of("upper", [text]).write(text) == "ISPARTA İSTANBUL"
+    assert Letters.of("upper", ["in it"]).write("i\u0307t") == "İT" and Letters("keep").write("i\u0307") == "i\u0307"
 
 
 def test_a_name_alone_changes_no_other_letter():

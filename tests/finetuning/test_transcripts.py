@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import prepare_data
 from distillation.errors import UserError
 from finetuning.manifests import read_rows
 from finetuning.transcripts import (
@@ -60,7 +63,8 @@ def test_own_lists(audio):
     assert "list.tsv line 2 is not path<TAB>text: 3 columns" in refusal(write(audio, "a.wav\tA\nb.wav\tB\tspeaker\n"))
     assert "list.tsv line 1 is not path<TAB>text" in refusal(write(audio, "a.wav A\n"))
     assert "list.tsv line 1 is not path<TAB>text" in refusal(write(audio, "\tA\n"))
-    assert "list.tsv line 1 names no file: 'a\\x00'" in refusal(write(audio, "a\0\tA\n"))
+    assert "1 malformed (first" in (message := refusal(write(audio, "a\0\tA\n")))
+    assert "names no file: 'a\\x00'" in message and texts(write(audio, "a\0\tA\nb.wav\tB")) == [("b.wav", "B")]
     assert "list.tsv: not UTF-8 text (byte 7)" in refusal(write(audio, b"a.wav\tc\xe9\n"))
     assert "list.tsv: not UTF-8 text (byte 10)" in refusal(write(audio, b"\xef\xbb\xbfa.wav\tc\xe9\n"))
     assert "list.tsv: no transcribed utterance; known are a Kaldi folder" in refusal(write(audio, "\n"))
@@ -91,32 +95,47 @@ def test_kaldi(audio, tmp_path):
         for name, content in files.items():
             write(tmp_path, content, name.replace("_", "."))
         write(tmp_path, "\n".join(lines), "text")
-        return [(r.path.name, r.text, r.start, r.end, r.missing) for r in read_rows(tmp_path)]
+        return [(r.path.name, r.text, r.start, r.end, r.fault) for r in read_rows(tmp_path)]
 
     scp = f"r1 {audio}/a.wav\nr2\t{audio}/b.wav \nr3 {audio}/with a space.wav\n"
     assert row("r1 hello world", "r2  x", "r3", "r4 y", wav_scp=scp, utt2spk="r1 s1\n") == [
-        ("a.wav", "hello world", 0.0, None, ""), ("b.wav", "x", 0.0, None, ""),
-        ("with a space.wav", "", 0.0, None, ""), ("r4", "y", 0.0, None, "no r4 in wav.scp"),
+        ("a.wav", "hello world", 0.0, None, None), ("b.wav", "x", 0.0, None, None),
+        ("with a space.wav", "", 0.0, None, None), ("r4", "y", 0.0, None, ("missing audio", "no r4 in wav.scp")),
     ]  # fmt: skip
     segments = "u1 r2 0.5 1.25\nu2 r2 1.0 -1\nu3 r9 0 1\nu5 r2 0 2.3\nu6 r2 0 2.6\n"
     found = row("u1 one", "u2 two", "u3 three", "u4 four", "u5 five", "u6 six", segments=segments)
     assert found[2:4] == [
-        ("u3", "three", 0.0, None, "no r9 in wav.scp"), ("u4", "four", 0.0, None, "no such line in segments")
+        ("u3", "three", 0.0, None, ("missing audio", "no r9 in wav.scp")),
+        ("u4", "four", 0.0, None, ("missing audio", "no such line in segments")),
     ]  # fmt: skip
     (kept,) = read_sets([tmp_path])
     assert [u[1:4] for u in kept.utterances] == [
         (12_000, "ONE", 8_000), (16_000, "TWO", 16_000), (32_000, "FIVE", 0)
     ]  # fmt: skip
     assert kept.left_out[2][2:] == ("outside its audio", "samples 0 to 41600 of 32000")
-    for bad in ("u1 r2 1.0", "u1 r2 x y"):
-        write(tmp_path, bad, "segments")
-        assert "segments line 1 is not utterance, recording, start and end" in refusal(tmp_path)
-    write(tmp_path, "u1 r2 2 1", "segments")
-    assert "segments line 1 ends before it starts" in refusal(tmp_path)
-    write(tmp_path, "u1 r2 0 inf", "segments")
-    assert "segments line 1 has inf for its end: not a number of seconds" in refusal(tmp_path)
-    write(tmp_path, "r1 a.wav\nr2 sph2pipe -f wav x.sph |\n", "wav.scp")
-    assert "wav.scp line 2 makes r2 by a command, which would have to be run" in refusal(tmp_path)
+    for bad, reason in {
+        "": "is not utterance, recording, start and end",
+        "r2 1.0": "is not utterance, recording, start and end, in seconds: r2 1.0",
+        "r2 x y": "is not utterance, recording, start and end",
+        "r2 1_0 2_0": "is not utterance, recording, start and end",
+        "r2 0 inf": "is not utterance, recording, start and end",
+        "r2 0 1 0 x": "is not utterance, recording, start and end",
+        "r2 0 1 1": "is of channel 1, counted from 0",
+        "r2 2 1": "ends before it starts",
+        "r2 0 1e300": "end is 1e+300: not a number of seconds",
+    }.items():
+        write(tmp_path, f"u1 {bad}\nu2 r2 0 1 0", "segments")
+        (found,) = read_sets([tmp_path])
+        assert [u.text for u in found.utterances] == ["TWO"] and found.left_out[0].kind == "malformed"
+        assert f"segments line 1 {reason}" in found.left_out[0].detail
+    (tmp_path / "segments").unlink()
+    write(tmp_path, f"r1 {audio}/a.wav\nr2 sph2pipe -f wav x.sph |\nr3 not named |\n", "wav.scp")
+    write(tmp_path, "r1 one\nr2 two", "text")
+    (found,) = read_sets([tmp_path])
+    assert [u.text for u in found.utterances] == ["ONE"]
+    assert found.left_out[0][2:] == ("made by a command", f"{tmp_path}/wav.scp line 2 is sph2pipe -f wav x.sph |")
+    write(tmp_path, "r2 two", "text")
+    assert "run the commands of wav.scp" in refusal(tmp_path)
     write(tmp_path, "r1 a.wav\nr1 b.wav\n", "wav.scp")
     assert "wav.scp line 2 has r1 for the second time" in refusal(tmp_path)
 
@@ -127,16 +146,78 @@ def test_common_voice_with_converted_audio(audio, noise, tmp_path):
     assert [row.path for row in read_rows(source)] == [
         tmp_path / "clips" / name for name in ("c.mp3", "d.mp3", "e.mp3")
     ]
-    for name in ("c.flac", "c.mp3.flac", "d.flac", "e.mp3"):
+    for name in ("c.flac", "c.mp3.flac", "d.flac", "e.mp3", "e.flac"):
         noise(tmp_path / "converted" / name, 1, 0)
     assert [row.path.name for row in read_rows(source, tmp_path / "converted")] == ["c.mp3.flac", "d.flac", "e.mp3"]
     assert texts(source, audio=tmp_path / "converted")[0] == ("c.mp3.flac", "WIE \u201eGEHT\u201c ES?")
     assert "list.tsv line 2 has 3 columns, the first line 4" in refusal(write(tmp_path, f"{lines[0]}\nx\tc.mp3\tA"))
 
 
-def test_folder_of_relative_paths(audio, tmp_path):
+def test_folder_of_relative_paths(audio, tmp_path, caplog):
     source = write(tmp_path, f"a.wav\tA\n{audio}/b.wav\tB\nclips/c.mp3\tC\n")
     assert [row.path for row in read_rows(source, audio)] == [audio / n for n in ("a.wav", "b.wav", "clips/c.flac")]
+    assert "--audio" not in caplog.text
+    source = write(tmp_path, f"{audio}/b.wav\tB\n")
+    assert [row.path for row in read_rows(source, tmp_path)] == [audio / "b.wav"]
+    assert f"list.tsv: --audio {tmp_path} changes none of its paths" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def converted(noise, tmp_path_factory) -> tuple[Path, Path]:
+    """A folder whose files take their copies' names from each other, behind a link, and its copies."""
+    folder = tmp_path_factory.mktemp("converted")
+    data = folder / "disk" / "data"
+    for seconds, name in enumerate(("a.wav", "a.mp3", "u.mp3", "u.mp3.wav", "in/1-2.wav", "in/1-3.FLAC"), 1):
+        noise(data / name, seconds, 0, 16_000 if name in ("a.wav", "in/1-3.FLAC") else 22_050)
+    (folder / "data").symlink_to(data)
+    words = ["--data", str(folder / "data"), "--convert", str(folder / "out"), "--out", str(folder / "lists")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prepare_data.py", *words, "--valid_fraction", "0.2"])
+        prepare_data.main()
+    noise(folder / "out" / "in" / "1-2.wav.flac", 9, 0)  # of an earlier conversion
+    return folder / "data", folder / "out"
+
+
+def seconds_of(source: Path, **settings) -> list[int]:
+    return [round(u.num_frames / 16_000) for u in read_transcripts(source, **settings)]
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_row_gets_the_copy_of_the_file_that_it_names(converted, tmp_path, absolute):
+    data, out = converted
+    names = ["a.wav", "a.mp3", "u.mp3", "u.mp3.wav", "in/1-2.wav", "in/../in/1-3.FLAC"]
+    root = f"{data}/" if absolute else ""
+    source = write(tmp_path, "\n".join(f"{root}{name}\tA" for name in names))
+    assert seconds_of(source, audio=out) == [1, 2, 3, 4, 5, 6]
+    scp = "\n".join(f"{n} {root}{name}" for n, name in enumerate(names))
+    write(tmp_path, scp, "wav.scp")
+    write(tmp_path, "\n".join(f"{n} A" for n in range(6)), "text")
+    assert seconds_of(tmp_path, audio=out) == [1, 2, 3, 4, 5, 6]
+    inner = write(data / "in", '{"audio_filepath": "1-2.wav", "text": "A"}', "list.json")  # beside its audio
+    assert seconds_of(inner, audio=out) == [5]
+
+
+def test_librispeech_of_any_format_and_its_copies(converted, caplog):
+    data, out = converted
+    write(data / "in", "1-2 HELLO\n1-3 WORLD\n", "1.trans.txt")
+    (found,) = read_sets([data])
+    assert [u.text for u in found.utterances] == ["WORLD"] and found.left_out[0].kind == "not 16 kHz mono"
+    assert seconds_of(data, audio=out) == seconds_of(data / "in", audio=out) == [5, 6]
+    assert "--audio" not in caplog.text
+
+
+def test_librispeech_folders_are_walked_as_audio_is(noise, tmp_path):
+    chapter = tmp_path / "disk" / "1" / "2"
+    noise(chapter / "1-2-0000.flac", 1, 0)
+    write(chapter, "1-2-0000 HELLO\n/no/file X\n", "1-2.trans.txt")
+    write(chapter, b"\xff\xfe", "._1-2.trans.txt")
+    root = tmp_path / "root"
+    (root / ".trash").mkdir(parents=True)
+    write(root / ".trash", "1-2-0000 HELLO\n", "1-2.trans.txt")
+    (root / "part").symlink_to(tmp_path / "disk")
+    (chapter / "again").symlink_to(tmp_path / "disk")
+    (utterance,) = read_transcripts(root)
+    assert utterance.path == root / "part" / "1" / "2" / "1-2-0000.flac"
 
 
 def test_json_lines(audio):
@@ -153,17 +234,35 @@ def test_json_lines(audio):
     for bad, reason in {
         '{"audio_filepath": "a.wav", "text"': "is not JSON",
         "[" * 100_000: "is not JSON",
-        '["a.wav", "A"]': "lacks audio_filepath or text",
-        '{"audio_filepath": "a.wav"}': "lacks audio_filepath or text",
-        '{"audio_filepath": "a.wav", "text": 7}': "lacks audio_filepath or text",
-        '{"audio_filepath": "", "text": "A"}': "names no file: ''",
-        '{"audio_filepath": "a.wav", "text": "\\ud83d"}': "holds half of a character",
-        '{"audio_filepath": "a.wav", "text": "A", "offset": -1}': "has -1 for its offset",
-        '{"audio_filepath": "a.wav", "text": "A", "offset": true}': "has True for its offset",
-        '{"audio_filepath": "a.wav", "text": "A", "duration": NaN}': "has nan for its duration",
-        '{"audio_filepath": "a.wav", "text": "A", "duration": 1e300}': "has 1e+300 for its duration",
+        '["a.wav", "A"]': "is no JSON object",
     }.items():
         assert f"list.json line 2 {reason}" in refusal(write(audio, first + bad, "list.json"))
+
+
+@pytest.mark.parametrize(
+    "bad, kind, detail",
+    [
+        ({"text": None}, "empty transcript", ""),
+        ({"text": 7}, "malformed", "text is 7: not text"),
+        ({"text": "\ud83d"}, "malformed", 'text is "\\ud83d": not text'),
+        ({"audio_filepath": None}, "malformed", "audio_filepath is null: not text"),
+        ({"audio_filepath": ["a.wav"]}, "malformed", 'audio_filepath is ["a.wav"]: not text'),
+        ({"audio_filepath": ""}, "malformed", "names no file: ''"),
+        ({"offset": -1}, "malformed", "offset is -1: not a number of seconds"),
+        ({"offset": True}, "malformed", "offset is true: not a number of seconds"),
+        ({"duration": math.nan}, "malformed", "duration is NaN: not a number of seconds"),
+        ({"duration": 1e300}, "malformed", "duration is 1e+300: not a number of seconds"),
+        ({"duration": "1.5"}, "malformed", 'duration is "1.5": not a number of seconds'),
+    ],
+)
+def test_odd_values_leave_out_their_row_alone(audio, bad, kind, detail):
+    good = {"audio_filepath": "a.wav", "text": "A"}
+    odd = json.dumps({**good, **bad})
+    (found,) = read_sets([write(audio, f"{json.dumps(good)}\n{odd}\n", "list.json")])
+    assert [u.text for u in found.utterances] == ["A"]
+    ((_, place, *reason),) = found.left_out
+    assert place.endswith("list.json line 2") and reason == [kind, detail]
+    assert f"1 {kind} (first" in refusal(write(audio, odd, "list.json"))
 
 
 BAD = {

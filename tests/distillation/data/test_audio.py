@@ -13,7 +13,8 @@ import soundfile
 import soxr
 
 from distillation.data import containers
-from distillation.data.audio import AudioError, AudioReader, check_audio, decode, read_crop, read_header
+from distillation.data.audio import AudioError, AudioReader, check_audio, decode, probe, read_crop, read_header
+from distillation.data.corpus import find
 from distillation.data.resampling import AudioFile, resampled, resampled_length
 from distillation.errors import UserError
 from tests.helpers import run_here
@@ -65,11 +66,33 @@ def refused_everywhere(path: Path) -> str:
     with pytest.raises(AudioError) as caught:
         read_crop(path, 0, 100, 16_000)
     assert caught.value.reason == reason
-    assert check_audio(path, NUM) == ("unreadable", reason, False)
+    with pytest.raises(AudioError) as caught:
+        check_audio(path, NUM)
+    assert caught.value.reason == reason
     with pytest.raises(UserError) as refused:
         AudioFile(path)
     assert str(refused.value) == f"{path}: {reason}"
     return reason
+
+
+@pytest.mark.parametrize(
+    ("suffix", "format"),
+    [("wave", "WAV"), ("rf64", "RF64"), ("aifc", "AIFF"), ("snd", "AU"), ("nist", "NIST"), ("voc", "VOC"),
+     ("mpga", "MP3"), ("oga", "OGG"), ("oga", "FLAC")],
+)  # fmt: skip
+def test_further_suffixes(tmp_path, suffix, format):
+    write(tmp_path / f"x.{suffix}", format=format)
+    assert_same_everywhere(tmp_path / f"x.{suffix}")
+    assert find(tmp_path, ["."]).names == [f"x.{suffix}"]
+
+
+def test_what_can_be_read_from_any_place(tmp_path):
+    expected = {"PCM_16": True, "IMA_ADPCM": True, "GSM610": False}
+    for subtype, seekable in expected.items():
+        write(tmp_path / "x.wav", subtype)
+        assert probe(tmp_path / "x.wav")[1] is seekable
+    write(tmp_path / "x.mp3")
+    assert not probe(tmp_path / "x.mp3")[1]
 
 
 # Cut off
@@ -131,8 +154,8 @@ def test_flac_that_is_cut_off_is_found_by_decoding(tmp_path):
     content = write(tmp_path / "x.flac")
     (tmp_path / "x.flac").write_bytes(content[: len(content) // 3])
     assert read_header(tmp_path / "x.flac").num_frames == NUM
-    finding = check_audio(tmp_path / "x.flac", NUM)
-    assert finding is not None and finding.kind == "unreadable" and not finding.usable
+    with pytest.raises(AudioError, match="lost sync"):
+        check_audio(tmp_path / "x.flac", NUM)
     with AudioFile(tmp_path / "x.flac") as file, pytest.raises(UserError, match=r"x\.flac: .*lost sync"):
         file.read(0, NUM)
 
@@ -195,6 +218,14 @@ def test_a_wav_without_audio_is_no_stream(tmp_path):
     (tmp_path / "x.wav").write_bytes(streamed(content, {4: struct.pack("<I", len(content) - 8)}))
     with pytest.raises(AudioError, match="holds no audio"):
         read_header(tmp_path / "x.wav")
+
+
+def test_a_flac_at_0_hz_is_refused(tmp_path):
+    content = bytearray(write(tmp_path / "x.flac"))
+    content[18:20], content[20] = bytes(2), content[20] & 0x0F
+    (tmp_path / "x.flac").write_bytes(content)
+    with pytest.raises(AudioError, match="its header says 0 Hz"):
+        read_header(tmp_path / "x.flac")
 
 
 def test_a_flac_without_length_is_decoded_for_it(tmp_path):

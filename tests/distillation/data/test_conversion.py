@@ -16,11 +16,12 @@ import pytest
 import soundfile
 
 from distillation.data import conversion
-from distillation.data.conversion import COPIES, Copying, convert, copy_names, fits
+from distillation.data.conversion import COPIES, Copying, convert, copies_of, copy_names, fitting
 from distillation.data.corpus import find, read_headers
 from distillation.data.manifest import Manifest
 from distillation.errors import UserError
 from distillation.stopping import Signalled, Stopped
+from distillation.training.lock import run_lock
 
 RATE = 16000
 FFMPEG = r"""#!/bin/sh
@@ -125,6 +126,24 @@ def test_names_of_copies():
         assert copy_names(order, ["s/c.flac", "s/d.mp3.flac"]) == expected
 
 
+def test_names_that_are_taken():
+    """By a folder; or by one that differs in case or in how its letters are composed, as some file systems see it."""
+    assert copy_names(["z.wav", "z.flac/a.wav"], []) == {"z.wav": "z.wav.flac", "z.flac/a.wav": "z.flac/a.flac"}
+    assert copy_names(["z.wav"], ["z.flac/d/a.wav"]) == {"z.wav": "z.wav.flac"}
+    assert copy_names(["A.WAV", "a.mp3"], []) == {"A.WAV": "A.WAV.flac", "a.mp3": "a.mp3.flac"}
+    assert copy_names(["\u00e9.wav"], ["e\u0301.flac"]) == {"\u00e9.wav": "\u00e9.wav.flac"}
+
+
+def test_long_names(tmp_path):
+    long = "n" * 247
+    write(tmp_path / "data" / f"{long}.wav", tone(rate=8000), rate=8000)
+    write(tmp_path / "data" / f"{long}.au", tone())
+    assert run(tmp_path / "data", tmp_path / "out").paths == [f"{long}.au", f"{long}.flac"]
+    write(tmp_path / "data" / f"{long}.mp3", tone())
+    with pytest.raises(UserError, match=r"mp3\.flac: a copy's name is longer than 255 bytes: rename the original"):
+        run(tmp_path / "data", tmp_path / "out")
+
+
 def test_long_files_without_length_are_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "LONG_SECONDS", 0.2)
     whole, streamed = (write(tmp_path / f"{name}.flac", tone()) for name in ("whole", "streamed"))
@@ -133,7 +152,7 @@ def test_long_files_without_length_are_copied(tmp_path, monkeypatch):
     streamed.write_bytes(content)
     files = read_headers(tmp_path, ["streamed.flac", "whole.flac"], 1, None, [])
     assert [header.num_frames for header in files.headers] == [RATE // 2] * 2
-    assert [fits(path, files.headers[0], RATE) for path in (whole, streamed)] == [True, False]
+    assert whole.is_file() and fitting(files, RATE) == [False, True]
 
 
 def test_finished_copies_are_not_made_again(tmp_path, monkeypatch):
@@ -150,16 +169,96 @@ def test_finished_copies_are_not_made_again(tmp_path, monkeypatch):
     decode = conversion.decode
     monkeypatch.setattr(conversion, "decode", lambda path: (decoded.append(path.name), decode(path))[1])
     again: list = []
-    assert run(data, out, problems=again).paths == listed.paths and again == first and not decoded
+    assert run(data, out, problems=again).paths == listed.paths and again == first and decoded == ["4.flac"]
+    decoded.clear()
     write(data / "1.wav", tone(1, rate=8000), rate=8000)
     (out / "2.flac").unlink()
     (out / "3.flac").write_bytes(b"cut")
     (data / "0.wav").unlink()
     listed = run(data, out, problems=[])
-    assert sorted(decoded) == ["1.wav", "2.wav", "3.wav"]
+    assert sorted(decoded) == ["1.wav", "2.wav", "3.wav", "4.flac"]
     assert dict(zip(listed.paths, listed.num_frames.tolist())) == {"1.flac": 16000, "2.flac": 11200, "3.flac": 12800}
     with pytest.raises(UserError, match=r'holds copies with other settings \(channel "mix" -> "0"\): name another'):
         run(data, out, "0")
+    journal = out / COPIES
+    journal.write_text(journal.read_text().replace('"version": 2, ', "", 1))  # keys were whole paths
+    with pytest.raises(UserError, match=r"\(version null -> 2\)"):
+        run(data, out)
+
+
+def test_copies_that_nothing_is_the_original_of_are_removed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    data, out = tmp_path / "data", tmp_path / "out"
+    for name in ("broken", "fits", "gone", "named", "stays"):
+        write(data / f"{name}.wav", tone(2, rate=8000), rate=8000)
+    run(data, out)
+    (out / "mine.flac").write_bytes(b"precious")
+    (data / "gone.wav").unlink()
+    (data / "broken.wav").write_bytes(b"RIFF")
+    write(data / "fits.wav", tone())
+    write(data / "named.mp3", tone())
+    listed = ["fits.wav", "named.mp3.flac", "named.wav.flac", "stays.flac"]
+    assert run(data, out).paths == listed
+    assert sorted(path.name for path in out.iterdir()) == sorted([COPIES, "mine.flac", *listed])
+    assert "4 copies removed" in caplog.text and "going on after 5 copies" in caplog.text
+    named = {f"{name}": f"{name}.flac" for name in ("named.mp3", "named.wav")}
+    assert copies_of(out) == (data, {**named, "stays.wav": "stays.flac"}) and copies_of(data) is None
+    changed = write(data / "stays.wav", tone(3, rate=8000), rate=8000, format="FLAC").read_bytes()
+    (data / "stays.wav").write_bytes(changed[: len(changed) // 2])
+    assert run(data, out).paths == listed[:-1] and not (out / "stays.flac").exists()
+
+
+def test_nothing_else_is_overwritten(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    write(data / "us.a" / "z.wav", tone(rate=8000), rate=8000)
+    write(data / "us.a" / "y.wav", tone())
+    for name, made in (("z.flac", "file"), ("y.wav", "file"), ("z.flac", "folder"), ("y.wav", "link")):
+        path = out / "us.a" / name
+        path.parent.mkdir(parents=True)
+        if made == "file":
+            path.write_text("precious")
+        elif made == "folder":
+            path.mkdir()
+        else:
+            path.symlink_to(tmp_path)
+        with pytest.raises(UserError, match=f"us.a/{name} was not made by --convert and would be overwritten"):
+            run(data, out)
+        assert path.is_dir() if made != "file" else path.read_text() == "precious"
+        shutil.rmtree(out)
+    (out / "us.a").mkdir(parents=True)
+    (out / "us.a" / "y.wav").symlink_to("/former/place/us.a/y.wav")
+    assert len(run(data, out).paths) == 2
+
+
+def test_what_a_kill_leaves_behind(tmp_path, monkeypatch):
+    """Half-made files go; copies that no line tells of yet are made again."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    write(data / "sub" / "a.wav", tone(rate=8000), rate=8000)
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(conversion, "_copies", lambda *_: {}[""])
+        run(data, out)
+    (out / "sub").mkdir()
+    (out / "sub" / "a.flac").write_bytes(b"whole, perhaps")
+    (out / "sub" / ".a.flac.4711.tmp").write_bytes(b"half")
+    assert copies_of(out) == (data, {})
+    assert run(data, out).paths == ["sub/a.flac"] and len(read(out / "sub" / "a.flac")) == RATE // 2
+    assert [path.name for path in (out / "sub").iterdir()] == ["a.flac"]
+    with run_lock(out, owner=True), pytest.raises(UserError, match="out is in use by process"):
+        run(data, out)
+
+
+def test_audio_that_was_moved(tmp_path, monkeypatch):
+    data, out = tmp_path / "data", tmp_path / "out"
+    write(data / "a.wav", tone(rate=8000), rate=8000)
+    write(data / "b.wav", tone())
+    run(data, out)
+    moved = data.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r'data .* -> .*write the place as "data" in the first line'):
+        run(moved, out)
+    journal = out / COPIES
+    journal.write_text(journal.read_text().replace(json.dumps(str(data)), json.dumps(str(moved)), 1))
+    monkeypatch.setattr(conversion, "decode", None)
+    assert run(moved, out).paths == ["a.flac", "b.wav"] and (out / "b.wav").readlink() == moved / "b.wav"
 
 
 def test_originals_that_cannot_be_decoded(tmp_path):
@@ -189,12 +288,15 @@ def test_links_and_what_replaces_them(tmp_path, monkeypatch, when):
     if when != "always":
         monkeypatch.setattr(Path, "symlink_to", refuse)
     run(data, out)
-    assert (out / "a.wav").is_symlink() == (when == "always")
-    assert (out / "a.wav").read_bytes() == (data / "a.wav").read_bytes()
+    assert (out / "a.wav").is_symlink() == (when == "always") != (out / "a.flac").is_file()
+    copies = {"b.wav": "b.flac"} if when == "always" else {"a.wav": "a.flac", "b.wav": "b.flac"}
+    assert copies_of(out) == (data, copies)
     original = write(data / "a.wav", tone(rate=8000), rate=8000).read_bytes()
     (data / "b.wav").unlink()
     write(data / "a.flac", tone())
-    assert run(data, out).paths == ["a.flac", "a.wav.flac"]
+    names = ["a.flac" if when == "always" else "a.flac.flac", "a.wav.flac"]
+    assert run(data, out).paths == names
+    assert sorted(path.name for path in out.iterdir() if path.suffix == ".flac") == names
     assert (data / "a.wav").read_bytes() == original
 
 
@@ -258,8 +360,7 @@ def test_a_stop_ends_within_a_file(tmp_path, monkeypatch):
         patch.setattr(conversion, "remembered", stopped)
         run(data, out)
     assert sorted(path.name for path in out.iterdir()) == [COPIES, "0.flac", "1.flac"]
-    kept = [json.loads(line)["key"] for line in (out / COPIES).read_text().splitlines()[1:]]
-    assert sorted(kept) == [str(data / "0.wav"), str(data / "1.wav")]
+    assert copies_of(out) == (data, {"0.wav": "0.flac", "1.wav": "1.flac"})
 
 
 def test_other_formats_by_ffmpeg(tmp_path, ffmpeg):
@@ -287,8 +388,15 @@ def test_other_formats_by_ffmpeg(tmp_path, ffmpeg):
         "stopped": "ffmpeg: exit code 1",
         "text": "ffmpeg: moov atom not found",
     }
-    with pytest.raises(UserError, match=r"--channel 2: .*good\.m4a has 2 channel"):
-        convert(files, ["good.m4a"], Copying(tmp_path / "out2", "2", RATE), [])
+    (data / "half.said").unlink()
     (data / "stopped.code").write_text("255")
+    problems.clear()
+    assert convert(files, found.foreign, copying, problems).paths == ["good.flac", "half.flac"]
+    assert "ffmpeg: exit code 255" in [problem.finding.detail for problem in problems]
+    problems.clear()
+    assert not convert(files, ["good.m4a"], Copying(tmp_path / "out2", "2", RATE), problems).paths
+    assert problems[0].finding.detail == "2 channel(s), no --channel 2, counted from 0"
+    program = tmp_path / "bin" / "ffmpeg"
+    program.write_text("#!/bin/sh\nkill -9 $$\n")
     with pytest.raises(UserError, match=r"stopped\.m4a: a signal ended ffmpeg"):
         convert(files, ["stopped.m4a"], Copying(tmp_path / "out3", "mix", RATE), [])

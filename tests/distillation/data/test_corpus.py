@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from distillation.data import corpus
+from distillation.data.audio import AudioError
 from distillation.data.corpus import (
     MAX_VALID_SHARE,
     TRAIN_PARTS,
     VALID_PARTS,
+    WAITING,
     Files,
     as_they_are,
     choose_held_out,
@@ -181,6 +183,26 @@ def test_decoding_finds_what_headers_do_not_show(tmp_path, noise, known):
     ]
 
 
+def test_what_failed_is_looked_at_again(tmp_path, noise, known, monkeypatch):
+    """The file may have been out of reach: neither size nor time tell."""
+    noise(tmp_path / "x.wav", 0.1, 0)
+    monkeypatch.setattr(corpus, "KEEP_SECONDS", 0.0)
+
+    def unreachable(path, *_):
+        raise AudioError(path, "Stale file handle")
+
+    for name in ("probe", "check_audio"):
+        problems: list = []
+        with monkeypatch.context() as patch:
+            patch.setattr(corpus, name, unreachable)
+            files = headers_of(tmp_path, known, problems)
+            decodable(as_they_are(files, 16000), 1, problems, known)
+        assert problems == [(tmp_path / "x.wav", ("unreadable", "Stale file handle", False))]
+        found = decodable(as_they_are(headers_of(tmp_path, known), 16000), 1, problems, known)
+        assert found.paths == ["x.wav"] and len(problems) == 1
+        known.pieces.clear()
+
+
 def librispeech(tmp_path, *parts: str):
     for part in parts:
         (tmp_path / part).mkdir()
@@ -282,6 +304,17 @@ def test_threads_number_their_results_and_raise():
         list(in_threads(slow_first, range(90, 100), "x", 2, chunk=3))
 
 
+def test_few_items_wait_for_a_thread(monkeypatch):
+    """Whoever takes the results one by one decides how far threads run ahead."""
+    begun = []
+    results = in_threads(begun.append, range(1000), None, 2, chunk=1)
+    for _ in range(3):
+        next(results)
+    time.sleep(0.05)
+    assert len(begun) <= 3 + 2 * WAITING * 2
+    assert len(list(results)) == 997
+
+
 def test_a_stop_waits_for_no_more_than_what_is_being_done():
     begun = []
 
@@ -308,17 +341,19 @@ def test_headers_are_kept_where_they_come_slowly(tmp_path, noise, known, monkeyp
     monkeypatch.setattr(corpus, "in_threads", in_turn)
     for i in range(4):
         noise(tmp_path / f"{i}.wav", 0.1 * (i + 1), i)
-    (tmp_path / "4.wav").write_text("not audio")
+    noise(tmp_path / "4.wav", 0.5, 4)
+    (tmp_path / "text.wav").write_text("not audio")
     first: list = []
     found = headers_of(tmp_path, known, first)
     (tmp_path / "5.wav").symlink_to(tmp_path / "gone.wav")
     second: list = []
     again = headers_of(tmp_path, known, second)
     assert bool(known.pieces) == (rate == math.inf)
-    assert again == found and second[:1] == first
-    assert "No such file" in second[1].finding.detail and f"{tmp_path / '5.wav'}" not in known
+    assert again == found and second[1:] == first
+    assert "No such file" in second[0].finding.detail
+    assert not {f"{tmp_path / name}" for name in ("5.wav", "text.wav")} & known.pieces.keys()
     if rate:
-        known.pieces = {key: [*stamp, [7, 16000, 1]] for key, (*stamp, _) in known.pieces.items()}
+        known.pieces = {key: [*stamp, [[7, 16000, 1], True]] for key, (*stamp, _) in known.pieces.items()}
         noise(tmp_path / "0.wav", 0.3, 0)
         frames = [header.num_frames for header in headers_of(tmp_path, known).headers]
         assert frames == [4800, 7, 7, 7, 7]

@@ -134,6 +134,10 @@ def test_check_names_the_kind(bad_files):
         "clipped.flac": "clipped",
     }
     for name, kind in kinds.items():
+        if kind == "unreadable":
+            with pytest.raises(AudioError):
+                check_audio(root / name, 40000)
+            continue
         finding = check_audio(root / name, 40000)
         assert (finding and finding.kind) == kind, name
         assert finding is None or finding.usable == (kind in ("silent", "clipped"))

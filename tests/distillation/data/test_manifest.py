@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from distillation.data import manifest
-from distillation.data.manifest import Manifest, read_tsv, write_tsv
+from distillation.data.manifest import Manifest, read_tsv, write_lists, write_tsv
 from distillation.errors import UserError
 
 
@@ -104,3 +104,10 @@ def test_write_into_a_file_as_if_it_were_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError):
         write_tsv(tmp_path / "file" / "t.tsv", Manifest(tmp_path, ["a"], np.array([1])))
+
+
+def test_lists_are_replaced_together(tmp_path):
+    one, bad = (Manifest(tmp_path, [name], np.array([1])) for name in ("a", "b\udcff"))
+    with pytest.raises(UserError, match="UTF-8"):
+        write_lists(tmp_path, {"train.tsv": one, "valid.tsv": bad})
+    assert not list(tmp_path.iterdir())

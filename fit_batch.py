@@ -17,7 +17,7 @@ from distillation.config import parse_recipe
 from distillation.errors import UserError, command
 from distillation.sparsity import make_prunable
 from distillation.teacher import load_teacher
-from distillation.training.memory import TrialUpdates, is_current, same_update, search, searched_for
+from distillation.training.memory import BATCH, TrialUpdates, is_current, same_update, search, searched_for
 from wav2vec2.checkpoint import write_text
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Run the search."""
     recipe, _ = parse_recipe(description=__doc__ or "")
-    data, trainer, path = recipe.data, recipe.trainer, recipe.exp_dir / "batch.yaml"
+    data, trainer, path = recipe.data, recipe.trainer, recipe.exp_dir / BATCH
     searched = searched_for(recipe)
     if is_current(path, searched):
         print(f"-> {path} is up to date")

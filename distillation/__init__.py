@@ -17,9 +17,10 @@ def _stop(number: int, frame: object) -> None:
     os._exit(INTERRUPTED)
 
 
-# What a script of this repository imports takes seconds, in which its command does not listen yet. Other programs that
-# import this package handle their signals themselves.
+# What a script of this repository, or a module of this package that is run by -m, imports takes seconds, in which its
+# command does not listen yet. Other programs that import this package handle their signals themselves.
 _main = getattr(sys.modules.get("__main__"), "__file__", None)
-if _main is not None and Path(_main).resolve().parent == Path(__file__).resolve().parents[1]:
+_is_script = _main is not None and Path(_main).resolve().parent == Path(__file__).resolve().parents[1]
+if _is_script or sys.argv[:1] == ["-m"]:
     for _number in STOP_SIGNALS:
         signal.signal(_number, _stop)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from distillation.build import build_step, starting_student
 from distillation.config import Recipe, TrainerConfig
-from distillation.data.batching import select_utterances
+from distillation.data.batching import BatchStream, ValidationBatches, select_utterances
 from distillation.data.manifest import read_tsv
 from distillation.data.preparation import survey
 from distillation.errors import UserError, command
@@ -40,7 +40,7 @@ from wav2vec2.counting import count_params
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 GIB = 2**30
-CPU_SECONDS = 20.0  # of audio that are measured on a CPU; longer micro-batches are multiples of it
+TRIAL_SECONDS = 20.0  # of audio that are measured on a CPU; longer micro-batches are multiples of it
 NO_ROOM = "not enough for micro-batches of {:.4g} s: FIT_BATCH=1 before the command finds smaller ones"
 
 
@@ -50,7 +50,7 @@ class Measured:
 
     Attributes:
         seconds: that it takes.
-        memory: bytes that the process has at most.
+        memory: bytes that the GPU's or this process's memory holds at most; of the first trial, the larger.
     """
 
     seconds: float
@@ -63,14 +63,14 @@ def print_plan(plan: Plan) -> None:
     assert plan.sizes is not None
     before, start, heads = plan.sizes
     final = round((1 - pruning.target_sparsity) * before) if pruning.units else start
-    hours, kept, conversion = _audio(plan)
+    hours, kept, remarks = _audio(plan)
     per_batch = _seconds_per_batch(recipe, kept)
     each = trainer.micro_batches(plan.world_size)
     first, last = measure(plan, final, kept, per_batch)
 
     table = {
         "teacher": f"{recipe.teacher_id or recipe.teacher_ckpt}, {before / 1e6:.2f} M parameters",
-        "audio": f"{kept.sum() / 3600:.2f} h used of {hours:.2f} h in {recipe.data.train}{conversion}",
+        "audio": f"{kept.sum() / 3600:.2f} h used of {hours:.2f} h in {recipe.data.train}{remarks}",
         "update": f"{trainer.batches_per_update} x {per_batch:.4g} s of audio, {each} in each of {plan.world_size} "
         f"process(es), {trainer.accelerator.upper()}, {trainer.precision}",
     }
@@ -98,20 +98,28 @@ def print_plan(plan: Plan) -> None:
 
 
 def _audio(plan: Plan) -> tuple[float, np.ndarray, str]:
-    """Hours of the training list, seconds of what is used of it, and what is to be converted first, in words."""
-    data, conversion = plan.recipe.data, ""
-    path = data.tsv_dir / data.train
-    if path.is_file():
-        manifest = read_tsv(path)
+    """Hours of the training list, seconds of what is used of it, and what is done first, in words.
+
+    Raises:
+        UserError: the lists give nothing to train on or to validate on, or utterances longer than a batch.
+    """
+    data, remarks = plan.recipe.data, ""
+    paths = [data.tsv_dir / name for name in (data.train, data.valid)]
+    if all(path.is_file() for path in paths):
+        manifest, validation = map(read_tsv, paths)
     else:
         found = survey(plan.audio)
-        manifest = found.lists[data.train]
+        manifest, validation = found.lists[data.train], found.lists[data.valid]
         if found.num_converted:
-            conversion = f"; copies at 16 kHz first: {found.hours_converted:.2f} h in {found.gigabytes:.3f} GB"
+            remarks = f"; copies at 16 kHz first: {found.hours_converted:.2f} h in {found.gigabytes:.3f} GB"
         if found.num_foreign:
-            conversion += f"; {found.num_foreign} files more by ffmpeg"
-    kept = select_utterances(manifest, data).num_frames / SAMPLE_RATE
-    return manifest.num_frames.sum() / SAMPLE_RATE / 3600, kept, conversion
+            remarks += f"; {found.num_foreign} files more by ffmpeg"
+        if found.num_unreadable:
+            remarks += f"; {found.num_unreadable} files cannot be read"
+    selection = select_utterances(manifest, data)
+    BatchStream(selection, data, seed=0)
+    ValidationBatches(select_utterances(validation, data), data)
+    return manifest.num_frames.sum() / SAMPLE_RATE / 3600, selection.num_frames / SAMPLE_RATE, remarks
 
 
 def _seconds_per_batch(recipe: Recipe, kept: np.ndarray) -> float:
@@ -171,12 +179,13 @@ def _trial(
     step = build_step(recipe, optim.resolved(lambda epochs: 10**6), student, teacher, pruning)
     device = step.to("cuda:0" if on_gpu else "cpu")
     update = TrialUpdates(step, recipe.trainer.dtype, recipe.data)
-    audio = per_batch if on_gpu else min(per_batch, max(CPU_SECONDS, row))
+    audio = per_batch if on_gpu else min(per_batch, max(TRIAL_SECONDS, row))
     waveforms = 0.1 * torch.randn(max(1, int(audio / row)), int(row * SAMPLE_RATE), device=device)
     scale = per_batch / (waveforms.numel() / SAMPLE_RATE)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         if not runs_in_memory(lambda: update(waveforms)):
+            step.to("cpu")
             return None
         memory = float(torch.cuda.max_memory_allocated())
     else:

@@ -3,9 +3,9 @@
     python -m distillation.plan AUDIO_DIR [--adapt] --config conf/dphubert_base.yaml FLAGS...
 
 With --adapt the recipe follows teacher, audio and machine where it is written for others; the flags win over what is
-derived. Prints a line per answer for scripts/common.sh: the folder of lists, the training list, the teacher's file and
-what to convert it from (empty where that is not needed), the folder of the run, what it prunes, then the flags to put
-before those of the user. A new run gets recipe.yaml, which says the same as all flags together.
+derived. Prints a line per answer for scripts/common.sh: "plan", the folder of lists, the training list, the teacher's
+file and what to convert it from (empty where that is not needed), the folder of the run, what it prunes, all flags.
+A new run gets recipe.yaml, which says the same as all flags together.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ import torch
 import yaml
 
 from distillation.build import starting_student
-from distillation.config import RECIPES, Recipe, flat_settings, parse_recipe
+from distillation.config import MAX_RECIPE_BYTES, RECIPES, Recipe, flat_settings, parse_recipe
 from distillation.data.conversion import copies_of
-from distillation.data.corpus import find, layout_of
-from distillation.deriving import Derived, for_audio, for_length, for_machine, for_teacher, run_name
+from distillation.data.corpus import Layout, find, layout_of
+from distillation.deriving import LIST_100H, Derived, for_audio, for_length, for_machine, for_teacher, run_name
 from distillation.errors import Problems, UserError, command
 from distillation.objectives import Objectives
 from distillation.sparsity import check_target, make_prunable
 from distillation.teacher import check_size, teacher_config
+from distillation.training.memory import BATCH
 from distillation.training.standing import LAST
+from distillation.yamlfile import read_yaml
 from wav2vec2 import CheckpointError, wav2vec2_model
 from wav2vec2.checkpoint import write_text
 from wav2vec2.counting import count_params
@@ -50,27 +52,26 @@ class Plan:
     Attributes:
         audio: folder.
         source: the recipe that it builds on.
+        published: the same, read.
         recipe: with everything that is derived, and the user's flags.
+        words: all flags in the order in which they are read: the user's recipes, what is derived, the user's flags.
         derived: settings, in the order in which they came about.
         teacher: flat config; None where it could not be found out.
         world_size: processes.
-        sizes: parameters of teacher, student where it starts and heads; None without a teacher.
+        sizes: parameters of teacher, student where it starts and heads; None where they cannot be built.
         problems: what must be put right first.
     """
 
     audio: Path
     source: Path
+    published: Recipe
     recipe: Recipe
+    words: list[str]
     derived: Derived
     teacher: dict[str, Any] | None = None
     world_size: int = 1
     sizes: tuple[int, int, int] | None = None
     problems: list[str] = field(default_factory=list)
-
-    @property
-    def flags(self) -> list[str]:
-        """What is derived, as words of a command line."""
-        return as_flags(self.derived.settings)
 
     def look(self, function: Callable[..., Found], *args: Any) -> Found | None:
         """What a function returns; what it refuses is one problem more."""
@@ -103,23 +104,23 @@ def make_plan(audio: Path, source: Path, flags: list[str], adapt: bool) -> Plan:
         UserError: the recipe or the flags are wrong by themselves.
     """
     published, _ = parse_recipe(["--config", str(source)])
-    asked, _ = parse_recipe(["--config", str(source), *flags])
-    plan = Plan(audio, source, asked, Derived.nothing())
-    plan.teacher = plan.look(teacher_config, asked)
-    lists: list[str] = []
+    recipes, flags = _split(flags)
+    asked, _ = parse_recipe(["--config", str(source), *recipes, *flags])
+    derived = Derived.nothing()
+    plan = Plan(audio, source, published, asked, [], derived)
+    plan.look(_check_named_teacher, asked, flags)
+    plan.teacher = plan.look(teacher_config, asked) if not plan.problems else None
+    layout = layout_of(audio)
     if not audio.is_dir():
         plan.problems.append(f"{audio}: no such folder")
-    else:
-        lists = list(layout_of(audio).lists)
     devices = plan.look(asked.trainer.find_devices)
     if devices is not None:
         plan.world_size = devices[1] * asked.trainer.num_nodes
 
-    derived = plan.derived
-    if lists:
-        for_audio(derived, asked, lists, adapt)
+    if audio.is_dir():
+        for_audio(derived, asked, layout, adapt)
         if asked.data.tsv_dir == published.data.tsv_dir:
-            folder = _lists_folder(audio, published.data.tsv_dir, asked.data.train)
+            folder = _lists_folder(layout, audio, published.data.tsv_dir)
             if folder != published.data.tsv_dir:
                 derived.add("lists of this audio alone", {"data.tsv_dir": folder})
     if adapt:
@@ -127,37 +128,87 @@ def make_plan(audio: Path, source: Path, flags: list[str], adapt: bool) -> Plan:
             for_teacher(derived, asked, plan.teacher["encoder_num_layers"], plan.teacher["encoder_embed_dim"])
         if devices is not None:
             for_machine(derived, asked, published, devices[0], plan.world_size)
-        for_length(derived, asked, published)
-        folder = run_name(asked, published, source.stem, audio, lists)
-        if folder != published.exp_dir:
-            derived.add("a folder for this teacher and audio", {"exp_dir": folder})
-    plan.recipe, _ = parse_recipe(["--config", str(source), *plan.flags, *flags])
+        exp_dir = asked.exp_dir
+        if exp_dir == published.exp_dir:
+            exp_dir = run_name(asked, published, source.stem, audio, layout)
+            if exp_dir != published.exp_dir:
+                derived.add("a folder for this teacher and audio", {"exp_dir": exp_dir})
+        begun = exp_dir / RECIPE if (exp_dir / LAST).is_file() and (exp_dir / RECIPE).is_file() else None
+        # what a run derived from its length when it began stays, whatever is asked of it now
+        for_length(derived, asked if begun is None else parse_recipe(["--config", str(begun)])[0], published)
+    for path in recipes[1::2]:
+        derived.drop(_names(read_yaml(Path(path), MAX_RECIPE_BYTES, "a recipe") or {}))
+    plan.words = [*recipes, *as_flags(derived.settings), *flags]
+    plan.recipe, _ = parse_recipe(["--config", str(source), *plan.words])
     derived.keep(flat_settings(plan.recipe))
+    plan.words = [*recipes, *as_flags(derived.settings), *flags]
 
-    if lists:
-        plan.look(_check_lists, plan, lists)
+    if audio.is_dir():
+        plan.look(_check_lists, plan, layout)
     if devices is not None:
         plan.look(plan.recipe.trainer.micro_batches, plan.world_size)
+    if (
+        os.environ.get("FIT_BATCH") == "1"
+        and devices
+        and devices[0] == "cpu"
+        and not (plan.recipe.exp_dir / BATCH).is_file()
+    ):
+        plan.problems.append("FIT_BATCH=1 measures the memory of a GPU, and this run trains on the CPU: leave it out")
     if plan.teacher is not None:
-        plan.look(_check_models, plan)
+        name, depth = asked.teacher_id or asked.teacher_ckpt, plan.teacher["encoder_num_layers"]
+        before = len(plan.problems)
+        plan.look(check_size, plan.recipe, name, depth, plan.teacher["encoder_embed_dim"])
+        if len(plan.problems) == before:  # of another size, nothing fits
+            plan.look(_check_models, plan)
     return plan
 
 
-def _lists_folder(audio: Path, default: Path, train: str) -> Path:
+def _split(flags: list[str]) -> tuple[list[str], list[str]]:
+    """The recipes among flags, ``--config PATH`` each, and the rest."""
+    recipes: list[str] = []
+    rest: list[str] = []
+    words = iter(flags)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            recipes += ["--config", value if equals else next(words, "")]
+        else:
+            rest.append(word)
+    return recipes, rest
+
+
+def _names(content: Any, prefix: str = "") -> set[str]:
+    """Dotted names of the settings in a recipe's YAML."""
+    if not isinstance(content, dict):
+        return {prefix.removesuffix(".")}
+    return {name for key, value in content.items() for name in _names(value, f"{prefix}{key}.")}
+
+
+def _check_named_teacher(asked: Recipe, flags: list[str]) -> None:
+    """A file that is named alone is not to be made of the recipe's own teacher."""
+    named = {word.partition("=")[0] for word in flags}
+    if "--teacher_ckpt" in named and "--teacher_id" not in named and not asked.teacher_ckpt.exists():
+        raise UserError(f"{asked.teacher_ckpt}: no such file; with --teacher_id it is made of that teacher")
+
+
+def _lists_folder(layout: Layout, audio: Path, default: Path) -> Path:
     """Where the lists of a folder of audio are: those of LibriSpeech in the default one, unless it has others."""
-    if layout_of(audio).librispeech:
-        root = _root_of(default)
-        if root is None or _holds(root, default, audio):
+    if layout.librispeech:
+        roots = {root for name in layout.lists if (root := _root_of(default / name)) is not None}
+        if all(_holds(root, default, audio) for root in roots):
             return default
-    return default / audio.name
+    folder, here = default / audio.name, audio.resolve()
+    if here.is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(here):
+        return Path("lists") / audio.name  # apart from the audio
+    return folder
 
 
-def _root_of(folder: Path) -> Path | None:
-    """Root of the audio that the lists of a folder name; None where there are none."""
-    for path in sorted(folder.glob("*.tsv")):
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return Path(file.readline().rstrip("\r\n"))
-    return None
+def _root_of(path: Path) -> Path | None:
+    """Root of the audio that a list names on its first line; None where there is no list."""
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return Path(file.readline().rstrip("\r\n"))
 
 
 def _holds(root: Path, lists: Path, audio: Path) -> bool:
@@ -168,56 +219,56 @@ def _holds(root: Path, lists: Path, audio: Path) -> bool:
     return copies is not None and copies[0] == layout_of(audio).root.resolve()
 
 
-def _check_lists(plan: Plan, lists: list[str]) -> None:
+def _check_lists(plan: Plan, layout: Layout) -> None:
     """Look whether the lists are this audio's, or the audio gives those that the recipe wants."""
     data = plan.recipe.data
-    train, valid = data.tsv_dir / data.train, data.tsv_dir / data.valid
-    if train.is_file() and valid.is_file():
-        with train.open(encoding="utf-8", errors="replace") as file:
-            root = Path(file.readline().rstrip("\r\n"))
+    train, root = data.tsv_dir / data.train, _root_of(data.tsv_dir / data.train)
+    if root is not None and (data.tsv_dir / data.valid).is_file():
         if not _holds(root, data.tsv_dir, plan.audio):
             raise UserError(
-                f"{train} lists audio of {root}, not of {plan.audio}: remove {data.tsv_dir}, or name another folder "
-                "with --data.tsv_dir"
+                f"{train} lists audio of {root}, not of {plan.audio}: name another folder with --data.tsv_dir, or "
+                f"remove {data.tsv_dir} where no run needs it"
             )
+        logger.info("lists: %s and %s, made before", train, data.valid)
         return
-    if missing := [name for name in (data.train, data.valid) if name not in lists]:
+    plan.look(find, layout.root, [part for parts in layout.lists.values() for part in parts])
+    missing = [name for name in (data.train, data.valid) if name not in layout.lists]
+    if missing:
         shorter = [name for name in (f"{plan.source.stem}_100h", plan.source.stem.replace("960h", "100h"))
                    if name != plan.source.stem and (RECIPES / f"{name}.yaml").is_file()]  # fmt: skip
-        other = f"name the recipe {shorter[0]}, or " if shorter and "train100.tsv" in lists else ""
-        named = next((name for name in lists if name != "valid.tsv"), "train.tsv")
-        raise UserError(
-            f"{plan.audio} gives {', '.join(lists)} and no {', '.join(missing)}: {other}add --data.train {named}"
-        )
-    layout = layout_of(plan.audio)
-    find(layout.root, [part for parts in layout.lists.values() for part in parts])
+        other = f"name the recipe {shorter[0]}, or " if shorter and LIST_100H in layout.lists else ""
+        advice = f"{other}add --data.train {next(iter(layout.lists))}"
+        if data.train in layout.lists:
+            advice = "leave --data.valid out"
+        raise UserError(f"{plan.audio} gives {', '.join(layout.lists)} and no {', '.join(missing)}: {advice}")
 
 
 def _check_models(plan: Plan) -> None:
-    """Build teacher, student and heads without memory: whether they go together, and how large they are."""
+    """Build teacher, student and heads: whether they go together, and how large they are."""
     recipe, config = plan.recipe, copy.deepcopy(plan.teacher)
     assert config is not None
-    with torch.device("meta"):
+    # Without memory, unless weights are read or chosen.
+    is_real = recipe.student_ckpt is not None or recipe.student.slice is not None
+    with torch.device("cpu" if is_real else "meta"):
         try:
             teacher = wav2vec2_model(**config)
         except ValueError as error:
             raise UserError(f"the teacher's config builds no model: {error}") from None
-        check_size(recipe, recipe.teacher_id or recipe.teacher_ckpt, teacher.num_layers, teacher.embed_dim)
         teacher.mask_embedding = torch.zeros(teacher.embed_dim)
         student = make_prunable(starting_student(recipe, teacher), recipe.pruning)
-        heads = Objectives(recipe.objective, student, teacher).num_params()
+        heads = plan.look(Objectives, recipe.objective, student, teacher)
     before = count_params(teacher)
-    plan.sizes = before, count_params(student) - sum(map(len, student.masks().values())), heads
+    if heads is not None:
+        plan.sizes = before, count_params(student) - sum(map(len, student.masks().values())), heads.num_params()
     check_target(student, before, recipe.pruning)
 
 
-def save_recipe(plan: Plan) -> Path:
+def save_recipe(plan: Plan) -> None:
     """Write what differs from the recipe that the plan builds on; in the folder of a run that has begun, nothing."""
     path = plan.recipe.exp_dir / RECIPE
     if (plan.recipe.exp_dir / LAST).is_file():
-        return path
-    published, _ = parse_recipe(["--config", str(plan.source)])
-    before, now = flat_settings(published), flat_settings(plan.recipe)
+        return
+    before, now = flat_settings(plan.published), flat_settings(plan.recipe)
     content: dict[str, Any] = {"base": os.path.relpath(plan.source.resolve(), path.parent.resolve())}
     for name, value in now.items():
         if name in ("base", "continue_with_changes") or (name in before and before[name] == value):
@@ -232,7 +283,7 @@ def save_recipe(plan: Plan) -> Path:
     header += ["# Derived:", *reasons] if reasons else []
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)
     write_text(path, "\n".join([*header, text]))
-    return path
+    logger.info("recipe: %s", path)
 
 
 def say(plan: Plan) -> None:
@@ -246,9 +297,9 @@ def answers(plan: Plan) -> list[str]:
     """For scripts/common.sh, a line each."""
     recipe = plan.recipe
     teacher_id = "" if recipe.teacher_ckpt.exists() else recipe.teacher_id
-    units = ",".join(recipe.pruning.units) or "none"  # the shell drops empty lines at the end
+    units = ",".join(recipe.pruning.units) or "none"
     fields = [recipe.data.tsv_dir, recipe.data.train, recipe.teacher_ckpt, teacher_id, recipe.exp_dir, units]
-    return [*map(str, fields), *plan.flags]
+    return ["plan", *map(str, fields), *plan.words]
 
 
 def read_words(words: list[str]) -> Plan:
@@ -273,7 +324,7 @@ def read_words(words: list[str]) -> Plan:
 def main() -> None:
     """Print the plan for the shell."""
     plan = read_words(sys.argv[1:])
-    logger.info("recipe: %s", save_recipe(plan))
+    save_recipe(plan)
     print(*answers(plan), sep="\n")
 
 

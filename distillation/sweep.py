@@ -128,6 +128,7 @@ def main() -> None:
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(__doc__)
         return
+    print("plan")
     for run in runs_of(sys.argv[1:]):
         print(SEPARATOR.join([str(run.exp_dir), *run.flags]))
 

@@ -1,6 +1,6 @@
 # Sourced by the other scripts: the environment, and the chain of stages that all recipes share.
 set -euo pipefail
-CALLER_DIR=$PWD # paths on the command line are relative to it
+CALLER_DIR=$PWD # audio and files to read are named relative to it; what is written, relative to the repository
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # die MESSAGE: one line, exit code 2.
@@ -92,37 +92,58 @@ two_steps() {
     stage python final_distill.py --config "$recipe" "$@" --student_ckpt "$exp/pruned.pth" --exp_dir "$exp/final"
 }
 
-# from_caller FLAGS...: sets FLAGS, in which a teacher that is named relative to the caller's folder is found from here.
+# from_caller FLAGS...: sets FLAGS, in which files to read that are named relative to the caller's folder are found from here.
 from_caller() {
-    local word before=""
+    local word flag="" value
     FLAGS=()
     for word in "$@"; do
-        case $before in --teacher_id | --teacher_ckpt)
-            [ "$CALLER_DIR" = "$PWD" ] || [ ! -e "$CALLER_DIR/$word" ] || word=$(realpath -- "$CALLER_DIR/$word") ;;
+        case $word in --teacher_id=* | --teacher_ckpt=* | --student_ckpt=* | --config=*)
+            flag=${word%%=*} value=${word#*=}
+            [ ! -e "$CALLER_DIR/$value" ] || word=$flag=$(from_here "$value") ;;
+        esac
+        case $flag in --teacher_id | --teacher_ckpt | --student_ckpt | --config)
+            [ ! -e "$CALLER_DIR/$word" ] || word=$(from_here "$word") ;;
         esac
         FLAGS+=("$word")
-        before=$word
+        flag=$word
     done
+}
+
+# from_here PATH: as it is where the caller is in the repository, else the absolute path.
+from_here() { if [ "$CALLER_DIR" = "$PWD" ]; then echo "$1"; else realpath -- "$CALLER_DIR/$1"; fi; }
+
+# answers_of COMMAND...: sets ANSWERS to the lines that it prints, the first of which is "plan"; else shows them and ends.
+answers_of() {
+    local file code=0
+    file=$(mktemp)
+    stage "$@" >"$file" || code=$?
+    mapfile -t ANSWERS <"$file"
+    rm "$file"
+    [ "$code" = 0 ] || exit "$code"
+    if [ "${ANSWERS[0]:-}" != plan ]; then # --help, --print_config
+        printf "%s\n" "${ANSWERS[@]}"
+        exit 0
+    fi
 }
 
 # whole_recipe ADAPT AUDIO_DIR RECIPE [FLAGS...]: everything from audio to final.pth and a report. ADAPT is --adapt to have
 # the recipe follow teacher, audio and machine, or empty. With --dry_run among the flags the plan is printed, no more.
 whole_recipe() {
-    local adapt=$1 audio recipe=conf/$3.yaml plan lists train teacher teacher_id exp units final
+    local adapt=$1 audio recipe=conf/$3.yaml lists train teacher teacher_id exp units final
     audio=$(cd "$CALLER_DIR" && realpath -m -- "$2")
     [ -f "$recipe" ] || die "$recipe: no such recipe; there are $(cd conf && echo *.yaml)"
     shift 3
     from_caller "$@"
-    set -- "${FLAGS[@]}"
     setup requirements.txt
+    set -- "$audio" ${adapt:+"$adapt"} --config "$recipe" "${FLAGS[@]}"
     case " $* " in *" --dry_run "*)
-        stage python -m distillation.dry_run "$audio" ${adapt:+"$adapt"} --config "$recipe" "$@"
+        stage python -m distillation.dry_run "$@"
         return ;;
     esac
-    plan=$(python -m distillation.plan "$audio" ${adapt:+"$adapt"} --config "$recipe" "$@") # all that is wrong, at once
-    mapfile -t plan <<<"$plan"
-    lists=${plan[0]} train=${plan[1]} teacher=${plan[2]} teacher_id=${plan[3]} exp=${plan[4]} units=${plan[5]}
-    set -- "${plan[@]:6}" "$@"
+    answers_of python -m distillation.plan "$@" # all that is wrong, at once
+    lists=${ANSWERS[1]} train=${ANSWERS[2]} teacher=${ANSWERS[3]} teacher_id=${ANSWERS[4]} exp=${ANSWERS[5]}
+    units=${ANSWERS[6]}
+    set -- "${ANSWERS[@]:7}"
     if [ ! -f "$lists/$train" ] || [ ! -f "$lists/valid.tsv" ]; then
         stage python prepare_data.py --data "$audio" --out "$lists" --convert "$lists/audio" ${adapt:+--skip_broken}
     fi
@@ -144,6 +165,7 @@ two_step_recipe() {
     local script=$1 default=$2
     shift 2
     case "${1:-}" in -h | --help) usage "$script"; exit 0 ;; "") usage "$script" >&2; exit 2 ;; esac
+    [[ $1 != --* ]] || die "$1: the folder of audio comes first"
     if [ $# -gt 1 ] && [[ $2 != --* ]]; then
         whole_recipe "" "$@"
     else

@@ -11,11 +11,11 @@ audio=$1 recipe=$2
 shift 2
 [ -f "conf/$recipe.yaml" ] || die "conf/$recipe.yaml: no such recipe; there are $(cd conf && echo *.yaml)"
 setup requirements.txt
-lines=$(python -m distillation.sweep --config "conf/$recipe.yaml" "$@")
+answers_of python -m distillation.sweep --config "conf/$recipe.yaml" "$@"
 runs=()
 while IFS=$'\x1f' read -r -a words; do
     echo "== ${words[0]}"
     whole_recipe "" "$audio" "$recipe" "${words[@]:3}" </dev/null # without --config
     runs+=("${words[0]}")
-done <<<"$lines"
+done < <(printf "%s\n" "${ANSWERS[@]:1}")
 stage python report.py "${runs[@]}" --out "$(dirname "${runs[0]}")/compare.html" --if_changed

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import time
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import transformers
 import yaml
 
 from distillation.data.audio import read_header
-from tests.helpers import run_here, run_shell, write_batches, write_noise
+from tests.helpers import ROOT, run_here, run_shell, shell_environment, write_batches, write_noise
 from wav2vec2 import load_model
 
 SMALL = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512, "conv_dim": [64] * 7,
@@ -106,6 +109,46 @@ def test_usage_and_errors(tmp_path):
     assert "AUDIO_DIR [RECIPE]" in run_shell("run_dphubert.sh", "--help")
     assert "AUDIO_DIR [RECIPE]" in run_shell("run_dpwavlm.sh", code=2)
     assert "there are" in run_shell("run_dphubert.sh", tmp_path, "dphubert_huge", code=2)
+    assert "comes first" in run_shell("run_dphubert.sh", "--dry_run", tmp_path, code=2)
+
+
+def test_help_and_settings_of_a_recipe_start_nothing(server, tmp_path):
+    assert "--pruning.target_sparsity" in run_shell("run_dphubert.sh", tmp_path, "--help", python=server.bin)
+    printed = run_shell("run_dphubert.sh", tmp_path, "--print_config", "--seed", 7, python=server.bin)
+    assert yaml.safe_load(printed)["seed"] == 7 and not list(tmp_path.iterdir())
+
+
+def test_files_are_named_from_where_the_user_is(server, tmp_path, teacher_path):
+    write_noise(tmp_path / "audio" / "a" / "1.flac", 2, 0)
+    write_noise(tmp_path / "audio" / "b" / "1.flac", 2, 0)
+    (tmp_path / "mine.yaml").write_text("pruning: {target_sparsity: 0.5}\n")
+    for flags in (("--teacher_ckpt", "../t.pth", "--config", "../mine.yaml"),
+                  ("--teacher_ckpt=../t.pth", "--config=../mine.yaml")):  # fmt: skip
+        (tmp_path / "t.pth").write_bytes(teacher_path.read_bytes())
+        words = ["bash", str(ROOT / "scripts" / "run_dphubert.sh"), ".", *flags, "--dry_run"]
+        found = subprocess.run(
+            words, cwd=tmp_path / "audio", env=shell_environment(server.bin), capture_output=True, text=True
+        )
+        assert found.returncode == 0 and "50.0% of the teacher's" in found.stdout, found.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_it_plans(server, tmp_path, number):
+    """Also before anything listens."""
+    (tmp_path / "audio").mkdir()
+    words = [
+        "bash",
+        str(ROOT / "scripts" / "run_dphubert.sh"),
+        str(tmp_path / "audio"),
+        "--exp_dir",
+        str(tmp_path / "e"),
+    ]
+    process = subprocess.Popen(words, cwd=ROOT, env=shell_environment(), stderr=subprocess.PIPE, text=True)
+    time.sleep(0.7)
+    process.send_signal(number)
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and "stopped: " in printed and "Traceback" not in printed
+    assert not (tmp_path / "e").exists()
 
 
 def test_all_that_is_wrong_is_told_before_anything_is_made(server, tmp_path):
@@ -127,7 +170,7 @@ def test_lists_of_other_audio_are_not_trained_on(server, tmp_path, teacher_path)
     for name in ("train100.tsv", "valid.tsv"):
         (tmp_path / "lists" / name).write_text(f"{other}\na.flac\t32000\n")
     printed = run_shell("run_dphubert.sh", tmp_path / "audio", *flags, code=2, python=server.bin)
-    message = f"train100.tsv lists audio of {other}, not of {tmp_path / 'audio'}: remove"
+    message = f"train100.tsv lists audio of {other}, not of {tmp_path / 'audio'}: name another folder"
     assert message in printed and printed.count("error: ") == 1
 
 

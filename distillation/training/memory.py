@@ -17,6 +17,7 @@ from distillation.data.batching import DataConfig
 from distillation.errors import UserError, is_out_of_gpu_memory
 from distillation.training.step import TrainingStep
 
+BATCH = "batch.yaml"  # in the folder of a run: micro-batches that fit
 PROBE_SECONDS = 8.0
 USABLE = 0.9  # of the memory; the rest is lost to fragments and to steps that keep more units alive
 logger = logging.getLogger(__name__)

@@ -102,11 +102,11 @@ def test_any_teacher_and_any_audio(teacher, audio):
     assert made.sizes[0] == sum(p.numel() for name, p in parameters if "masked" not in name) + 20  # the dummy weight
 
     # the file says the same as all flags
-    path = save_recipe(made)
-    assert path == Path("exp/dphubert_my-hubert_speech/recipe.yaml")
-    assert parse_recipe(["--config", str(path)]) == parse_recipe(["--config", str(BASE), *made.flags, *flags])
+    save_recipe(made)
+    path = Path("exp/dphubert_my-hubert_speech/recipe.yaml")
+    assert parse_recipe(["--config", str(path)]) == parse_recipe(["--config", str(BASE), *made.words])
     assert "optim.lr" not in path.read_text() and yaml.safe_load(path.read_text())["optim"]["lr"] == 1e-3
-    assert answers(made)[:6] == ["data/Speech", "train.tsv", "pretrained/my-hubert.hf.pth", str(teacher),
+    assert answers(made)[:7] == ["plan", "data/Speech", "train.tsv", "pretrained/my-hubert.hf.pth", str(teacher),
                                  "exp/dphubert_my-hubert_speech", "conv,head,interm"]  # fmt: skip
 
     # a run that has begun keeps the recipe that it began with
@@ -139,6 +139,7 @@ def test_the_published_recipe_on_any_number_of_gpus(gpus, librispeech, monkeypat
     config = wav2vec2_model(**TINY).config
     monkeypatch.setattr(plan, "teacher_config", lambda recipe: config)
     monkeypatch.setattr(plan, "_check_models", lambda plan: None)
+    monkeypatch.setattr(plan, "check_size", lambda *args: None)
     monkeypatch.setattr(plan, "for_teacher", lambda *args: None)
     made = make_plan(librispeech, BASE, [], adapt=True)
     published, _ = parse_recipe(["--config", str(BASE)])
@@ -195,7 +196,7 @@ def test_lists_of_other_audio(teacher, librispeech, audio):
     for name in ("train100.tsv", "valid.tsv"):
         (Path("mine") / name).write_text((lists / name).read_text())
     (message,) = problems(*words, "--data.tsv_dir", "mine")
-    assert message.startswith(f"mine/train100.tsv lists audio of {audio}, not of {librispeech}: remove mine, or")
+    assert message.startswith(f"mine/train100.tsv lists audio of {audio}, not of {librispeech}: name another")
     for root in (librispeech, librispeech.parent / "Libri"):
         for name in ("train100.tsv", "valid.tsv"):
             (lists / name).write_text(f"{root}\ntrain-clean-100/1/1/1.flac\t32000\n")
@@ -206,7 +207,7 @@ def test_a_converted_teacher_stands_for_itself(audio, tmp_path):
     torch.manual_seed(0)
     save_model(tmp_path / "teacher.pth", wav2vec2_model(**TINY))
     made = read_words([str(audio), "--adapt", "--config", str(BASE), "--teacher_ckpt", str(tmp_path / "teacher.pth")])
-    assert made.recipe.teacher_layers == 4 and answers(made)[3] == ""
+    assert made.recipe.teacher_layers == 4 and answers(made)[4] == ""
     assert made.recipe.exp_dir == Path("exp/dphubert_teacher_speech")
     (message,) = problems(
         audio, "--adapt", "--config", BASE, "--teacher_ckpt", tmp_path / "no.pth", "--teacher_id", "null"
@@ -223,3 +224,89 @@ def test_copies_are_of_the_audio_that_they_were_made_of(teacher, audio):
     assert "lists audio of" in problems(*words)[0]
     (copies / COPIES).write_text(json.dumps({"of": {"data": str(audio)}}) + "\n")
     read_words(words)
+
+
+def adapted(audio: Path, *flags: object) -> plan.Plan:
+    return read_words([str(audio), "--adapt", "--config", str(BASE), *map(str, flags)])
+
+
+def test_broken_files_do_not_move_the_lists(teacher, librispeech):
+    Path("data").mkdir()
+    for name in ("train100.tsv", "valid.tsv"):
+        (Path("data") / name).write_text(f"{librispeech}\ntrain-clean-100/1/1/1.flac\t32000\n")
+    (Path("data") / "broken.tsv").write_text("/x/y.flac\tunreadable\tno audio\n")
+    assert adapted(librispeech, "--teacher_id", teacher).recipe.data.tsv_dir == Path("data")
+
+
+def test_other_parts_of_librispeech(teacher, librispeech, tmp_path):
+    write_noise(librispeech / "train-clean-360" / "1" / "1" / "1.flac", 2, 0)
+    made = adapted(librispeech, "--teacher_id", teacher)
+    assert made.recipe.data.train == "train100.tsv"
+    assert any("without train-other-500" in why for _, why in made.derived.reasons)
+    write_noise(tmp_path / "Only" / "train-clean-360" / "1" / "1" / "1.flac", 2, 0)
+    made = adapted(tmp_path / "Only", "--teacher_id", teacher)
+    assert (made.recipe.data.train, made.recipe.data.long, made.recipe.data.min_frames) == ("train.tsv", "drop", 32000)
+
+
+def test_audio_in_the_folder_of_lists(teacher):
+    """Nothing is written among the audio."""
+    write_noise(Path("data") / "mine" / "a" / "1.wav", 2, 0)
+    for audio in (Path("data/mine"), Path("data")):
+        assert adapted(audio, "--teacher_id", teacher).recipe.data.tsv_dir == Path("lists") / audio.name
+
+
+def test_a_mistyped_file_is_not_made_of_the_default_teacher(audio):
+    found = problems(audio, "--adapt", "--config", BASE, "--teacher_ckpt", "nope.pth")
+    assert found == ["nope.pth: no such file; with --teacher_id it is made of that teacher"]
+
+
+def test_a_longer_run_keeps_what_it_derived(teacher, audio):
+    flags = ["--teacher_id", teacher, "--exp_dir", "run"]
+    save_recipe(made := adapted(audio, *flags, "--optim.max_steps", 100))
+    (Path("run") / "ckpts").mkdir()
+    (Path("run") / "ckpts" / "last.ckpt").touch()
+    longer = adapted(audio, *flags, "--optim.max_steps", 200, "--continue_with_changes")
+    assert longer.recipe.pruning == made.recipe.pruning and longer.recipe.optim.max_steps == 200
+    assert longer.recipe.continue_with_changes and "--continue_with_changes" in answers(longer)
+
+
+def test_recipes_of_the_user(teacher, audio):
+    """With a base, and with settings that are derived otherwise; flags win over both."""
+    content = "data: {min_frames: 12000}
+optim: {max_steps: 100}
+objective: {layer_to_layer: {l2: 0.5}}
+"
+    Path("mine.yaml").write_text(f"base: {BASE}
+{content}")
+    made = adapted(audio, "--config", "mine.yaml", "--teacher_id", teacher, "--data.long", "crop")
+    recipe = made.recipe
+    assert (recipe.data.train, recipe.data.min_frames, recipe.data.long) == ("train.tsv", 12000, "crop")
+    assert recipe.objective.layer_to_layer.l2 == 0.5 and recipe.objective.layer_to_layer.layers == [[0], [2, 3, 5]]
+    assert (recipe.teacher_layers, recipe.optim.max_steps, recipe.optim.warmup_steps) == (5, 100, 30)
+    assert not {"data.min_frames", "data.long"} & made.derived.settings.keys()
+
+
+def test_epochs_and_single_values_of_what_is_derived(teacher, audio):
+    flags = ["--teacher_id", teacher, "--optim.max_epochs", 2, "--final.max_epochs", 1]
+    recipe = adapted(audio, *flags).recipe
+    assert (recipe.optim.warmup_ratio, recipe.final.warmup_ratio) == (0.3, 0.2)
+    flags = ["--teacher_id", teacher, "--optim.max_steps", 100, "--pruning.drop_rates.head", 0.3]
+    made = adapted(audio, *flags, "--trainer.batches_per_update", 1)
+    assert made.recipe.pruning.drop_rates == {"conv": 0.1, "head": 0.3, "interm": 0.1}
+    save_recipe(made)
+    assert parse_recipe(["--config", str(made.recipe.exp_dir / "recipe.yaml")])[0] == made.recipe
+    assert (made.recipe.trainer.batches_per_update, made.recipe.data.seconds_per_batch) == (1, 20)
+
+
+def test_students_that_need_weights(teacher, audio, tmp_path):
+    slice = ["--student.slice.num_params", 20000, "--pruning.units", "[]"]
+    assert adapted(audio, "--teacher_id", teacher, *slice).sizes[1] <= 20000
+    torch.manual_seed(0)
+    save_model(tmp_path / "student.pth", wav2vec2_model(**TINY))
+    path = tmp_path / "student.pth"
+    assert adapted(audio, "--teacher_ckpt", path, "--student_ckpt", path).sizes is not None
+
+
+def test_batches_of_a_gpu_are_not_searched_on_a_cpu(teacher, audio, monkeypatch):
+    monkeypatch.setenv("FIT_BATCH", "1")
+    assert "leave it out" in problems(audio, "--adapt", "--config", BASE, "--teacher_id", teacher)[0]

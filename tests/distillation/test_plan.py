@@ -272,12 +272,8 @@ def test_a_longer_run_keeps_what_it_derived(teacher, audio):
 
 def test_recipes_of_the_user(teacher, audio):
     """With a base, and with settings that are derived otherwise; flags win over both."""
-    content = "data: {min_frames: 12000}
-optim: {max_steps: 100}
-objective: {layer_to_layer: {l2: 0.5}}
-"
-    Path("mine.yaml").write_text(f"base: {BASE}
-{content}")
+    content = "data: {min_frames: 12000}\noptim: {max_steps: 100}\nobjective: {layer_to_layer: {l2: 0.5}}\n"
+    Path("mine.yaml").write_text(f"base: {BASE}\n{content}")
     made = adapted(audio, "--config", "mine.yaml", "--teacher_id", teacher, "--data.long", "crop")
     recipe = made.recipe
     assert (recipe.data.train, recipe.data.min_frames, recipe.data.long) == ("train.tsv", 12000, "crop")

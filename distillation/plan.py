@@ -106,61 +106,67 @@ def make_plan(audio: Path, source: Path, flags: list[str], adapt: bool) -> Plan:
     published, _ = parse_recipe(["--config", str(source)])
     recipes, flags = _split(flags)
     asked, _ = parse_recipe(["--config", str(source), *recipes, *flags])
-    derived = Derived.nothing()
-    plan = Plan(audio, source, published, asked, [], derived)
+    plan = Plan(audio, source, published, asked, [], Derived.nothing())
     plan.look(_check_named_teacher, asked, flags)
     plan.teacher = plan.look(teacher_config, asked) if not plan.problems else None
-    layout = layout_of(audio)
-    if not audio.is_dir():
+    layout = layout_of(audio) if audio.is_dir() else None
+    if layout is None:
         plan.problems.append(f"{audio}: no such folder")
     devices = plan.look(asked.trainer.find_devices)
     if devices is not None:
         plan.world_size = devices[1] * asked.trainer.num_nodes
 
-    if audio.is_dir():
-        for_audio(derived, asked, layout, adapt)
-        if asked.data.tsv_dir == published.data.tsv_dir:
-            folder = _lists_folder(layout, audio, published.data.tsv_dir)
-            if folder != published.data.tsv_dir:
-                derived.add("lists of this audio alone", {"data.tsv_dir": folder})
-    if adapt:
-        if plan.teacher is not None:
-            for_teacher(derived, asked, plan.teacher["encoder_num_layers"], plan.teacher["encoder_embed_dim"])
-        if devices is not None:
-            for_machine(derived, asked, published, devices[0], plan.world_size)
-        exp_dir = asked.exp_dir
-        if exp_dir == published.exp_dir:
-            exp_dir = run_name(asked, published, source.stem, audio, layout)
-            if exp_dir != published.exp_dir:
-                derived.add("a folder for this teacher and audio", {"exp_dir": exp_dir})
-        begun = exp_dir / RECIPE if (exp_dir / LAST).is_file() and (exp_dir / RECIPE).is_file() else None
-        # what a run derived from its length when it began stays, whatever is asked of it now
-        for_length(derived, asked if begun is None else parse_recipe(["--config", str(begun)])[0], published)
+    _derive(plan, asked, layout, None if devices is None else devices[0], adapt)
+    derived = plan.derived
     for path in recipes[1::2]:
         derived.drop(_names(read_yaml(Path(path), MAX_RECIPE_BYTES, "a recipe") or {}))
-    plan.words = [*recipes, *as_flags(derived.settings), *flags]
-    plan.recipe, _ = parse_recipe(["--config", str(source), *plan.words])
+    plan.recipe, _ = parse_recipe(["--config", str(source), *recipes, *as_flags(derived.settings), *flags])
     derived.keep(flat_settings(plan.recipe))
     plan.words = [*recipes, *as_flags(derived.settings), *flags]
+    _check(plan, layout, None if devices is None else devices[0])
+    return plan
 
-    if audio.is_dir():
-        plan.look(_check_lists, plan, layout)
-    if devices is not None:
-        plan.look(plan.recipe.trainer.micro_batches, plan.world_size)
-    if (
-        os.environ.get("FIT_BATCH") == "1"
-        and devices
-        and devices[0] == "cpu"
-        and not (plan.recipe.exp_dir / BATCH).is_file()
-    ):
-        plan.problems.append("FIT_BATCH=1 measures the memory of a GPU, and this run trains on the CPU: leave it out")
+
+def _derive(plan: Plan, asked: Recipe, layout: Layout | None, accelerator: str | None, adapt: bool) -> None:
+    """What the recipe does not say; ``layout`` and ``accelerator`` are None where they could not be found out."""
+    derived, published = plan.derived, plan.published
+    if layout is not None:
+        for_audio(derived, asked, layout, adapt)
+        if asked.data.tsv_dir == published.data.tsv_dir:
+            folder = _lists_folder(layout, plan.audio, published.data.tsv_dir)
+            if folder != published.data.tsv_dir:
+                derived.add("lists of this audio alone", {"data.tsv_dir": folder})
+    if not adapt:
+        return
     if plan.teacher is not None:
-        name, depth = asked.teacher_id or asked.teacher_ckpt, plan.teacher["encoder_num_layers"]
-        before = len(plan.problems)
-        plan.look(check_size, plan.recipe, name, depth, plan.teacher["encoder_embed_dim"])
+        for_teacher(derived, asked, plan.teacher["encoder_num_layers"], plan.teacher["encoder_embed_dim"])
+    if accelerator is not None:
+        for_machine(derived, asked, published, accelerator, plan.world_size)
+    exp_dir = asked.exp_dir
+    if layout is not None and exp_dir == published.exp_dir:
+        exp_dir = run_name(asked, published, plan.source.stem, plan.audio, layout)
+        if exp_dir != published.exp_dir:
+            derived.add("a folder for this teacher and audio", {"exp_dir": exp_dir})
+    begun = exp_dir / RECIPE
+    if (exp_dir / LAST).is_file() and begun.is_file():  # what a run derived when it began stays, however long it gets
+        asked, _ = parse_recipe(["--config", str(begun)])
+    for_length(derived, asked, published)
+
+
+def _check(plan: Plan, layout: Layout | None, accelerator: str | None) -> None:
+    """Everything that can stand in the way; arguments as of :func:`_derive`."""
+    recipe, teacher = plan.recipe, plan.teacher
+    if layout is not None:
+        plan.look(_check_lists, plan, layout)
+    if accelerator is not None:
+        plan.look(recipe.trainer.micro_batches, plan.world_size)
+    if os.environ.get("FIT_BATCH") == "1" and accelerator == "cpu" and not (recipe.exp_dir / BATCH).is_file():
+        plan.problems.append("FIT_BATCH=1 measures the memory of a GPU, and this run trains on the CPU: leave it out")
+    if teacher is not None:
+        name, before = recipe.teacher_id or recipe.teacher_ckpt, len(plan.problems)
+        plan.look(check_size, recipe, name, teacher["encoder_num_layers"], teacher["encoder_embed_dim"])
         if len(plan.problems) == before:  # of another size, nothing fits
             plan.look(_check_models, plan)
-    return plan
 
 
 def _split(flags: list[str]) -> tuple[list[str], list[str]]:

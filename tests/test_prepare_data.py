@@ -105,14 +105,14 @@ def test_librispeech_of_training_parts_alone(run, caplog, tmp_path):
     write(tmp_path / "data" / "test-other" / "stereo.flac", channels=2)
     args = ("--data", tmp_path / "data", "--valid_fraction", 0.2, "--out")
     run(*args, tmp_path / "out")
-    assert files(tmp_path / "out") == corpus.lists_of(tmp_path / "data") == ["train100.tsv", "valid.tsv"]
+    assert files(tmp_path / "out") == list(corpus.layout_of(tmp_path / "data").lists) == ["train100.tsv", "valid.tsv"]
     train, valid = (read_tsv(tmp_path / "out" / name).paths for name in ("train100.tsv", "valid.tsv"))
     speakers = [{name.rsplit("/", 2)[0] for name in names} for names in (train, valid)]
     assert len(train) + len(valid) == 20 and not speakers[0] & speakers[1] and len(speakers[1]) == 2
     assert "held out for validation: 2 of 10 speakers of train-clean-100, as there is no dev-clean or" in caplog.text
     (tmp_path / "data" / "train-clean-100").rename(tmp_path / "data" / "train-other-500")
     run(*args, tmp_path / "other")
-    assert files(tmp_path / "other") == corpus.lists_of(tmp_path / "data") == ["train.tsv", "valid.tsv"]
+    assert files(tmp_path / "other") == list(corpus.layout_of(tmp_path / "data").lists) == ["train.tsv", "valid.tsv"]
     missing = "holds no train-clean-100, train-clean-360"
     assert f"train.tsv is of train-other-500: {tmp_path / 'data'} {missing}" in caplog.text
     (tmp_path / "data" / "train-clean-360").mkdir()

@@ -110,11 +110,6 @@ def layout_of(data: Path) -> Layout:
     return Layout(root, {**lists, "valid.tsv": tuple(part for part in VALID_PARTS if (root / part).is_dir())}, True)
 
 
-def lists_of(data: Path) -> list[str]:
-    """Names of the lists that prepare_data.py makes of a folder, training lists first; no file is looked at."""
-    return list(layout_of(data).lists)
-
-
 def find(root: Path, parts: Sequence[str], elsewhere: AbstractSet[Identity] = frozenset()) -> Found:
     """Find the audio below some folders of ``root``, but for hidden files and folders.
 

@@ -26,7 +26,6 @@ from distillation.data.corpus import (
     find_librispeech,
     in_threads,
     layout_of,
-    lists_of,
     read_headers,
     subset,
 )
@@ -54,7 +53,7 @@ def test_librispeech_is_found_by_its_training_parts(tmp_path, inside):
     (tmp_path / inside / "dev-other").mkdir(parents=True)
     (tmp_path / inside / "test-clean").mkdir()
     (tmp_path / inside / "train-clean-100").write_text("a file of that name")
-    assert find_librispeech(tmp_path) is None and lists_of(tmp_path) == ["train.tsv", "valid.tsv"]
+    assert find_librispeech(tmp_path) is None and list(layout_of(tmp_path).lists) == ["train.tsv", "valid.tsv"]
     (tmp_path / inside / "train-other-500").mkdir()
     assert find_librispeech(tmp_path) == tmp_path / inside
 
@@ -75,7 +74,7 @@ def test_librispeech_is_found_by_its_training_parts(tmp_path, inside):
 def test_which_lists_a_folder_gives(tmp_path, parts, lists):
     for part in parts:
         (tmp_path / part).mkdir()
-    assert layout_of(tmp_path).lists == lists and lists_of(tmp_path) == list(lists)
+    assert layout_of(tmp_path).lists == lists
 
 
 def test_links_are_followed_and_what_is_hidden_is_skipped(tmp_path, noise):
@@ -230,7 +229,7 @@ def test_speakers_are_held_out_of_librispeech_without_dev_parts(tmp_path, caplog
     frames = {f"{part}/{k}{s:02}/1/{i}.flac": 100 for k, part in enumerate(parts) for s in range(40) for i in range(2)}
     layout = librispeech(tmp_path, *parts, "test-clean")
     lists = divide(manifest(frames), layout, None, 0.1, 0)
-    assert list(lists) == lists_of(tmp_path)
+    assert list(lists) == list(layout_of(tmp_path).lists)
     *training, valid = [set(found.paths) for found in lists.values()]
     speakers = {name.rsplit("/", 2)[0] for name in valid}
     expected = parts[:1] if parts[0] == TRAIN_PARTS[0] else parts

@@ -3,8 +3,8 @@
     python -m distillation.plan AUDIO_DIR [--adapt] --config conf/dphubert_base.yaml FLAGS...
 
 With --adapt the recipe follows teacher, audio and machine where it is written for others; the flags win over what is
-derived. Prints a line per answer for scripts/common.sh: "plan", the folder of lists, the training list, the teacher's
-file and what to convert it from (empty where that is not needed), the folder of the run, what it prunes, all flags.
+derived. Prints a line per answer for scripts/common.sh: "plan", the folder of the lists to make, what to convert the
+teacher from (both empty where they are there), the teacher's file, the folder of the run, what it prunes, all flags.
 A new run gets recipe.yaml, which says the same as all flags together.
 """
 
@@ -301,11 +301,11 @@ def say(plan: Plan) -> None:
 
 def answers(plan: Plan) -> list[str]:
     """For scripts/common.sh, a line each."""
-    recipe = plan.recipe
+    recipe, data = plan.recipe, plan.recipe.data
+    lists = "" if all((data.tsv_dir / name).is_file() for name in (data.train, data.valid)) else data.tsv_dir
     teacher_id = "" if recipe.teacher_ckpt.exists() else recipe.teacher_id
     units = ",".join(recipe.pruning.units) or "none"
-    fields = [recipe.data.tsv_dir, recipe.data.train, recipe.teacher_ckpt, teacher_id, recipe.exp_dir, units]
-    return ["plan", *map(str, fields), *plan.words]
+    return ["plan", *map(str, (lists, teacher_id, recipe.teacher_ckpt, recipe.exp_dir, units)), *plan.words]
 
 
 def read_words(words: list[str]) -> Plan:

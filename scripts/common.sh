@@ -129,7 +129,7 @@ answers_of() {
 # whole_recipe ADAPT AUDIO_DIR RECIPE [FLAGS...]: everything from audio to final.pth and a report. ADAPT is --adapt to have
 # the recipe follow teacher, audio and machine, or empty. With --dry_run among the flags the plan is printed, no more.
 whole_recipe() {
-    local adapt=$1 audio recipe=conf/$3.yaml lists train teacher teacher_id exp units final
+    local adapt=$1 audio recipe=conf/$3.yaml lists teacher teacher_id exp units final
     audio=$(cd "$CALLER_DIR" && realpath -m -- "$2")
     [ -f "$recipe" ] || die "$recipe: no such recipe; there are $(cd conf && echo *.yaml)"
     shift 3
@@ -141,10 +141,9 @@ whole_recipe() {
         return ;;
     esac
     answers_of python -m distillation.plan "$@" # all that is wrong, at once
-    lists=${ANSWERS[1]} train=${ANSWERS[2]} teacher=${ANSWERS[3]} teacher_id=${ANSWERS[4]} exp=${ANSWERS[5]}
-    units=${ANSWERS[6]}
-    set -- "${ANSWERS[@]:7}"
-    if [ ! -f "$lists/$train" ] || [ ! -f "$lists/valid.tsv" ]; then
+    lists=${ANSWERS[1]} teacher_id=${ANSWERS[2]} teacher=${ANSWERS[3]} exp=${ANSWERS[4]} units=${ANSWERS[5]}
+    set -- "${ANSWERS[@]:6}"
+    if [ -n "$lists" ]; then
         stage python prepare_data.py --data "$audio" --out "$lists" --convert "$lists/audio" ${adapt:+--skip_broken}
     fi
     [ -z "$teacher_id" ] || stage python convert_hubert_from_hf.py --model "$teacher_id" --out "$teacher"

@@ -106,7 +106,7 @@ def test_any_teacher_and_any_audio(teacher, audio):
     path = Path("exp/dphubert_my-hubert_speech/recipe.yaml")
     assert parse_recipe(["--config", str(path)]) == parse_recipe(["--config", str(BASE), *made.words])
     assert "optim.lr" not in path.read_text() and yaml.safe_load(path.read_text())["optim"]["lr"] == 1e-3
-    assert answers(made)[:7] == ["plan", "data/Speech", "train.tsv", "pretrained/my-hubert.hf.pth", str(teacher),
+    assert answers(made)[:6] == ["plan", "data/Speech", str(teacher), "pretrained/my-hubert.hf.pth",
                                  "exp/dphubert_my-hubert_speech", "conv,head,interm"]  # fmt: skip
 
     # a run that has begun keeps the recipe that it began with
@@ -200,14 +200,17 @@ def test_lists_of_other_audio(teacher, librispeech, audio):
     for root in (librispeech, librispeech.parent / "Libri"):
         for name in ("train100.tsv", "valid.tsv"):
             (lists / name).write_text(f"{root}\ntrain-clean-100/1/1/1.flac\t32000\n")
-        assert read_words(words).recipe.data.tsv_dir == lists
+        made = read_words(words)
+        assert made.recipe.data.tsv_dir == lists and answers(made)[1] == "", "they are not made again"
+    (lists / "valid.tsv").rename(lists / "own.tsv")
+    assert answers(read_words([*words, "--data.valid", "own.tsv"]))[1] == "", "nor where they have other names"
 
 
 def test_a_converted_teacher_stands_for_itself(audio, tmp_path):
     torch.manual_seed(0)
     save_model(tmp_path / "teacher.pth", wav2vec2_model(**TINY))
     made = read_words([str(audio), "--adapt", "--config", str(BASE), "--teacher_ckpt", str(tmp_path / "teacher.pth")])
-    assert made.recipe.teacher_layers == 4 and answers(made)[4] == ""
+    assert made.recipe.teacher_layers == 4 and answers(made)[2] == ""
     assert made.recipe.exp_dir == Path("exp/dphubert_teacher_speech")
     (message,) = problems(
         audio, "--adapt", "--config", BASE, "--teacher_ckpt", tmp_path / "no.pth", "--teacher_id", "null"

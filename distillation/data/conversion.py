@@ -7,9 +7,6 @@ import logging
 import os
 import secrets
 import shutil
-import struct
-import subprocess
-import tempfile
 import threading
 import unicodedata
 from collections import Counter
@@ -24,8 +21,10 @@ import soundfile
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from distillation.data.audio import CHECK_BLOCK, AudioError, Header, decode
-from distillation.data.corpus import Files, Problem, in_threads, remembered, unreadable
+from distillation.data.audio import AudioError, Header, decode
+from distillation.data.corpus import Files, Problem, unreadable
+from distillation.data.ffmpeg import ffmpeg_decode
+from distillation.data.looking import in_threads, remembered
 from distillation.data.manifest import Manifest
 from distillation.data.resampling import resampled
 from distillation.errors import UserError
@@ -52,8 +51,6 @@ LONG_SECONDS = 60
 MAX_NAME = 255  # bytes, on nearly all file systems
 COPIES = ".copies.jsonl"  # in the folder of the copies: which are finished, and of which originals
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}]"
-# Of the AU format: magic, where the samples begin, their bytes, encoding, rate, channels; and the encoding float32.
-AU_HEADER, AU_FLOAT = struct.Struct(">4s5I"), 6
 
 
 @dataclass(frozen=True)
@@ -438,52 +435,3 @@ def _write_flac(path: Path, blocks: Iterator[np.ndarray], sample_rate: int) -> t
 @contextlib.contextmanager
 def _decode(path: Path, header: Header) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
     yield header.sample_rate, decode(path)
-
-
-@contextlib.contextmanager
-def ffmpeg_decode(path: Path) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
-    """The first sound track of a file, decoded by the program ffmpeg: rate, and float32 blocks ``[n, C]`` to its end.
-
-    Raises:
-        AudioError: ffmpeg cannot decode all of it. Raised by the blocks too.
-        UserError: a signal ended ffmpeg.
-    """
-    words = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{path}", "-map", "0:a:0"]
-    words += ["-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
-    with (
-        tempfile.TemporaryFile() as complaints,
-        # A session of its own: Ctrl-C is for this process, which then ends ffmpeg.
-        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=complaints, start_new_session=True) as process,
-    ):
-        pipe = process.stdout
-        assert pipe is not None
-
-        def finish() -> None:
-            """Ffmpeg goes on after an error and ends with code 0: what it says tells."""
-            code = process.wait()
-            if code < 0:
-                raise UserError(f"{path}: a signal ended ffmpeg (exit code {code}): run again")
-            complaints.seek(0)
-            said = complaints.read().decode("utf-8", "replace").strip()
-            if code or said:
-                first = said.split("\n")[0].rpartition("] ")[2]
-                raise AudioError(path, f"ffmpeg: {first or f'exit code {code}'}")
-
-        def blocks(num_channels: int) -> Iterator[np.ndarray]:
-            size = 4 * num_channels
-            while data := pipe.read(size * (CHECK_BLOCK // num_channels)):
-                whole = len(data) // size * size
-                yield np.frombuffer(data[:whole], ">f4").reshape(-1, num_channels).astype(np.float32)
-            finish()
-
-        try:
-            head = pipe.read(AU_HEADER.size)
-            if len(head) < AU_HEADER.size:
-                finish()
-                raise AudioError(path, "ffmpeg gives no audio")
-            magic, begin, _, encoding, rate, num_channels = AU_HEADER.unpack(head)
-            assert (magic, encoding) == (b".snd", AU_FLOAT), head
-            pipe.read(begin - AU_HEADER.size)
-            yield rate, blocks(num_channels)
-        finally:
-            process.kill()

@@ -10,13 +10,12 @@ import time
 import numpy as np
 import pytest
 
-from distillation.data import corpus
+from distillation.data import corpus, looking
 from distillation.data.audio import AudioError
 from distillation.data.corpus import (
     MAX_VALID_SHARE,
     TRAIN_PARTS,
     VALID_PARTS,
-    WAITING,
     Files,
     as_they_are,
     choose_held_out,
@@ -24,11 +23,11 @@ from distillation.data.corpus import (
     divide,
     find,
     find_librispeech,
-    in_threads,
     layout_of,
     read_headers,
     subset,
 )
+from distillation.data.looking import WAITING, in_threads
 from distillation.data.manifest import Manifest
 from distillation.errors import UserError
 from distillation.journal import Journal
@@ -185,7 +184,7 @@ def test_decoding_finds_what_headers_do_not_show(tmp_path, noise, known):
 def test_what_failed_is_looked_at_again(tmp_path, noise, known, monkeypatch):
     """The file may have been out of reach: neither size nor time tell."""
     noise(tmp_path / "x.wav", 0.1, 0)
-    monkeypatch.setattr(corpus, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(looking, "KEEP_SECONDS", 0.0)
 
     def unreachable(path, *_):
         raise AudioError(path, "Stale file handle")
@@ -333,11 +332,11 @@ def test_a_stop_waits_for_no_more_than_what_is_being_done():
 @pytest.mark.parametrize("rate", [0, math.inf])
 def test_headers_are_kept_where_they_come_slowly(tmp_path, noise, known, monkeypatch, rate):
     """What comes fast is as fast to find as to keep."""
-    monkeypatch.setattr(corpus, "KEEP_RATE", rate)
-    monkeypatch.setattr(corpus, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(looking, "KEEP_RATE", rate)
+    monkeypatch.setattr(looking, "KEEP_SECONDS", 0.0)
     # one after another: threads take many at once and run ahead
     in_turn = lambda function, items, *_: (found for found in enumerate(map(function, items)))  # noqa: E731
-    monkeypatch.setattr(corpus, "in_threads", in_turn)
+    monkeypatch.setattr(looking, "in_threads", in_turn)
     for i in range(4):
         noise(tmp_path / f"{i}.wav", 0.1 * (i + 1), i)
     noise(tmp_path / "4.wav", 0.5, 4)

@@ -232,7 +232,7 @@ def _require_names(out: Path, names: list[str], known: set[str]) -> None:
     for folder, folders, files in os.walk(out):
         prefix = "" if folder == str(out) else f"{os.path.relpath(folder, out)}/"
         for name in files:
-            if name.startswith(".") and name.endswith(".tmp"):
+            if known and name.startswith(".") and name.endswith(".tmp"):  # a folder of copies, not any
                 Path(folder, name).unlink(missing_ok=True)
         present |= {prefix + name for name in (*folders, *files)}
     for name in names:

@@ -29,10 +29,12 @@ from distillation.data.conversion import copies_of
 from distillation.data.corpus import Layout, find, layout_of
 from distillation.deriving import LIST_100H, Derived, for_audio, for_length, for_machine, for_teacher, run_name
 from distillation.errors import Problems, UserError, command
+from distillation.identity import step_1_identity
 from distillation.objectives import Objectives
 from distillation.sparsity import check_target, make_prunable
 from distillation.teacher import check_size, teacher_config
 from distillation.training.memory import BATCH
+from distillation.training.record import Record
 from distillation.training.standing import LAST
 from distillation.yamlfile import read_yaml
 from wav2vec2 import CheckpointError, wav2vec2_model
@@ -162,6 +164,9 @@ def _check(plan: Plan, layout: Layout | None, accelerator: str | None) -> None:
         plan.look(recipe.trainer.micro_batches, plan.world_size)
     if os.environ.get("FIT_BATCH") == "1" and accelerator == "cpu" and not (recipe.exp_dir / BATCH).is_file():
         plan.problems.append("FIT_BATCH=1 measures the memory of a GPU, and this run trains on the CPU: leave it out")
+    record = Record.load(recipe.exp_dir) if (recipe.exp_dir / LAST).is_file() else None
+    if record is not None and recipe.student_ckpt is None:  # what files hold and what may change is looked at later
+        plan.look(record.go_on, step_1_identity(recipe, {}), 0, recipe.exp_dir / LAST, True)
     if teacher is not None:
         name, before = recipe.teacher_id or recipe.teacher_ckpt, len(plan.problems)
         plan.look(check_size, recipe, name, teacher["encoder_num_layers"], teacher["encoder_embed_dim"])

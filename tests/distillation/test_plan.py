@@ -15,7 +15,9 @@ from distillation.config import parse_recipe
 from distillation.data.conversion import COPIES
 from distillation.deriving import matched_layers
 from distillation.errors import Problems
+from distillation.identity import step_1_identity
 from distillation.plan import answers, make_plan, read_words, save_recipe
+from distillation.training.record import Record
 from tests.configs import TINY
 from tests.helpers import HF_SIZE, ROOT, write_noise
 from wav2vec2 import save_model, wav2vec2_model
@@ -309,3 +311,14 @@ def test_students_that_need_weights(teacher, audio, tmp_path):
 def test_batches_of_a_gpu_are_not_searched_on_a_cpu(teacher, audio, monkeypatch):
     monkeypatch.setenv("FIT_BATCH", "1")
     assert "leave it out" in problems(audio, "--adapt", "--config", BASE, "--teacher_id", teacher)[0]
+
+
+def test_a_folder_of_another_run_is_told_at_once(teacher, audio):
+    flags = ["--teacher_id", teacher, "--exp_dir", "run", "--optim.max_steps", 100]
+    Record.start(step_1_identity(adapted(audio, *flags).recipe, {"teacher": "some digest"})).write(Path("run"))
+    (Path("run") / "ckpts").mkdir()
+    (Path("run") / "ckpts" / "last.ckpt").touch()
+    assert adapted(audio, *flags, "--optim.lr", 0.5, "--trainer.devices", 1).recipe.optim.lr == 0.5, "distill.py asks"
+    words = [audio, "--adapt", "--config", BASE, *flags, "--seed", 3, "--trainer.batches_per_update", 2]
+    found = problems(*words, "--trainer.accelerator", "gpu")
+    assert len(found) == 2 and "seed 2022 -> 3" in found[1] and "cannot change in the middle of a run" in found[1]

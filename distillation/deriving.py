@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distillation.config import Recipe
-from distillation.data.corpus import TRAIN_PARTS, Layout
+from distillation.data.corpus import Layout
 from distillation.optimisation import OptimConfig
 
 LIST_960H, LIST_100H, OTHER_LIST = "train960.tsv", "train100.tsv", "train.tsv"
@@ -100,7 +100,7 @@ def for_audio(derived: Derived, recipe: Recipe, layout: Layout, adapt: bool) -> 
     """
     if recipe.data.train in layout.lists:
         return
-    missing = ", ".join(part for part in TRAIN_PARTS if not (layout.root / part).is_dir())
+    missing = ", ".join(layout.missing)
     if OTHER_LIST in layout.lists:
         if layout.librispeech:
             derived.add(f"what there is of LibriSpeech, without {missing}", {"data.train": OTHER_LIST})

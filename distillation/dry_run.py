@@ -104,9 +104,8 @@ def _audio(plan: Plan) -> tuple[float, np.ndarray, str]:
         UserError: the lists give nothing to train on or to validate on, or utterances longer than a batch.
     """
     data, remarks = plan.recipe.data, ""
-    paths = [data.tsv_dir / name for name in (data.train, data.valid)]
-    if all(path.is_file() for path in paths):
-        manifest, validation = map(read_tsv, paths)
+    if plan.has_lists:
+        manifest, validation = map(read_tsv, plan.lists)
     else:
         found = survey(plan.audio)
         manifest, validation = found.lists[data.train], found.lists[data.valid]

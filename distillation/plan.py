@@ -75,6 +75,16 @@ class Plan:
     sizes: tuple[int, int, int] | None = None
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def lists(self) -> list[Path]:
+        """Training and validation list, whether they are there or not."""
+        return [self.recipe.data.tsv_dir / name for name in (self.recipe.data.train, self.recipe.data.valid)]
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether both are there."""
+        return all(path.is_file() for path in self.lists)
+
     def look(self, function: Callable[..., Found], *args: Any) -> Found | None:
         """What a function returns; what it refuses is one problem more."""
         try:
@@ -233,16 +243,17 @@ def _holds(root: Path, lists: Path, audio: Path) -> bool:
 def _check_lists(plan: Plan, layout: Layout) -> None:
     """Look whether the lists are this audio's, or the audio gives those that the recipe wants."""
     data = plan.recipe.data
-    train, root = data.tsv_dir / data.train, _root_of(data.tsv_dir / data.train)
-    if root is not None and (data.tsv_dir / data.valid).is_file():
-        if not _holds(root, data.tsv_dir, plan.audio):
+    if plan.has_lists:
+        train, valid = plan.lists
+        root = _root_of(train)
+        if root is not None and not _holds(root, data.tsv_dir, plan.audio):
             raise UserError(
                 f"{train} lists audio of {root}, not of {plan.audio}: name another folder with --data.tsv_dir, or "
                 f"remove {data.tsv_dir} where no run needs it"
             )
-        logger.info("lists: %s and %s, made before", train, data.valid)
+        logger.info("lists: %s and %s, made before", train, valid)
         return
-    plan.look(find, layout.root, [part for parts in layout.lists.values() for part in parts])
+    plan.look(find, layout.root, layout.parts)
     missing = [name for name in (data.train, data.valid) if name not in layout.lists]
     if missing:
         shorter = [name for name in (f"{plan.source.stem}_100h", plan.source.stem.replace("960h", "100h"))
@@ -306,8 +317,8 @@ def say(plan: Plan) -> None:
 
 def answers(plan: Plan) -> list[str]:
     """For scripts/common.sh, a line each."""
-    recipe, data = plan.recipe, plan.recipe.data
-    lists = "" if all((data.tsv_dir / name).is_file() for name in (data.train, data.valid)) else data.tsv_dir
+    recipe = plan.recipe
+    lists = "" if plan.has_lists else recipe.data.tsv_dir
     teacher_id = "" if recipe.teacher_ckpt.exists() else recipe.teacher_id
     units = ",".join(recipe.pruning.units) or "none"
     return ["plan", *map(str, (lists, teacher_id, recipe.teacher_ckpt, recipe.exp_dir, units)), *plan.words]

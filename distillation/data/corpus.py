@@ -65,9 +65,15 @@ class Layout(NamedTuple):
     """The folders below the root that each list holds; none: it is held out from the first list."""
     librispeech: bool
 
-    def parts(self, name: str) -> tuple[str, ...]:
-        """The folders that a list is of, or is held out from."""
-        return self.lists[name] or next(iter(self.lists.values()))
+    @property
+    def missing(self) -> list[str]:
+        """Training parts of LibriSpeech that are not there."""
+        return [part for part in TRAIN_PARTS if not (self.root / part).is_dir()]
+
+    @property
+    def parts(self) -> list[str]:
+        """All folders that the lists hold."""
+        return sorted({part for parts in self.lists.values() for part in parts})
 
 
 def find_librispeech(data: Path) -> Path | None:

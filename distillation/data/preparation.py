@@ -13,7 +13,6 @@ import numpy as np
 from distillation.data.audio import CLIPPED_LEVEL, CLIPPED_SHARE, SILENCE_PEAK
 from distillation.data.conversion import GIGABYTES_PER_HOUR, Copying, convert, fitting, require_apart, require_channel
 from distillation.data.corpus import (
-    TRAIN_PARTS,
     Files,
     Found,
     Layout,
@@ -158,7 +157,7 @@ def _survey(files: Sequence[Files], found: Sequence[Found], num_unreadable: int,
 def _find(layout: Layout, valid: Path | None, problems: list[Problem]) -> list[Found]:
     """What is listed of a folder and, apart from it, of the folder of validation audio."""
     if valid is None:
-        found = [find(layout.root, sorted({part for parts in layout.lists.values() for part in parts}))]
+        found = [find(layout.root, layout.parts)]
     else:
         validation = find(valid, ["."])
         training = sorted({part for name, parts in layout.lists.items() if name != "valid.tsv" for part in parts})
@@ -187,12 +186,11 @@ def prepare(config: Preparation) -> None:
 def _prepare(config: Preparation, known: Journal) -> None:
     layout = layout_of(config.data)
     if layout.librispeech:
-        missing = [part for part in TRAIN_PARTS if not (layout.root / part).is_dir()]
         if "train.tsv" in layout.lists:
             parts = " and ".join(layout.lists["train.tsv"])
-            logger.warning("train.tsv is of %s: %s holds no %s", parts, layout.root, ", ".join(missing))
-        elif missing:
-            logger.warning("train960.tsv is not written: %s holds no %s", layout.root, ", ".join(missing))
+            logger.warning("train.tsv is of %s: %s holds no %s", parts, layout.root, ", ".join(layout.missing))
+        elif layout.missing:
+            logger.warning("train960.tsv is not written: %s holds no %s", layout.root, ", ".join(layout.missing))
     problems: list[Problem] = []
     found = _with_ffmpeg(_find(layout, config.valid, problems), config.convert is not None)
     sources = [read_headers(it.root, it.names, config.num_threads, known, problems) for it in found]

@@ -27,8 +27,8 @@ from distillation.stopping import keeping
 from evaluation.conditions import conditions
 from evaluation.tables import markdown_table
 from evaluation.timing import in_turns
-from exporting.graphs import export_graph
-from exporting.verify import ExportedOutputs
+from exporting import onnx
+from exporting.source import ExportOptions, Source
 from wav2vec2 import load_model
 from wav2vec2.checkpoint import fingerprint
 from wav2vec2.feature_extractor import SAMPLE_RATE
@@ -145,9 +145,9 @@ def run(
     )
     known = Journal(out / ".formats.jsonl", of, "parts")
     with keeping(f"what is finished is in {known.path}"):
-        for name, int8 in (("compressed, ONNX", False), ("compressed, ONNX int8", True)):
+        for name, quantize in (("compressed, ONNX", None), ("compressed, ONNX int8", "int8")):
             if f"export: {name}" not in known or not files[name].is_file():
-                export_graph(ExportedOutputs(student, last=False), "onnx", files[name], int8)
+                onnx.export(Source.read(demo / "final.pth"), files[name], ExportOptions(quantize=quantize))
                 known[f"export: {name}"] = None
         extracts: dict[str, Extract] = {
             "teacher": teacher.extract_features,

@@ -8,7 +8,6 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
@@ -17,6 +16,7 @@ from exporting.card import model_card
 from exporting.configuration_compressed_speech import CompressedSpeechConfig
 from exporting.modeling_compressed_speech import CompressedSpeechForCTC, CompressedSpeechModel
 from exporting.native import NativeOutputs, native_model, require_native, takes_padding
+from exporting.source import Exported, ExportOptions, Source
 from exporting.verify import ExportedOutputs, require_agreement
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.transformer import torch_spelling
@@ -26,35 +26,24 @@ CODE = ("configuration_compressed_speech", "modeling_compressed_speech")
 WORD_DELIMITER = "|"
 
 
-def export_huggingface(
-    model: Wav2Vec2Model,
-    out: Path,
-    vocabulary: list[str] | None,
-    source: Path,
-    report: dict[str, Any] | None,
-    native: bool,
-) -> tuple[float, str]:
+def export(source: Source, out: Path, options: ExportOptions) -> Exported:
     """Write the folder and run it in a fresh process against PyTorch.
 
     Args:
-        model: dense, in eval mode; with ``aux`` it becomes a model with a CTC head.
+        source: with ``aux`` it becomes a model with a CTC head.
         out: folder to write; it must not exist or be empty.
-        vocabulary: what each output of ``aux`` stands for, blank first and "|" between words; None without a head.
-        source: file the model came from, named in the card.
-        report: content of its report.json.
-        native: use transformers' own class; where padding changes what that computes, it is run without.
-
-    Returns:
-        The largest difference, and what the folder is, in words.
+        options: ``report`` fills the model card; with ``native`` it is transformers' own class, and where padding
+            changes what that computes, it is run without.
 
     Raises:
         UserError: ``out`` is not empty, transformers has no class for the model, or the result differs by more than
             ``verify.TOLERANCE``; nothing is left.
     """
+    model, native, vocabulary, report = source.model, options.native, source.vocabulary, source.report(options.report)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists; name a new folder")
     if native:
-        require_native(model, source)
+        require_native(model, source.path)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -69,7 +58,7 @@ def export_huggingface(
                 (temporary / name).write_text(text, encoding="utf-8")
         _write(whole, temporary, vocabulary, normalize=native and bool(model.normalize_waveform))
         (temporary / "README.md").write_text(
-            model_card(model, out.name, vocabulary is not None, source, report, native, padded), "utf-8"
+            model_card(model, out.name, vocabulary is not None, source.path, report, native, padded), "utf-8"
         )
         for file in temporary.iterdir():  # some of transformers' files come readable for their owner alone
             file.chmod(0o644)
@@ -81,7 +70,7 @@ def export_huggingface(
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return difference, words
+    return Exported(difference, words)
 
 
 def _own_model(model: Wav2Vec2Model, vocabulary: list[str] | None) -> PreTrainedModel:
@@ -95,6 +84,7 @@ def _own_model(model: Wav2Vec2Model, vocabulary: list[str] | None) -> PreTrained
             "AutoConfig": f"{CODE[0]}.CompressedSpeechConfig",
             "AutoModel": f"{module}.CompressedSpeechModel",
             "AutoModelForCTC": f"{module}.CompressedSpeechForCTC",
+            "AutoModelForAudioClassification": f"{module}.CompressedSpeechForSequenceClassification",
         },
         custom_pipelines={
             "feature-extraction": {"impl": f"{module}.AudioFeatureExtractionPipeline", "pt": ["AutoModel"]}
@@ -118,7 +108,7 @@ def _write(whole: PreTrainedModel, folder: Path, vocabulary: list[str] | None, n
     Args:
         whole: the model.
         folder: where to.
-        vocabulary: as for :func:`export_huggingface`.
+        vocabulary: as in :class:`~exporting.source.Source`.
         normalize: normalise the waveform in the feature extractor; False where the model does it itself or not at all.
     """
     whole.save_pretrained(folder)

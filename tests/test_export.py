@@ -16,6 +16,7 @@ import export
 from distillation.errors import UserError
 from exporting import verify
 from exporting.huggingface import remote_code
+from exporting.source import ExportOptions
 from exporting.verify import ExportedOutputs, make_batches, require_agreement
 from tests.configs import first_layers
 from tests.helpers import ROOT, run_exported_here
@@ -72,7 +73,7 @@ def make(path: Path, tiny_config: dict, **changes: Any) -> Path:
 
 
 def exported(model: Path, to: str, out: Path, last: bool = False, int8: bool = False) -> Path:
-    export.run(model, to, out, last, "int8" if int8 else None, None)
+    export.run(model, to, out, ExportOptions(last, "int8" if int8 else None))
     return out
 
 
@@ -262,7 +263,7 @@ def test_everything_at_once(trace_once, exported_here, tiny_config, tmp_path, ca
     monkeypatch.setattr(verify, "BATCHES", ALL_BATCHES)
     model = make(tmp_path / "model.pth", first_layers({**tiny_config, **EVERYTHING}, 2), aux_num_out=5)
     for to in ("torch-export", "onnx", "hf"):
-        exported(model, to, tmp_path / f"out{export.SUFFIXES[to]}", last=to != "hf")
+        exported(model, to, tmp_path / f"out{export.FORMATS[to].suffix}", last=to != "hf")
         printed = float(capsys.readouterr().out.split("PyTorch ")[1].split()[0])
         assert 0 <= printed <= 1e-4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pth", "out.hf", "out.onnx", "out.pt2"]
@@ -277,7 +278,7 @@ def test_every_kind_in_every_format(trace_once, exported_here, kind, tiny_config
     monkeypatch.setattr(verify, "BATCHES", batches)
     model = make(tmp_path / "model.pth", first_layers({**tiny_config, **KINDS[kind]}, 2))
     for to in ("torch-export", "onnx", "hf"):
-        exported(model, to, tmp_path / f"out{export.SUFFIXES[to]}")
+        exported(model, to, tmp_path / f"out{export.FORMATS[to].suffix}")
 
 
 @pytest.mark.slow
@@ -307,7 +308,7 @@ def test_int8_is_smaller_close_and_names_its_difference(tiny_config, tmp_path, c
 
 def test_safetensors(tiny_config, tmp_path):
     model = make(tmp_path / "model.pth", tiny_config, **KINDS["DPWavLM"])
-    export.run(model, "safetensors", None, False, None, None)
+    export.run(model, "safetensors", None, ExportOptions())
     waveform = torch.randn(1, 4000)
     ours, theirs = load_model(tmp_path / "model.safetensors"), load_model(model)
     assert not ours.masks() and theirs.masks()

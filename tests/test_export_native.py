@@ -26,6 +26,7 @@ from transformers import (
 import export
 from distillation.errors import UserError
 from exporting import verify
+from exporting.source import ExportOptions
 from exporting.verify import make_batches
 from tests.configs import first_layers
 from tests.helpers import HF_BASE, HF_LARGE, assert_same_tensors, tiny_hf
@@ -66,7 +67,7 @@ def short_batches(monkeypatch, exported_here):
 
 
 def native(model: Path, out: Path) -> Path:
-    export.run(model, "hf", out, False, None, None, native=True)
+    export.run(model, "hf", out, ExportOptions(native=True))
     return out
 
 

@@ -22,6 +22,7 @@ from distillation.stopping import Stopped
 from distillation.training.record import Record
 from distillation.training.standing import Standing
 from exporting import verify
+from exporting.source import ExportOptions
 from finetuning.batches import LengthBatches, SpeechDataset
 from finetuning.config import FinetuneConfig, FinetuneRun
 from finetuning.ctc import CTCModule, head_frames
@@ -99,7 +100,7 @@ def test_tones_are_learnt_and_travel_to_transformers(random_model, tones, tmp_pa
     from transformers import pipeline
 
     monkeypatch.setattr(verify, "BATCHES", [[0.05]])
-    export.run(tmp_path / "exp" / "final.pth", "hf", tmp_path / "recogniser", False, None, None)
+    export.run(tmp_path / "exp" / "final.pth", "hf", tmp_path / "recogniser", ExportOptions())
     recognise = pipeline("automatic-speech-recognition", model=str(tmp_path / "recogniser"), trust_remote_code=True)
     utterance = read_transcripts(tones[1])[0]
     decode = greedy_decoder(VOCABULARY)

@@ -22,7 +22,7 @@ from demo.frame_probe import accuracy, linear_probe
 from demo.labels import IGNORE, read_split
 from distillation.errors import UserError
 from distillation.stopping import Signalled, Stopped
-from exporting import graphs, verify
+from exporting import verify
 from tests.configs import TINY, first_layers
 from wav2vec2 import save_model, wav2vec2_model
 
@@ -207,7 +207,7 @@ def test_formats_side_by_side(trace_once, small, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
     save_model(small / "final.pth", wav2vec2_model(**first_layers(TINY, 1)))
     monkeypatch.setattr(verify, "BATCHES", [[0.05, 0.4]])
-    count, exported, probed = formats.frame_counts, [], []
+    count, write, exported, probed = formats.frame_counts, formats.onnx.export, [], []
 
     def stop_at_third(*args):
         probed.append(True)
@@ -215,12 +215,12 @@ def test_formats_side_by_side(trace_once, small, tmp_path, monkeypatch, capsys):
             raise Signalled(signal.SIGTERM)
         return count(*args)
 
-    def export(*args):
-        exported.append(args[2].name)
-        graphs.export_graph(*args)
+    def export(source, out, options):
+        exported.append(out.name)
+        return write(source, out, options)
 
     monkeypatch.setattr(formats, "frame_counts", stop_at_third)
-    monkeypatch.setattr(formats, "export_graph", export)
+    monkeypatch.setattr(formats.onnx, "export", export)
     journal = tmp_path / "out" / ".formats.jsonl"
     with pytest.raises(Stopped, match=rf"SIGTERM: what is finished is in {journal}; the same command goes on"):
         formats.run(small, tmp_path / "out", rounds=1, steps=4, threads=1)

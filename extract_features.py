@@ -2,77 +2,100 @@
 
     python extract_features.py final.pth AUDIO... --out feats/ [--layers all] [--format safetensors]
 
-Reads what libsndfile reads (WAV, FLAC, OGG, MP3, ...) at any rate. .npy holds [T, D] for one layer and [S, T, D] for
-several; .safetensors holds layer_0, layer_4, ... [T, D] each. 50 frames per second; frame i is centred at
-0.0125 + 0.02 i seconds. Run again, it goes on: OUT/features.jsonl lists what is finished, and of which audio.
+AUDIO: files, folders and lists in any number: what libsndfile reads (WAV, FLAC, OGG, MP3, ...) at any rate; lists of
+prepare_data.py, Kaldi's folders and wav.scp, and one path per line. OUT keeps the folders below the one that holds all.
+.npy holds [T, D] for one layer and [S, T, D] for several; .safetensors holds layer_0, layer_4, ... [T, D] each. 50
+frames per second; frame i is centred at 0.0125 + 0.02 i seconds. Run again, it goes on: OUT/features.jsonl lists what
+is finished, and of which audio. What cannot be read is left out and listed in OUT/broken.tsv, and the exit code is 1.
 """
 
 import dataclasses
+import itertools
 import logging
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from distillation.commandline import make_parser, parse_arguments
-from distillation.data.resampling import AudioFile
-from distillation.errors import UserError, command
+from distillation.data.manifest import shown, write_lines
+from distillation.errors import Incomplete, command
 from distillation.journal import Journal
 from distillation.stopping import keeping
-from exporting.features import FeatureOptions, load_on, write_features
+from exporting.extraction import Done, Extraction, Sized, measure
+from exporting.features import FeatureOptions
+from exporting.recordings import Failure, Recording, find_recordings
+from wav2vec2 import load_model
 from wav2vec2.checkpoint import fingerprint
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
+SHOWN = 10  # failures that are printed
 
 
 def run(model: str, audio: list[Path], out: Path, options: FeatureOptions, device: str) -> None:
     """Extract what OUT lacks; the arguments are the flags."""
-    targets: dict[Path, Path] = {}
-    for path in audio:
-        target = out / f"{path.stem}.{options.format}"
-        if target in targets:
-            raise UserError(f"{path} and {targets[target]} would both become {target}; extract them to two folders")
-        targets[target] = path
-    network = load_on(model, device)
-    layers = options.layer_numbers(network.num_layers)
-    of = {"model": fingerprint(network), **dataclasses.asdict(options), "layers": layers}
+    recordings, failures = find_recordings(audio)
+    network = load_model(model, device=device)
+    options.check(network)
+    extraction = Extraction(network, out, options)
+    of = {"model": fingerprint(network), **dataclasses.asdict(options), "layers": extraction.layers}
+    del of["window"]  # changes nothing
     finished = Journal(out / "features.jsonl", of, "finished files", "use another --out")
-    todo = {target: path for target, path in targets.items() if not _is_finished(target, path, finished)}
-    if len(todo) < len(targets):
-        logger.info("%d of %d files were finished before", len(targets) - len(todo), len(targets))
-    total = 0.0
-    for path in tqdm(todo.values(), "opening", unit="file", delay=1, disable=None):
-        with AudioFile(path) as file:  # what cannot be opened is said now
-            num_samples = file.num_samples
-        options.windows(network, num_samples)
-        total += num_samples / SAMPLE_RATE
-    with (
-        keeping(f"the finished files are in {out}"),
-        tqdm(total=round(total, 1), unit="s", unit_scale=True, disable=None) as bar,
-        logging_redirect_tqdm(),
-    ):
-        for target, path in todo.items():
-            with AudioFile(path) as file:
-                source = _source(path)
-                file.notice()
-                num_frames = write_features(network, file, target, options, bar.update)
-            finished[target.name] = {**source, "frames": num_frames}
-            if num_frames == 0:
-                logger.warning("%s: too short for a single frame", path)
-            logger.info("%s: %d frames -> %s", path, num_frames, target)
+    todo = [recording for recording in recordings if not _is_finished(recording, extraction, finished)]
+    if len(todo) < len(recordings):
+        logger.info("%d of %d files were finished before", len(recordings) - len(todo), len(recordings))
+    total = len(recordings) + len(failures)
+    sized, unreadable = measure(todo)
+    with keeping(f"the finished files are in {out}"):
+        failures += unreadable + _extract(extraction, sized, finished)
+    _report(failures, total, out / "broken.tsv")
 
 
-def _source(path: Path) -> dict[str, object]:
+def _extract(extraction: Extraction, sized: list[Sized], finished: Journal) -> list[Failure]:
+    """Write all files of features; what could not be read."""
+    total = sum(item.num_samples for item in sized) / SAMPLE_RATE
+    failures: list[Failure] = []
+    count, too_short, since = 0, 0, time.monotonic()
+    with tqdm(total=round(total, 1), unit="s", unit_scale=True, disable=None) as bar, logging_redirect_tqdm():
+        for results in extraction.run(sized, bar.update):
+            done = [result for result in results if isinstance(result, Done)]
+            finished.update({it.recording.name: {**_source(it.recording), "frames": it.num_frames} for it in done})
+            failures += [result for result in results if isinstance(result, Failure)]
+            count += len(done)
+            too_short += sum(it.num_frames == 0 for it in done)
+    for change, number in extraction.changes.items():
+        logger.info("%d files: %s", number, change)
+    if too_short:
+        logger.warning("%d files are too short for a single frame: their features are empty", too_short)
+    rate = count / max(time.monotonic() - since, 1e-3)
+    logger.info("%d files, %.1f min of audio, %.1f files per second -> %s", count, total / 60, rate, extraction.out)
+    return failures
+
+
+def _report(failures: list[Failure], total: int, listing: Path) -> None:
+    """List what could not be used; Incomplete where anything is."""
+    if not failures:
+        listing.unlink(missing_ok=True)
+        return
+    write_lines(listing, (f"{shown(failure.what)}\t{failure.reason}" for failure in failures))
+    for failure in itertools.islice(failures, SHOWN):
+        logger.error("%s: %s", shown(failure.what), failure.reason)
+    raise Incomplete(f"{len(failures)} of {total} files could not be used, all others are done: see {listing}")
+
+
+def _source(recording: Recording) -> dict[str, object]:
     """What tells audio from other audio without reading it."""
-    status = path.stat()
-    return {"audio": str(path.absolute()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    status = recording.path.stat()
+    stretch = {} if recording.end is None and not recording.start else {"stretch": [recording.start, recording.end]}
+    return {"audio": str(recording.path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, **stretch}
 
 
-def _is_finished(target: Path, path: Path, finished: Journal) -> bool:
-    if target.name not in finished or not (target.is_file() and path.is_file()):
+def _is_finished(recording: Recording, extraction: Extraction, finished: Journal) -> bool:
+    if recording.name not in finished or not (extraction.target(recording).is_file() and recording.path.is_file()):
         return False
-    return _source(path).items() <= finished[target.name].items()
+    return _source(recording).items() <= finished[recording.name].items()
 
 
 @command
@@ -80,7 +103,7 @@ def main() -> None:
     """Parse the command line and run."""
     parser = make_parser(__doc__)
     parser.add_argument("model", type=str, help="Model: .pth, .safetensors, a folder of export.py, or a hub id.")
-    parser.add_argument("audio", type=Path, nargs="+", help="Audio files.")
+    parser.add_argument("audio", type=Path, nargs="+", help="Audio files, folders and lists.")
     parser.add_argument("--out", type=Path, required=True, help="Folder to write to.")
     parser.add_class_arguments(FeatureOptions, as_group=False)
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda.")

@@ -1,7 +1,7 @@
 """A user's mistake, a full disk or an interruption becomes one line and an exit code; a bug keeps its traceback.
 
 Exit codes: 0 done; 2 something must be put right first; 75 stopped by a signal or Ctrl-C, nothing finished is lost and
-the same command goes on; 1 a bug, or another process of the run died.
+the same command goes on; 1 a bug, another process of the run died, or some of many files could not be used.
 """
 
 import errno
@@ -68,6 +68,10 @@ def require(settings: object, section: str, must: str, holds: Callable[[Any], bo
             raise UserError(f"{section}{name} is {value}: it must {must}")
 
 
+class Incomplete(Exception):
+    """What could be done is done, and the message says what could not: exit code 1."""
+
+
 class PeerLost(Exception):
     """Another process of the run is gone; its own error says why."""
 
@@ -97,7 +101,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             logger.debug("traceback", exc_info=True)
             for text in error.messages if isinstance(error, Problems) else [message]:
                 print(f"error: {' '.join(text.split())}", file=sys.stderr)
-            _leave(FAILED if isinstance(error, PeerLost) else MISTAKE)
+            _leave(FAILED if isinstance(error, PeerLost | Incomplete) else MISTAKE)
 
     return run
 
@@ -128,7 +132,7 @@ def describe(error: Exception) -> str | None:
     text = str(error)
     if text.startswith("Caught ") and "Original Traceback" in text:  # what a process that reads audio raised
         text = text.strip().splitlines()[-1].partition(": ")[2]
-    if isinstance(error, UserError | CheckpointError | PeerLost):
+    if isinstance(error, UserError | CheckpointError | PeerLost | Incomplete):
         return text
     if isinstance(error, OSError):
         return describe_os_error(error)

@@ -1,20 +1,19 @@
-"""Files of features: .npy and .safetensors, written window by window."""
+"""Files of features: which layers, and .npy and .safetensors written whole or piece by piece."""
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from distillation.data.resampling import AudioFile
 from distillation.errors import UserError
-from wav2vec2 import Wav2Vec2Model, load_model
-from wav2vec2.checkpoint import replacing
+from wav2vec2 import Wav2Vec2Model
 from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.safetensors import make_header
-from wav2vec2.windows import Window, extract, make_windows
+from wav2vec2.windows import Window, make_windows
 
 
 @dataclass
@@ -26,9 +25,11 @@ class FeatureOptions:
     format: Literal["npy", "safetensors"] = "npy"
     """Of the files written."""
     window: float = 40.0
-    """Seconds run at once; longer files are cut."""
-    context: float = 5.0
-    """Seconds by which windows overlap on either side."""
+    """Seconds computed at once, of one file or of several: bounds the memory, changes nothing."""
+    span: float = 1800.0
+    """Seconds in which all frames attend to each other; longer files are cut into spans, and time grows with it."""
+    context: float = 300.0
+    """Seconds by which spans overlap on either side."""
 
     def layer_numbers(self, num_layers: int) -> list[int]:
         """``layers`` as numbers: 0 is the Transformer's input, L the last layer, as -1 is."""
@@ -46,61 +47,53 @@ class FeatureOptions:
             )
         return layers
 
+    def check(self, model: Wav2Vec2Model) -> None:
+        """Refuse what the model cannot do; UserError."""
+        self.layer_numbers(model.num_layers)
+        if not 0 < self.window < math.inf:
+            raise UserError(f"--window {self.window:g}: must be a number of seconds")
+        self.windows(model, round(min(self.span, 1e9) * SAMPLE_RATE) + SAMPLE_RATE)
+
     def windows(self, model: Wav2Vec2Model, num_samples: int) -> list[Window]:
-        """What is run at once, of so many samples."""
+        """Spans of so many samples."""
         try:
-            return make_windows(model, num_samples, self.window, self.context)
+            return make_windows(model, num_samples, self.span, self.context)
         except ValueError as error:
-            raise UserError(f"--window {self.window:g} --context {self.context:g}: {error}") from None
+            raise UserError(f"--span {self.span:g} --context {self.context:g}: {error}") from None
 
 
-def load_on(model: str, device: str) -> Wav2Vec2Model:
-    """A model on the device of ``--device``; UserError for one that does not exist."""
-    try:
-        torch.zeros(1, device=device).item()
-        return load_model(model, device=device)
-    except RuntimeError as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-
-
-def write_features(
-    model: Wav2Vec2Model, file: AudioFile, target: Path, options: FeatureOptions, progress: Callable[[float], object]
-) -> int:
-    """Write one file of features, atomically and as they come; returns the number of frames.
+class FeatureFile:
+    """A file of features as it is written: of several layers, ``[S, T, D]`` in .npy and one tensor each otherwise.
 
     Args:
-        model: in eval mode.
-        file: the audio.
-        target: the file to write; its suffix decides.
-        options: which layers, and the windows.
-        progress: is told of every part's seconds of audio.
+        path: to write; nothing is there yet. The suffix of the final name decides.
+        suffix: of the final name.
+        layers: in the order that they stand in the file.
+        num_frames: T.
+        width: D.
     """
-    layers = options.layer_numbers(model.num_layers)
-    windows = options.windows(model, file.num_samples)
-    num_frames = windows[-1].last
-    shape = (len(layers), num_frames, model.embed_dim)
-    with replacing(target) as temporary:
-        offset = _write_header(temporary, target.suffix, layers, shape)
-        if num_frames == 0:
-            return 0
-        values = np.memmap(temporary, np.float32, "r+", offset, shape)
-        for part, features in extract(model, file.read, windows, layers):
-            values[:, part.first : part.last] = features.numpy()
-            progress(features.shape[1] / num_frames * file.num_samples / SAMPLE_RATE)
-        values.flush()
-        del values
-    return num_frames
 
-
-def _write_header(path: Path, suffix: str, layers: list[int], shape: tuple[int, int, int]) -> int:
-    """Start the file and give it its full size; returns where the values begin."""
-    with path.open("wb") as file:
+    def __init__(self, path: Path, suffix: str, layers: list[int], num_frames: int, width: int) -> None:
+        self.layers, self.num_frames, self.width = layers, num_frames, width
+        self._file: BinaryIO = path.open("wb")
+        shape = (len(layers), num_frames, width)
         if suffix == ".npy":
             described = {"descr": "<f4", "fortran_order": False, "shape": shape if len(layers) > 1 else shape[1:]}
-            np.lib.format.write_array_header_1_0(file, described)
+            np.lib.format.write_array_header_1_0(self._file, described)
         else:
             entries = {f"layer_{layer}": (torch.float32, list(shape[1:])) for layer in layers}
-            file.write(make_header(entries, {"sample_rate": str(SAMPLE_RATE)}))
-        offset = file.tell()
-        file.truncate(offset + 4 * int(np.prod(shape)))
-    return offset
+            self._file.write(make_header(entries, {"sample_rate": str(SAMPLE_RATE)}))
+        self._offset = self._file.tell()
+        self._file.truncate(self._offset + 4 * math.prod(shape))
+
+    def __enter__(self) -> "FeatureFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, layer: int, first: int, values: Tensor) -> None:
+        """Frames ``first`` to ``first + n`` of a layer: float32 [n, D] on the CPU."""
+        position = (self.layers.index(layer) * self.num_frames + first) * self.width
+        self._file.seek(self._offset + 4 * position)
+        self._file.write(values.contiguous().numpy().data)

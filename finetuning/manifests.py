@@ -1,7 +1,4 @@
-"""Lists of transcribed audio in the formats that corpora come in: ``FORMATS``, told apart by names and first lines.
-
-All text files are UTF-8, with a byte-order mark or without; their lines end at a line feed and nowhere else.
-"""
+"""Lists of transcribed audio in the formats that corpora come in: ``FORMATS``, told apart by names and first lines."""
 
 from __future__ import annotations
 
@@ -18,30 +15,23 @@ from typing import Any, NamedTuple, NoReturn
 from distillation.data.audio import AUDIO_SUFFIXES
 from distillation.data.conversion import copies_of
 from distillation.data.corpus import ALL_SUFFIXES
-from distillation.data.manifest import MAX_FRAMES
+from distillation.data.kaldi import (
+    MALFORMED,
+    KaldiData,
+    Line,
+    Malformed,
+    Unusable,
+    read_lines,
+    read_table,
+    require_seconds,
+    shortened,
+)
 from distillation.errors import UserError
-from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 
-MAX_SECONDS = MAX_FRAMES / SAMPLE_RATE
 KEYS = ("audio_filepath", "text", "offset", "duration")  # of NeMo's JSON; times in seconds, where there are any
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # what JSON can hold and UTF-8 cannot
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)  # float() reads 1_0 as 10
-
-# kinds of rows that the list alone shows to be unusable
-NOT_FOUND, MALFORMED, BY_COMMAND = "missing audio", "malformed", "made by a command"
-
-
-class Line(NamedTuple):
-    """A line of a text file; ``place``: "FILE line NUMBER", counted from 1."""
-
-    place: str
-    text: str
-
-    def refuse(self, reason: str) -> NoReturn:
-        """The file is not what it was taken for."""
-        raise UserError(f"{self.place} {reason}")
 
 
 class Row(NamedTuple):
@@ -61,10 +51,6 @@ class Row(NamedTuple):
     def is_whole(self) -> bool:
         """Whether it is all that its file holds."""
         return self.end is None and self.start == 0
-
-
-class Malformed(Exception):
-    """One row of a list says what cannot be; the others may be good."""
 
 
 class AudioFolders:
@@ -144,7 +130,7 @@ def read_rows(source: Path, audio: Path | None = None) -> list[Row]:
     Raises:
         UserError: nothing there, not UTF-8, a line of another format, or a list without utterances.
     """
-    lines = iter(()) if source.is_dir() else _lines(source)
+    lines = iter(()) if source.is_dir() else read_lines(source)
     first = list(itertools.islice(lines, 1))
     chosen = next(format for format in FORMATS if format.fits(source, first[0].text if first else ""))
     folders = AudioFolders(audio)
@@ -172,7 +158,7 @@ def _librispeech(folder: Path, lines: Iterator[Line], folders: AudioFolders) -> 
     for listing in _listings(folder):
         chapter = listing.parent
         files = {Path(name).stem: name for name in sorted(folders.names_in(chapter), key=_preference)}
-        for line in _lines(listing):
+        for line in read_lines(listing):
             name, _, text = line.text.partition(" ")
             if name:
                 path = chapter.relative_to(folder) / files.get(name, f"{name}.flac")
@@ -205,60 +191,14 @@ def _preference(name: str) -> tuple[bool, bool, bool, str]:
 
 
 def _kaldi(folder: Path, lines: Iterator[Line], folders: AudioFolders) -> Iterator[Row]:
-    recordings = _table(folder / "wav.scp")
-    has_segments = (folder / "segments").is_file()
-    segments = _table(folder / "segments") if has_segments else {}
-    for name, (line, text) in _table(folder / "text").items():
-        recording, start, end = name, 0.0, None
-        unusable = functools.partial(Row, line.place, folder / name, text)
-        if has_segments:
-            if name not in segments:
-                yield unusable(fault=(NOT_FOUND, "no such line in segments"))
-                continue
-            try:
-                recording, start, end = _segment(segments[name][1])
-            except Malformed as error:
-                yield unusable(fault=(MALFORMED, f"{segments[name][0].place} {error}"))
-                continue
-        if recording not in recordings:
-            yield unusable(fault=(NOT_FOUND, f"no {recording} in wav.scp"))
-            continue
-        named, path = recordings[recording]
-        if path.endswith("|"):
-            yield unusable(fault=(BY_COMMAND, f"{named.place} is {path[:100]}"))
+    data = KaldiData(folder)
+    for name, (line, text) in read_table(folder / "text").items():
+        try:
+            place = data.find(name)
+        except Unusable as error:
+            yield Row(line.place, folder / name, text, fault=(error.kind, error.detail))
         else:
-            yield _row(line, path, text, folders, folder, start, end)
-
-
-def _segment(text: str) -> tuple[str, float, float | None]:
-    """Recording, start and end of ``recording start end [channel]``, where -1 stands for the recording's end.
-
-    Raises:
-        Malformed: it is something else, or of another channel than the first, which mono audio has not.
-    """
-    cells = text.split()
-    if len(cells) not in (3, 4) or not all(map(NUMBER.fullmatch, cells[1:3])):
-        raise Malformed(f"is not utterance, recording, start and end, in seconds: {text[:100]}")
-    if cells[3:] not in ([], ["0"]):
-        raise Malformed(f"is of channel {cells[3]}, counted from 0: write each channel to a file")
-    recording, start, end = cells[0], float(cells[1]), float(cells[2])
-    if end == -1:
-        return recording, _seconds("start", start), None
-    if end < start:
-        raise Malformed("ends before it starts")
-    return recording, _seconds("start", start), _seconds("end", end)
-
-
-def _table(path: Path) -> dict[str, tuple[Line, str]]:
-    """A text file of Kaldi: first word of each line -> the line and what follows the word."""
-    found: dict[str, tuple[Line, str]] = {}
-    for line in _lines(path):
-        name, *rest = re.split(r"[ \t]+", line.text.strip(" \t"), maxsplit=1)
-        if name in found:
-            line.refuse(f"has {name} for the second time")
-        if name:
-            found[name] = line, "".join(rest)
-    return found
+            yield _row(line, place.path, text, folders, folder, place.start, place.end)
 
 
 def _json_lines(path: Path, lines: Iterator[Line], folders: AudioFolders) -> Iterator[Row]:
@@ -278,8 +218,8 @@ def _json_lines(path: Path, lines: Iterator[Line], folders: AudioFolders) -> Ite
 def _json_row(line: Line, entry: dict[str, Any], folders: AudioFolders, folder: Path) -> Row:
     name, text, offset, duration = (entry.get(key) for key in KEYS)
     name, text = _text(KEYS[0], name), _text(KEYS[1], "" if text is None else text)
-    start = 0.0 if offset is None else _seconds(KEYS[2], offset)
-    end = None if duration is None else start + _seconds(KEYS[3], duration)
+    start = 0.0 if offset is None else require_seconds(KEYS[2], offset)
+    end = None if duration is None else start + require_seconds(KEYS[3], duration)
     return _row(line, name, text, folders, folder, start, end)
 
 
@@ -323,34 +263,7 @@ FORMATS = (
 )
 
 
-def _seconds(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_SECONDS:
-        raise Malformed(f"{key} is {_short(value)}: not a number of seconds")
-    return float(value)
-
-
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str) or HALF_PAIR.search(value):
-        raise Malformed(f"{key} is {_short(value)}: not text")
+        raise Malformed(f"{key} is {shortened(value)}: not text")
     return value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _lines(path: Path) -> Iterator[Line]:
-    """The lines of a text file that are not blank. Not splitlines(): a transcript may hold what else ends a line."""
-    if not path.is_file():  # opening a pipe would wait forever
-        raise UserError(f"{path}: neither a folder nor a file")
-    try:
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    name = str(path)
-    for number, line in enumerate(text.split("\n"), 1):
-        if line and not line.isspace():
-            yield Line(f"{name} line {number}", line.removesuffix("\r"))

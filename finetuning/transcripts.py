@@ -18,17 +18,17 @@ from tqdm import tqdm
 
 from distillation.data.audio import AudioError, Header, read_header
 from distillation.data.batching import MIN_INPUT_FRAMES
+from distillation.data.kaldi import BY_COMMAND, MALFORMED, NOT_FOUND, OVERSHOOT
 from distillation.data.manifest import write_lines
 from distillation.errors import UserError
 from finetuning.letters import Case, Letters
-from finetuning.manifests import BY_COMMAND, MALFORMED, NOT_FOUND, Row, read_rows
+from finetuning.manifests import Row, read_rows
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 
 BLANK, SPACE = "<pad>", "|"  # as transformers writes them
 LEFT_OUT = "left_out.tsv"  # in the folder of a run: path, place in its list, reason
-OVERSHOOT = round(0.5 * SAMPLE_RATE)  # samples by which an end may lie behind the audio's: Kaldi's --max-overshoot
 
 # kind of a row that cannot be used -> what to do where all are so
 ADVICE = {
@@ -136,7 +136,7 @@ def _checked(row: Row, letters: Letters, header_of: Callable[[Path], Header]) ->
     if rate != SAMPLE_RATE or channels != 1:
         return unusable(WRONG_FORMAT, f"{rate} Hz, {channels} channels")
     start, end = round(row.start * SAMPLE_RATE), length if row.end is None else round(row.end * SAMPLE_RATE)
-    if start > length or end > length + OVERSHOOT:
+    if start > length or end > length + OVERSHOOT * SAMPLE_RATE:
         return unusable(OUTSIDE, f"samples {start} to {end} of {length}")
     num_frames = min(end, length) - start
     if num_frames < MIN_INPUT_FRAMES:

@@ -1,4 +1,4 @@
-"""Features of files: long ones in windows, other rates and channels, both formats, and what is refused."""
+"""Features of files: batches and long ones, other rates and channels, both formats, stops, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import soxr
 import torch
 
 import extract_features
-from distillation.errors import UserError
+from distillation.data.audio import AudioError
+from distillation.errors import Incomplete, UserError
+from exporting.extraction import Extraction
 from exporting.features import FeatureOptions
+from exporting.recordings import Recording
 from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
-from wav2vec2.windows import make_windows
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,8 @@ def local_path(tmp_path_factory, tiny_config) -> Path:
     return path
 
 
-def run(model: Path, audio: list[Path], out: Path, layers: str = "last", format: str = "npy", window: float = 40.0):
-    extract_features.run(str(model), audio, out, FeatureOptions(layers, format, window, 1.0), "cpu")
+def run(model: Path, audio: list[Path], out: Path, layers: str = "last", format: str = "npy", **options: float):
+    extract_features.run(str(model), audio, out, FeatureOptions(layers, format, **options), "cpu")
 
 
 def whole(model: Wav2Vec2Model, path: Path, layer: int) -> torch.Tensor:
@@ -47,19 +49,35 @@ def test_short_files_are_run_whole(local_path, noise, tmp_path, caplog, seconds,
     model = load_model(local_path)
     for found, layer in zip(features, (0, -1), strict=True):
         np.testing.assert_allclose(found, whole(model, path, layer), atol=2e-5)
-    assert ("resampled from" in caplog.text) == (rate != 16_000)
-    assert ("2 channels averaged" in caplog.text) == (channels == 2)
+    assert ("1 files: resampled from" in caplog.text) == (rate != 16_000)
+    assert ("1 files: 2 channels averaged" in caplog.text) == (channels == 2)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.npy", "features.jsonl"]
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100, 11_025, 15_991])
-@pytest.mark.parametrize("seconds", [5.01, 9.0, 13.77])
-def test_windows_put_every_frame_in_its_place(local_path, noise, tmp_path, rate, seconds):
+@pytest.mark.parametrize("seconds", [5.01, 13.77])
+def test_long_files_are_what_they_are_whole(teacher_path, noise, tmp_path, rate, seconds):
+    """A model with statistics over time and attention: what is computed at once changes nothing."""
     path = noise(tmp_path / "a.flac", seconds, 1, rate)
-    run(local_path, [path], tmp_path, "0", window=5.0)
-    features, expected = np.load(tmp_path / "a.npy"), whole(load_model(local_path), path, 0)
-    assert features.shape == tuple(expected.shape)
-    np.testing.assert_allclose(features, expected, atol=1e-4)
+    run(teacher_path, [path], tmp_path, "0,2,4", window=2.0)
+    for layer, found in zip((0, 2, 4), np.load(tmp_path / "a.npy"), strict=True):
+        np.testing.assert_allclose(found, whole(load_model(teacher_path), path, layer), atol=1e-4)
+
+
+def test_spans_put_every_frame_in_its_place(local_path, noise, tmp_path):
+    path = noise(tmp_path / "a.flac", 13.77, 1, 44_100)
+    run(local_path, [path], tmp_path, "0", window=2.0, span=5.0, context=1.0)
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), whole(load_model(local_path), path, 0), atol=1e-4)
+
+
+def test_batches_of_all_lengths(teacher_path, noise, tmp_path):
+    durations = [0.05, 1.0, 0.02, 0.31, 2.5, 0.9, 0.05, 4.1, 0.024]
+    paths = [noise(tmp_path / "audio" / f"{i}.wav", seconds, i) for i, seconds in enumerate(durations)]
+    run(teacher_path, [tmp_path / "audio"], tmp_path / "out", window=3.0)
+    model = load_model(teacher_path)
+    for path in paths:
+        found = np.load(tmp_path / "out" / f"{path.stem}.npy")
+        np.testing.assert_allclose(found, whole(model, path, -1), atol=2e-5)
 
 
 def test_a_file_without_length_is_read_to_its_end(local_path, noise, tmp_path):
@@ -75,40 +93,26 @@ def test_a_file_without_length_is_read_to_its_end(local_path, noise, tmp_path):
 
 def test_merged_frames_are_merged_as_in_the_whole_file(local_path, noise, tmp_path):
     path = noise(tmp_path / "a.wav", 11.3, 2)
-    run(local_path, [path], tmp_path, "all", window=5.0)
+    run(local_path, [path], tmp_path, "all", window=5.0, span=6.0, context=1.0)
     features = np.load(tmp_path / "a.npy")
     assert features.shape[0] == 5
     pairs = features[1:, : features.shape[1] // 2 * 2].reshape(4, -1, 2, 24)
     assert np.array_equal(pairs[:, :, 0], pairs[:, :, 1])
 
 
-@pytest.mark.parametrize("seconds", [4.9, 5.1, 40.0, 61.234, 600.0])
-@pytest.mark.parametrize("reduction", [1, 2, 3])
-def test_windows_cover_every_frame_once_with_context(tiny_config, seconds, reduction):
-    model = wav2vec2_model(**{**tiny_config, "encoder_time_reduction": reduction})
-    num_samples = int(seconds * 16_000)
-    windows = make_windows(model, num_samples, 12.0, 1.0)
-    num_frames = int(model.output_length(torch.tensor([num_samples])))
-    kept = [frame for window in windows for frame in range(window.first, window.last)]
-    assert kept == list(range(num_frames))
-    for window in windows:
-        assert window.end - window.begin <= 12 * 16_000
-        assert window.begin == 0 or window.first * 320 - window.begin >= 16_000
-        assert window.end == num_samples or window.end - window.last * 320 >= 16_000
-        assert window.begin % 16_000 == 0 and window.begin % (320 * reduction) == 0
-
-
-def test_memory_is_bounded_by_the_window(local_path, noise, tmp_path, monkeypatch):
+@pytest.mark.parametrize("seconds", [(70,), (3, 4, 5, 6, 7.5, 0.1)])
+def test_memory_is_bounded_by_the_window(teacher_path, noise, tmp_path, monkeypatch, seconds):
     longest = []
-    extract = Wav2Vec2Model.extract_features
+    forward = Wav2Vec2Model.run
 
     def watch(self, waveforms, *args, **kwargs):
         longest.append(waveforms.numel())
-        return extract(self, waveforms, *args, **kwargs)
+        return forward(self, waveforms, *args, **kwargs)
 
-    monkeypatch.setattr(Wav2Vec2Model, "extract_features", watch)
-    run(local_path, [noise(tmp_path / "a.flac", 70, 3)], tmp_path, window=8.0)
-    assert len(longest) >= 11 and max(longest) <= 8 * 16_000
+    monkeypatch.setattr(Wav2Vec2Model, "run", watch)
+    paths = [noise(tmp_path / f"{i}.flac", s, 3) for i, s in enumerate(seconds)]
+    run(teacher_path, paths, tmp_path, window=8.0)
+    assert len(longest) >= min(sum(seconds) / 8, 4) and max(longest) <= 8 * 16_000 + 80
 
 
 def test_both_formats_hold_the_same(local_path, noise, tmp_path):
@@ -135,6 +139,81 @@ def test_the_command_line(local_path, noise, script, tmp_path):
     assert a.shape == (49, 24) and np.array_equal(a, b)
 
 
+def test_segments_of_a_kaldi_folder(teacher_path, noise, tmp_path):
+    """Each is an utterance of its own, of the file's samples."""
+    path = noise(tmp_path / "rec.flac", 9.0, 3, 44_100)
+    (tmp_path / "wav.scp").write_text("rec rec.flac\n")
+    (tmp_path / "segments").write_text("s1 rec 1.25 3.5\ns2 rec 2.0 -1\ns3 rec 8.9 9.3\ns4 rec 8.9 9.6\n")
+    with pytest.raises(Incomplete, match="1 of 4 files could not be used"):
+        run(teacher_path, [tmp_path], tmp_path / "out", window=3.0)
+    assert (tmp_path / "out" / "broken.tsv").read_text() == f"{path} from 8.9 s\tholds 9.00 s, wanted 8.9 to 9.6 s\n"
+    samples, rate = soundfile.read(path, dtype="float32")
+    samples, model = torch.from_numpy(soxr.resample(samples, rate, 16_000)), load_model(teacher_path)
+    for name, begin, end in (("s1", 20_000, 56_000), ("s2", 32_000, None), ("s3", 142_400, None)):
+        found = np.load(tmp_path / "out" / f"{name}.npy")
+        np.testing.assert_allclose(found, model.embed(samples[begin:end])[0], atol=1e-4)
+
+
+def test_broken_files_are_left_out_and_listed(teacher_path, noise, tmp_path, caplog):
+    """All others are done; mended, the same command does what is left."""
+    audio, out = tmp_path / "audio", tmp_path / "out"
+    for i in range(6):
+        noise(audio / f"{i % 2}" / f"{i}.flac", 0.3, i)
+    (audio / "text.wav").write_text("hello")
+    cut = noise(audio / "1" / "cut.flac", 4.0, 7)
+    content = cut.read_bytes()
+    cut.write_bytes(content[: len(content) // 2])  # which only decoding finds
+    soundfile.write(audio / "nan.wav", np.full(16_000, np.nan, np.float32), 16_000, "FLOAT")
+    (audio / "0" / "phone.m4a").write_bytes(b"x")
+    (audio / "0" / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
+    for window in (40.0, 2.0):  # in a batch, and as a long one
+        folder = out / f"{window}"
+        with pytest.raises(Incomplete) as caught:
+            run(teacher_path, [audio], folder, window=window)
+        assert str(caught.value) == (
+            f"5 of 11 files could not be used, all others are done: see {folder / 'broken.tsv'}"
+        )
+        lines = dict(line.split("\t") for line in (folder / "broken.tsv").read_text().splitlines())
+        reasons = {Path(name).name: reason for name, reason in lines.items()}
+        assert reasons.keys() == {"text.wav", "cut.flac", "nan.wav", "phone.m4a", "gone.wav"}
+        assert reasons["text.wav"] == "Format not recognised" and "lost sync" in reasons["cut.flac"]
+        assert reasons["nan.wav"] == "NaN or infinite samples after 0.0 s"
+        assert (
+            "prepare_data.py --convert" in reasons["phone.m4a"] and reasons["gone.wav"] == "No such file or directory"
+        )
+        assert len(list(folder.rglob("*.npy"))) == 6
+    for name in ("text.wav", "1/cut.flac", "nan.wav", "0/phone.m4a", "0/gone.wav"):
+        (audio / name).unlink()
+    caplog.set_level("INFO")
+    run(teacher_path, [audio], out / "40.0")
+    assert not (out / "40.0" / "broken.tsv").exists() and "6 of 6 files were finished before" in caplog.text
+
+
+def test_the_exit_code_says_that_files_are_missing(local_path, noise, server, tmp_path):
+    paths = [noise(tmp_path / "a.flac", 0.2, 0), tmp_path / "b.wav"]
+    paths[1].write_text("hello")
+    process = server.run("extract_features.py", local_path, *paths, "--out", tmp_path / "out", code=1)
+    assert "b.wav: Format not recognised" in process.stderr
+    assert process.error.startswith("error: 1 of 2 files could not be used")
+
+
+def test_what_the_system_refuses_is_named(local_path, noise, tmp_path):
+    """Too few open files allowed is no fault of the audio's, and what cannot be written ends it."""
+    path = noise(tmp_path / "a.flac", 0.2, 0)
+    extraction = Extraction(load_model(local_path), tmp_path / "out", FeatureOptions())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with path.open() as free:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free.fileno(), hard))
+    try:
+        with pytest.raises(AudioError) as caught:
+            extraction._open(Recording(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.reason == "Too many open files"
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        run(local_path, [path], path)
+
+
 # Stopped and run again
 
 
@@ -145,13 +224,13 @@ def test_what_is_finished_is_not_computed_again(local_path, noise, tmp_path, cap
     first = {name: (out / f"{name}.npy").stat().st_mtime_ns for name in "abc"}
     (out / "b.npy").unlink()
     noise(paths[2], 0.6, 9)
-    computed, write = [], extract_features.write_features
+    computed, write = [], Extraction._write
     monkeypatch.setattr(
-        extract_features, "write_features", lambda *args: (computed.append(args[2].name), write(*args))[1]
+        Extraction, "_write", lambda self, item, x: (computed.append(item.recording.name), write(self, item, x))[1]
     )
     caplog.clear()
     run(local_path, paths, out)
-    assert computed == ["b.npy", "c.npy", "d.npy"] and caplog.text.count("1 of 4 files were finished before") == 1
+    assert sorted(computed) == ["b", "c", "d"] and caplog.text.count("1 of 4 files were finished before") == 1
     assert (out / "a.npy").stat().st_mtime_ns == first["a"]
     np.testing.assert_allclose(np.load(out / "c.npy"), whole(load_model(local_path), paths[2], -1), atol=2e-5)
     run(local_path, paths, out)
@@ -161,7 +240,6 @@ def test_what_is_finished_is_not_computed_again(local_path, noise, tmp_path, cap
 def test_one_folder_holds_one_kind_of_features(local_path, teacher_path, noise, tmp_path):
     path, other = (noise(tmp_path / f"{name}.wav", 0.5, 0) for name in "ab")
     out = tmp_path / "out"
-    assert refusal(local_path, [path, tmp_path / "no.wav"], out).endswith("No such file or directory")
     run(local_path, [path], out, "-1")  # nothing was there yet
     run(local_path, [other], out, "last")  # the same layer
     before = (out / "features.jsonl").read_bytes()
@@ -169,7 +247,7 @@ def test_one_folder_holds_one_kind_of_features(local_path, teacher_path, noise, 
         (teacher_path, {}, 'model "'),
         (local_path, {"layers": "0"}, "layers [4] -> [0]"),
         (local_path, {"format": "safetensors"}, 'format "npy" -> "safetensors"'),
-        (local_path, {"window": 30.0}, "window 40.0 -> 30.0"),
+        (local_path, {"span": 900.0}, "span 1800.0 -> 900.0"),
     ):
         message = refusal(model, [path], out, **options)
         assert words in message and message.endswith("use another --out"), message
@@ -177,9 +255,9 @@ def test_one_folder_holds_one_kind_of_features(local_path, teacher_path, noise, 
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_stopped_run_goes_on(local_path, noise, server, tmp_path, name):
+def test_a_stopped_run_goes_on(teacher_path, noise, server, tmp_path, name):
     paths = [noise(tmp_path / f"{i}.wav", 0.2, i) for i in range(8)] + [noise(tmp_path / "long.wav", 60, 9)]
-    out, words = tmp_path / "out", ["extract_features.py", local_path, *paths, "--window", 4, "--context", 1, "--out"]
+    out, words = tmp_path / "out", ["extract_features.py", teacher_path, *paths, "--window", 1, "--out"]
     process = server.start(*words, out)
     process.until(lambda: list(out.glob(".long.*")))
     process.kill(getattr(signal, name))
@@ -189,7 +267,7 @@ def test_a_stopped_run_goes_on(local_path, noise, server, tmp_path, name):
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     assert len(kept) == 8 and not list(out.glob(".*"))
     assert "8 of 9 files were finished before" in server.run(*words, out).stderr
-    run(local_path, paths, tmp_path / "whole", window=4.0)
+    run(teacher_path, paths, tmp_path / "whole", window=4.0)
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     for path in paths:
         assert (out / f"{path.stem}.npy").read_bytes() == (tmp_path / "whole" / f"{path.stem}.npy").read_bytes()
@@ -217,19 +295,12 @@ def refusal(*args, **kwargs) -> str:
 
 
 def test_refusals(local_path, noise, tmp_path):
-    path = noise(tmp_path / "a.wav", 1.0, 7)
-    out = tmp_path / "out"
-    (tmp_path / "text.wav").write_text("hello")
-    assert refusal(local_path, [tmp_path / "no.wav"], out).endswith("no.wav: No such file or directory")
-    assert refusal(local_path, [path, tmp_path / "text.wav"], out).endswith("text.wav: Format not recognised")
-    other = noise(tmp_path / "other" / "a.flac", 1.0, 7)
-    assert "would both become" in refusal(local_path, [path, other], out)
+    path, out = noise(tmp_path / "a.wav", 1.0, 7), tmp_path / "out"
+    assert refusal(local_path, [path, tmp_path / "no.wav"], out).endswith("no.wav: No such file or directory")
     assert "layers 0 (the Transformer's input) to 4" in refusal(local_path, [path], out, "5")
     assert "give all, last, or numbers" in refusal(local_path, [path], out, "first")
-    long = noise(tmp_path / "long.wav", 4.0, 8)
-    assert "needs a context above 0 and a window of at least 3 s" in refusal(local_path, [path, long], out, window=2.0)
-    assert not list(out.glob("*.npy"))
-    nan = tmp_path / "nan.wav"
-    soundfile.write(nan, np.full(16_000, np.nan, np.float32), 16_000, "FLOAT")
-    assert refusal(local_path, [nan], out).endswith("nan.wav: NaN or infinite samples after 0.0 s")
-    assert [path.name for path in out.iterdir()] == ["features.jsonl"]
+    assert "needs a context above 0 and a window of at least 3 s" in refusal(
+        local_path, [path], out, span=2.0, context=1.0
+    )
+    assert refusal(local_path, [path], out, window=0.0) == "--window 0: must be a number of seconds"
+    assert not out.exists()

@@ -297,11 +297,15 @@ class WavLMSelfAttention(SelfAttention):
 
         It depends on the distance alone, so 2 T - 1 embeddings are looked up and laid out as a Toeplitz matrix.
         """
+        by_distance = self.bias_by_distance(num_frames)
+        frames = torch.arange(num_frames, device=by_distance.device)
+        return by_distance[:, frames[None, :] - frames[:, None] + num_frames - 1]
+
+    def bias_by_distance(self, num_frames: int) -> Tensor:
+        """Bias [H, 2 T - 1] by the distance from 1 - T to T - 1 of key and query."""
         assert self.rel_attn_embed is not None and self.buckets is not None
         distance = torch.arange(1 - num_frames, num_frames, device=self.rel_attn_embed.weight.device)
-        by_distance = self.rel_attn_embed(self.buckets.of(distance)).t()  # [H, 2T - 1], key minus query
-        frames = torch.arange(num_frames, device=distance.device)
-        return by_distance[:, frames[None, :] - frames[:, None] + num_frames - 1]
+        return self.rel_attn_embed(self.buckets.of(distance)).t()
 
     def _attention_mask(
         self, x: Tensor, valid: Tensor | None, position_bias: Tensor | None, heads: Gate | None
@@ -320,10 +324,14 @@ class WavLMSelfAttention(SelfAttention):
                 const.index_select(1, live),
                 position_bias.index_select(0, live),
             )
+        bias = self.gated(by_head, const, position_bias)  # [B, h, T, T]
+        return bias if valid is None else bias.masked_fill(~valid, -math.inf)
+
+    def gated(self, by_head: Tensor, const: Tensor, position_bias: Tensor) -> Tensor:
+        """The bias [..., T, T] that a query [..., T, E] has of each key, from that of their positions."""
         gate = self.gru_rel_pos_linear(by_head).unflatten(-1, (2, 4)).sum(-1).sigmoid()
         update, reset = gate.chunk(2, dim=-1)
-        bias = (update * (reset * const - 1) + 2) * position_bias  # [B, h, T, T]
-        return bias if valid is None else bias.masked_fill(~valid, -math.inf)
+        return (update * (reset * const - 1) + 2) * position_bias
 
     def pruned(self, gates: Gates, source: SelfAttention, any_attention: bool) -> Pruned:
         """What is left of the block: its position embedding serves the layers above, and outlives the heads beside."""

@@ -9,6 +9,7 @@ top-level tensors under ``extra.``; in the metadata, as JSON, ``config`` and the
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ from torch import Tensor
 from .hardconcrete import BETA, LIMIT_HIGH, LIMIT_LOW
 from .hub import FOLDER_FILES, locate
 from .model import Wav2Vec2Model, wav2vec2_model
+from .placement import check_placement
 from .safetensors import read_safetensors, write_safetensors
 from .transformer import own_spelling
 
@@ -333,17 +335,19 @@ def load_model(
         path: a ``.pth`` or ``.safetensors`` file, a folder in the layout of transformers, or on the Hugging Face hub
             "owner/name" (such a folder) or "owner/name/file.pth"; the hub needs ``huggingface_hub``.
         device: where to.
-        dtype: of the weights.
+        dtype: of the weights: torch.float32, bfloat16, float16 or float64.
         revision: branch, tag or commit on the hub.
 
     Raises:
         CheckpointError: the file cannot be read, is of another kind, or its tensors do not fit its config.
+        ValueError: no such device, or no type that models run in.
     """
+    place = check_placement(device, dtype)
     try:
         path = locate(path, revision)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-    return load_checkpoint(path).model.to(device=device, dtype=dtype)
+    return load_checkpoint(path).model.to(device=place, dtype=dtype)
 
 
 def save_model(
@@ -356,7 +360,14 @@ def save_model(
         model: saved with its config; tensors go to the CPU in float32.
         heads: state of the distillation heads.
         extra: further top-level entries of plain types.
+
+    Raises:
+        ValueError: what would be written could not be read: a wrapped model, or entries of other types or names.
+        OSError: naming ``path``; the disk is full, the folder cannot be written, ...
     """
+    if not isinstance(model, Wav2Vec2Model):
+        raise ValueError(f"model must be a Wav2Vec2Model, got {type(model).__name__}: save what it wraps")
+    _check_extra(extra)
     content: dict[str, Any] = {
         "state_dict": {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.state_dict().items()},
         "config": model.config,
@@ -367,6 +378,23 @@ def save_model(
         _write_safetensors_file(path, content)
     else:
         write_torch_file(path, content)
+
+
+def _check_extra(extra: Mapping[str, object]) -> None:
+    """Look whether :func:`load_checkpoint` would read further entries of a file.
+
+    Raises:
+        ValueError: naming one that it would not.
+    """
+    for name, value in extra.items():
+        if name in ("state_dict", "config", HEADS, "pytorch-lightning_version"):
+            raise ValueError(f"{name}: an entry of this name has a meaning of its own in model files")
+        file = io.BytesIO()
+        try:
+            torch.save(value, file)
+            torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        except (pickle.PickleError, TypeError, AttributeError):
+            raise ValueError(f"{name}: a {type(value).__name__} must hold tensors and plain types alone") from None
 
 
 def _write_safetensors_file(path: str | Path, content: dict[str, Any]) -> None:

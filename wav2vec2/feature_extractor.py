@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hardconcrete import Alive, Gate, Gates, HardConcrete, Pruned, num_live, scale, select
-from .kernels import Dropout, conv1d, keeps_channels_first, linear, takes
+from .kernels import Dropout, conv1d, keeps_channels_first, linear, takes, traced
+from .statistics import Statistics
 
 SAMPLE_RATE = 16_000  # of every model of this family, in Hz
 CONV_DROP_RATE = 0.01  # initial probability that a channel is dropped (released DPHuBERT)
@@ -81,9 +82,18 @@ class ConvLayerBlock(nn.Module):
         return live
 
     def forward(
-        self, x: Tensor, length: Tensor | None, gate_in: Gate | None, gate: Gate | None
+        self,
+        x: Tensor,
+        length: Tensor | None,
+        gate_in: Gate | None,
+        gate: Gate | None,
+        statistics: Statistics | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, c_in] and lengths [B] -> x [B, T', c] and lengths [B]; both gates as drawn for this pass."""
+        """x [B, T, c_in] and lengths [B] -> x [B, T', c] and lengths [B].
+
+        Both gates are as drawn for this pass. A group norm takes the statistics of whole waveforms where they are
+        given, else those of ``x``.
+        """
         live = self.live_weights(gate_in, gate)
         weight, bias, stride = live["conv.weight"], live.get("conv.bias"), self.conv.stride[0]
         if length is not None:
@@ -93,10 +103,10 @@ class ConvLayerBlock(nn.Module):
         norm = LiveNorm(live["layer_norm.weight"], live["layer_norm.bias"], self.layer_norm.eps)
         if isinstance(self.layer_norm, nn.LayerNorm):
             x = norm.over_channels(conv1d(x, weight, bias, stride))
-        elif not takes("folded_norm") or x.device.type == "mps":  # which has no float64
+        elif statistics is None and (not takes("folded_norm") or x.device.type == "mps"):  # which has no float64
             x = instance_norm(conv1d(x, weight, bias, stride), length, norm)
         else:
-            x = normalized_conv1d(x, length, weight, norm, stride)
+            x = normalized_conv1d(x, length, weight, norm, stride, statistics)
         return F.gelu(x), length
 
     def pruned(self, gate_in: Gate | None, gate: Gate | None) -> Pruned:
@@ -134,7 +144,9 @@ def instance_norm(x: Tensor, length: Tensor | None, norm: LiveNorm) -> Tensor:
     return ((x - mean) * torch.rsqrt(variance + norm.eps) * norm.weight + norm.bias).to(dtype)
 
 
-def normalized_conv1d(x: Tensor, length: Tensor | None, kernel: Tensor, norm: LiveNorm, stride: int) -> Tensor:
+def normalized_conv1d(
+    x: Tensor, length: Tensor | None, kernel: Tensor, norm: LiveNorm, stride: int, statistics: Statistics | None = None
+) -> Tensor:
     """Convolution of one input channel and :func:`instance_norm` in a single product.
 
     Where windows of K samples have mean m and covariance S, the output of a channel with kernel w has mean w m and
@@ -147,23 +159,28 @@ def normalized_conv1d(x: Tensor, length: Tensor | None, kernel: Tensor, norm: Li
         kernel: [C, 1, K]. A bias of the convolution would not change the result.
         norm: of the channels.
         stride: of the convolution.
+        statistics: m and S of whole waveforms, of which ``x`` are pieces; by default those of ``x``.
 
     Returns:
         [B, T, C].
     """
     taps = kernel[:, 0]
-    windows = x[..., 0].unfold(-1, taps.shape[-1], stride).double()  # [B, T, K]; cancels where a channel hears little
-    valid = None if length is None else valid_frames(length, windows.shape[1])[..., None].to(windows.dtype)
-    count = windows.shape[1] if length is None else length.clamp(min=1)[:, None, None]
-    centered = windows - (windows if valid is None else windows * valid).sum(1, keepdim=True) / count
-    covariance = centered.transpose(1, 2) @ (centered if valid is None else centered * valid) / count
-    doubles = taps.double().expand(len(windows), -1, -1)
+    exact = torch.float32 if x.device.type == "mps" else torch.float64  # much cancels where a channel hears little
+    windows = x[..., 0].unfold(-1, taps.shape[-1], stride).to(exact)  # [B, T, K]
+    if statistics is not None:
+        centered, covariance = windows - statistics.window_mean[:, None], statistics.window_covariance
+    else:
+        valid = None if length is None else valid_frames(length, windows.shape[1])[..., None].to(windows.dtype)
+        count = windows.shape[1] if length is None else length.clamp(min=1)[:, None, None]
+        centered = windows - (windows if valid is None else windows * valid).sum(1, keepdim=True) / count
+        covariance = centered.transpose(1, 2) @ (centered if valid is None else centered * valid) / count
+    doubles = taps.to(exact).expand(windows.shape[0], -1, -1)  # a length would fix the number in graphs
     variance = (doubles @ covariance * doubles).sum(-1)  # [B, C]
     factor = (norm.weight * torch.rsqrt(variance + norm.eps)).to(norm.weight.dtype)
     # the bias is one more tap, on a sample of 1: to be added, it would first be written out to the size of the result
     taps = torch.cat([factor[..., None] * taps, norm.bias.expand_as(factor)[..., None]], dim=-1)
     centered = F.pad(centered.to(taps.dtype), (0, 1), value=1.0)
-    if keeps_channels_first(centered, centered.numel() * len(kernel)):
+    if not traced() and keeps_channels_first(centered, centered.numel() * len(kernel)):
         return (taps @ centered.transpose(1, 2)).transpose(1, 2)
     return centered @ taps.transpose(1, 2)
 
@@ -201,12 +218,17 @@ class FeatureExtractor(nn.Module):
             length = layer.output_length(length)
         return length
 
-    def forward(self, x: Tensor, length: Tensor | None, gates: Gates) -> tuple[Tensor, Tensor | None]:
-        """Waveforms [B, N], lengths [B] in samples -> features [B, T, c], lengths [B] in frames."""
+    def forward(
+        self, x: Tensor, length: Tensor | None, gates: Gates, statistics: Statistics | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Waveforms [B, N], lengths [B] in samples -> features [B, T, c], lengths [B] in frames.
+
+        With ``statistics`` the waveforms are pieces of longer ones.
+        """
         x = x.unsqueeze(-1)
         drawn = self._drawn(gates)
         for layer, gate_in, gate in zip(self.conv_layers, [None, *drawn], drawn):
-            x, length = layer(x, length, gate_in, gate)
+            x, length = layer(x, length, gate_in, gate, statistics)
         return x * self._live_dummy_weight(drawn[-1]).to(x.dtype), length
 
     def _drawn(self, gates: Gates) -> list[Gate | None]:

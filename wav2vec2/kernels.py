@@ -1,9 +1,9 @@
 """Operations whose fastest form depends on the machine; each computes what its name says, whichever form runs.
 
 FORMS names the faster forms of a CPU, ``benchmarks/speed.py`` shows what each gives; a compiler or an exporter gets the
-usual ones. Most won wherever they were tried, or drop other units, which is no question of time. PROBLEMS are those
-that lose on some processors: when a process first meets a large operation of the kind, it times both forms on a small
-problem, on one thread, and keeps to the winner.
+usual ones, but for those of :func:`forms_in_graphs`. Most won wherever they were tried, or drop other units, which is
+no question of time. PROBLEMS are those that lose on some processors: when a process first meets a large operation of
+the kind, it times both forms on a small problem, on one thread, and keeps to the winner.
 
 Forms round differently, so whoever needs equal bits of several processes reads :func:`decide` in one and gives it to
 the others, by :func:`use` or by the environment: ``WAV2VEC2_KERNELS=onednn,shifted_bf16`` names those of PROBLEMS whose
@@ -45,6 +45,7 @@ FORMS = {
     "dropout": "dropout from 16 random bits",
 }
 _off: frozenset[str] = frozenset()  # of FORMS, by usual_forms
+_in_graphs: frozenset[str] = frozenset()  # of FORMS, by forms_in_graphs
 _choices: dict[str, bool] = {}  # of PROBLEMS; a fork inherits them
 _choosing = threading.Lock()
 _clock = time.thread_time  # what other programs do meanwhile does not count
@@ -69,13 +70,13 @@ def _known(names: Iterable[str], table: Mapping[str, object], what: str) -> froz
 
 
 def traced() -> bool:
-    """Whether a compiler or an exporter looks on: it gets the usual form of every operation."""
+    """Whether a compiler or an exporter looks on: it gets the usual form of an operation, if no other is asked for."""
     return torch.compiler.is_compiling()
 
 
 def takes(form: str) -> bool:
     """Whether an operation may take the faster one of FORMS."""
-    return not traced() and form not in _off
+    return form in _in_graphs if traced() else form not in _off
 
 
 @contextlib.contextmanager
@@ -87,6 +88,17 @@ def usual_forms(names: Iterable[str]) -> Iterator[None]:
         yield
     finally:
         _off = before
+
+
+@contextlib.contextmanager
+def forms_in_graphs(names: Iterable[str]) -> Iterator[None]:
+    """Compilers and exporters get some of FORMS too, on all threads; ValueError for an unknown name."""
+    global _in_graphs
+    before, _in_graphs = _in_graphs, _in_graphs | _known(names, FORMS, "forms_in_graphs")
+    try:
+        yield
+    finally:
+        _in_graphs = before
 
 
 def choices() -> dict[str, bool]:

@@ -5,7 +5,8 @@ Shapes: B batch, N samples at 16 kHz, T frames at 50 Hz, D Transformer width, L 
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,10 +16,13 @@ from .attention import Buckets, SelfAttention, WavLMSelfAttention
 from .config import check_config
 from .counting import count_params
 from .embed import batches_by_length, check_waveforms, pad
-from .feature_extractor import ConvLayerBlock, FeatureExtractor, FeatureProjection, valid_frames
+from .feature_extractor import SAMPLE_RATE, ConvLayerBlock, FeatureExtractor, FeatureProjection, valid_frames
 from .hardconcrete import Alive, Gates, HardConcrete, Prunable, alive_probabilities, draw_gates
+from .inputs import check_batch, check_index, check_lengths
 from .kernels import traced
 from .passes import HiddenStates, PassOptions, ScaleGradient
+from .resampling import check_rate, resample, resampled_length
+from .statistics import Statistics
 from .transformer import ConvolutionalPositionalEmbedding, Encoder, EncoderLayer, FeedForward, Transformer
 
 RELEASED_EPS = 1e-5  # added to the variance of a waveform by fairseq, torchaudio and the released DPHuBERT
@@ -38,8 +42,14 @@ ABSENT = {
 }
 
 
-def normalize(waveforms: Tensor, lengths: Tensor | None, eps: float) -> Tensor:
-    """Zero mean and unit variance per row [B, N] over its valid samples; padding stays zero."""
+def normalize(waveforms: Tensor, lengths: Tensor | None, eps: float, whole: Statistics | None = None) -> Tensor:
+    """Zero mean and unit variance per row [B, N] over its valid samples, or over the ``whole`` that it is a piece of.
+
+    Padding stays zero.
+    """
+    if whole is not None:
+        scaled = ((waveforms - whole.mean[:, None]) * torch.rsqrt(whole.variance + eps)[:, None]).to(waveforms.dtype)
+        return scaled if lengths is None else scaled * valid_frames(lengths, waveforms.shape[-1])
     if lengths is None:
         variance, mean = torch.var_mean(waveforms, dim=-1, correction=0, keepdim=True)
         return (waveforms - mean) * torch.rsqrt(variance + eps)
@@ -88,6 +98,12 @@ class Wav2Vec2Model(nn.Module):
             return None
         return RELEASED_EPS if self.normalize_waveform == 1 else float(self.normalize_waveform)
 
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether a frame depends on statistics over the whole waveform, not on the samples around it alone."""
+        first = self.feature_extractor.conv_layers[0]
+        return self.normalize_eps is not None or isinstance(first.layer_norm, nn.GroupNorm)
+
     def masks(self) -> dict[str, HardConcrete]:
         """Every Hard Concrete mask by its module path, in forward order. Empty for a dense model."""
         return {name: module for name, module in self.named_modules() if isinstance(module, HardConcrete)}
@@ -97,7 +113,8 @@ class Wav2Vec2Model(nn.Module):
         return draw_gates(self.masks().values(), self.training)
 
     def output_length(self, lengths: Tensor) -> Tensor:
-        """Frames [B] from samples [B]."""
+        """Frames [B] from samples [B]; ValueError where these are no int64 tensor."""
+        check_lengths(lengths)
         return self.feature_extractor.output_length(lengths)
 
     def extract_features(
@@ -118,6 +135,9 @@ class Wav2Vec2Model(nn.Module):
         Returns:
             L + 1 tensors [B, T, D] (index 0 is the Transformer's input, before the positional convolution; the final
             layer norm of pre-norm models is not applied, as in torchaudio) and the valid frames [B], or None.
+
+        Raises:
+            ValueError: as :meth:`run`.
         """
         output, frames = self.run(waveforms, lengths, PassOptions(num_layers=num_layers), gates)
         num_frames = output.features.shape[1]
@@ -125,32 +145,37 @@ class Wav2Vec2Model(nn.Module):
         return [output.features, *layers], frames
 
     @torch.no_grad()
-    def embed(self, waveforms: Tensor | Sequence[Tensor], layer: int = -1) -> list[Tensor]:
+    def embed(
+        self, waveforms: Tensor | Iterable[Tensor], layer: int = -1, *, sample_rate: int = SAMPLE_RATE
+    ) -> list[Tensor]:
         """Features of whole waveforms of any lengths, without gradients and as in eval mode.
 
         Args:
-            waveforms: one [N] at 16 kHz with full scale 1, a list of them, or [B, N] without padding. They go to the
-                model's device in batches of similar length.
+            waveforms: one [N] with full scale 1, a list of them, or [B, N] without padding: tensors, or numpy arrays of
+                floats. They go to the model's device in batches of similar length.
             layer: which state of :meth:`extract_features`; -1 is the last layer.
+            sample_rate: of all waveforms, in Hz; others than 16 kHz are resampled.
 
         Returns:
-            [T, D] of each waveform; T is 0 for one shorter than 400 samples.
+            [T, D] of each waveform; T is 0 for one shorter than 400 samples at 16 kHz.
 
         Raises:
-            ValueError: another shape or type, samples that are not finite, or no such layer.
+            ValueError: another shape or type, samples that are not finite, no such layer, or no such rate.
         """
         num_states = self.num_layers + 1
-        if not -num_states <= layer < num_states:
-            raise ValueError(f"layer {layer}: the model has states 0 (the Transformer's input) to {self.num_layers}")
-        rows = check_waveforms(waveforms)
+        states_of = f"the model has states 0 (the Transformer's input) to {self.num_layers}"
+        layer = check_index("layer", layer, -num_states, self.num_layers, states_of) % num_states
+        rows, rate = check_waveforms(waveforms), check_rate(sample_rate)
         shortest, weight = self.feature_extractor.receptive_field, self.feature_extractor.dummy_weight
+        precision = torch.promote_types(weight.dtype, torch.float32)
         features: list[Tensor] = [weight.new_empty(0)] * len(rows)
         training = self.training
         self.eval()
         try:
-            for batch in batches_by_length([len(row) for row in rows], shortest):
-                padded, lengths = pad([rows[i] for i in batch], shortest, weight)
-                states, frames = self.extract_features(padded, lengths, num_layers=layer % num_states)
+            for batch in batches_by_length([resampled_length(len(row), rate) for row in rows], shortest):
+                resampled = [resample(rows[i].to(weight.device, precision), rate) for i in batch]
+                padded, lengths = pad(resampled, shortest, weight)
+                states, frames = self.extract_features(padded, lengths, num_layers=layer)
                 assert frames is not None
                 for i, state, count in zip(batch, states[-1], frames.tolist()):
                     features[i] = state[:count].clone()
@@ -160,6 +185,7 @@ class Wav2Vec2Model(nn.Module):
 
     def frame_times(self, num_frames: int) -> Tensor:
         """Middle of each frame in seconds from the start of the audio, float64 [num_frames]."""
+        check_index("num_frames", num_frames, 0, math.inf, "must not be negative")
         return self.feature_extractor.frame_times(num_frames)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -193,25 +219,28 @@ class Wav2Vec2Model(nn.Module):
             The states, and the valid frames [B] of the features, or None.
 
         Raises:
-            ValueError: waveforms or lengths of another shape, or masked frames without a mask embedding.
+            ValueError: waveforms or lengths of another shape, type or device, fewer samples than one frame takes, no
+                such number of layers, or masked frames without a mask embedding. On a GPU, which would have to be
+                waited for, lengths beyond 0 to N are not noticed.
         """
         options = options or PassOptions()
         if options.masked is not None and options.mask_embedding is None:
             if self.mask_embedding is None:
                 raise ValueError("the model has no mask embedding: its file was converted without")
             options = dataclasses.replace(options, mask_embedding=self.mask_embedding)
-        if waveforms.dim() != 2:
-            raise ValueError(f"waveforms must be [batch, samples], got shape {tuple(waveforms.shape)}")
-        if lengths is not None and not traced():
-            if lengths.shape != waveforms.shape[:1]:
-                raise ValueError(f"lengths must be [{len(waveforms)}], got shape {tuple(lengths.shape)}")
-            if lengths.device.type == "cpu" and (lengths > waveforms.shape[1]).any():  # elsewhere it would wait
-                raise ValueError(f"lengths {lengths.tolist()} exceed the {waveforms.shape[1]} samples of the waveforms")
+        if not traced():
+            weight, shortest = self.feature_extractor.conv_layers[0].conv.weight, self.feature_extractor.receptive_field
+            check_batch(waveforms, lengths, weight, shortest)
+            if options.num_layers is not None:
+                layers = f"the model has {self.num_layers} layers"
+                check_index("num_layers", options.num_layers, 0, self.num_layers, layers)
         if gates is None:
             gates = self.draw_gates()
+        statistics = options.statistics
         if self.normalize_eps is not None:
-            waveforms = normalize(waveforms, lengths, self.normalize_eps)
-        features, frames = self.feature_extractor(waveforms, lengths, gates)
+            waveforms = normalize(waveforms, lengths, self.normalize_eps, statistics)
+            statistics = None if statistics is None else statistics.normalized(self.normalize_eps)
+        features, frames = self.feature_extractor(waveforms, lengths, gates, statistics)
         if options.extractor_gradient != 1.0:
             features = ScaleGradient.apply(features, options.extractor_gradient)
         gate_in = self.feature_extractor.conv_layers[-1].hard_concrete
@@ -244,7 +273,9 @@ class Wav2Vec2Model(nn.Module):
             alive: as for :meth:`get_num_params`.
         """
         alive = alive or alive_probabilities(self.masks().values())
-        lengths = torch.tensor([num_samples] if isinstance(num_samples, int) else list(num_samples))
+        samples = list(num_samples) if isinstance(num_samples, Iterable) else [num_samples]
+        checked = [check_index("num_samples", n, 0, math.inf, "must not be negative") for n in samples]
+        lengths = torch.tensor(checked, dtype=torch.int64)
         extractor, encoder = self.feature_extractor, self.encoder
         frames = extractor.output_length(lengths)
         total = extractor.num_macs(lengths, alive)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .statistics import Statistics
+
 
 @dataclass
 class PassOptions:
@@ -21,6 +23,7 @@ class PassOptions:
     scale_gradients: Literal["released", "paper"] | None = None  # layer-gradient scaling, see layer_scales
     extractor_gradient: float = 1.0  # factor of the gradient that the conv layers get
     keep_maps: bool = False  # compute the attention maps explicitly and return them
+    statistics: Statistics | None = None  # of the whole waveforms that these are pieces of
     recompute: bool = False  # keep the inputs of the layers alone for backward, and run each layer again there
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .hardconcrete import HardConcrete, Pruned, draw_gates, eval_survivors
+from .inputs import describe
 from .model import Wav2Vec2Model, wav2vec2_model
 
 Survivors = dict[HardConcrete, Tensor]
@@ -26,7 +27,14 @@ def prune(model: Wav2Vec2Model, survivors: Survivors | None = None) -> tuple[Wav
 
     Returns:
         The dense model in eval mode, and its flat config.
+
+    Raises:
+        ValueError: something else than a model, or survivors that are not those of its masks.
     """
+    if not isinstance(model, Wav2Vec2Model):
+        raise ValueError(f"model must be a Wav2Vec2Model, got {type(model).__name__}: prune what it wraps")
+    if survivors is not None:
+        _check_survivors(model, survivors)
     gates = draw_gates(model.masks().values(), training=False, survivors=survivors)
     extractor, encoder = model.feature_extractor, model.encoder
     gate_in = gates.get(extractor.conv_layers[-1].hard_concrete)
@@ -49,6 +57,13 @@ def prune(model: Wav2Vec2Model, survivors: Survivors | None = None) -> tuple[Wav
     pruned.load_state_dict({name: state[name].clone() for name in pruned.state_dict()}, strict=True, assign=True)
     pruned.mask_embedding = None if model.mask_embedding is None else model.mask_embedding.clone()
     return pruned.eval(), pruned.config
+
+
+def _check_survivors(model: Wav2Vec2Model, survivors: Survivors) -> None:
+    for name, mask in model.masks().items():
+        kept = survivors.get(mask)
+        if kept is None or kept.dtype != torch.bool or kept.shape != (len(mask),):
+            raise ValueError(f"survivors of {name} must be bool [{len(mask)}], got {describe(kept)}")
 
 
 def eval_rule(model: Wav2Vec2Model) -> Survivors:

@@ -184,25 +184,33 @@ class EncoderLayer(nn.Module):
         Returns:
             [B, T, D], and the map for the layers above.
         """
-        norm_first, attention = self.layer_norm_first, self.attention
+        attention = self.attention
         if attention is not None and not attention.reuse:
             source = None
         exists = attention is not None and attention.is_alive(gates) and (source is not None or not attention.reuse)
         if attention is None or not exists:
             x = touch(x, attention, self.layer_norm)
         else:
-            inputs = self.layer_norm(x) if norm_first else x
-            y, source = attention(inputs, valid, position_bias, gates, source, maps is not None)
+            y, source = attention(self.attention_input(x), valid, position_bias, gates, source, maps is not None)
             x = x + self.dropout(y)
         if maps is not None:
             maps.append(source.applied.mean(1) if exists and source is not None else None)
+        return self.after_attention(x, gates), source
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        """What the attention block sees of the layer's input [..., D]."""
+        return self.layer_norm(x) if self.layer_norm_first else x
+
+    def after_attention(self, x: Tensor, gates: Gates) -> Tensor:
+        """The layer's output [B, T, D], from its input to which what the attention block gives is added."""
+        norm_first = self.layer_norm_first
         if not norm_first:
             x = self.layer_norm(x)
         if self.feed_forward is None or not self.feed_forward.is_alive(gates):
             x = touch(x, self.feed_forward, self.final_layer_norm)
         else:
             x = x + self.feed_forward(self.final_layer_norm(x) if norm_first else x, gates)
-        return x if norm_first else self.final_layer_norm(x), source
+        return x if norm_first else self.final_layer_norm(x)
 
     def num_params(self, alive: Alive, source: SelfAttention | None) -> Tensor | int:
         """Expected parameters, the layer's own norms included; ``source`` as for SelfAttention."""
@@ -283,7 +291,7 @@ class Transformer(nn.Module):
         layer_input = x
         x = self.dropout(x)
         if self.time_reduction is not None:
-            x, valid = self._reduce(x, valid)
+            x, valid = self.reduce(x, valid)
             layer_input = x
         layers = self.layers[: options.num_layers]
         first = self.position_block()
@@ -306,7 +314,7 @@ class Transformer(nn.Module):
             output.layers.append(state)
         return output
 
-    def _reduce(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def reduce(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] -> [B, T', D], and the mask [B, 1, 1, T] -> [B, 1, 1, T'].
 
         A row with fewer frames than one stride, which the released code cannot run, is filled with zeros.

@@ -1,17 +1,13 @@
-"""Features of audio of any length, in bounded memory.
+"""Windows of audio that is too long for all of its frames to attend to each other.
 
-Long audio is cut into windows that overlap. Every frame is taken from the window in which it has audio on both sides,
-and windows start at whole seconds, so that frames and resampled samples fall exactly where they do in the whole.
-
-Shapes: S states, T frames, D width.
+They overlap, and every frame is taken from the window in which it has audio on both sides. They start at whole seconds,
+so that frames and resampled samples fall exactly where they do in the whole.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .feature_extractor import SAMPLE_RATE
 from .model import Wav2Vec2Model
@@ -24,6 +20,12 @@ class Window(NamedTuple):
     end: int
     first: int
     last: int
+
+
+def alignment(model: Wav2Vec2Model, seconds: float = 0.0) -> int:
+    """Samples in whole seconds, frames, and groups of merged frames: the most in ``seconds``, but for one such unit."""
+    unit = math.lcm(SAMPLE_RATE, model.feature_extractor.frame_shift * model.encoder.transformer.reduction)
+    return max(math.floor(seconds * SAMPLE_RATE / unit), 1) * unit
 
 
 def make_windows(model: Wav2Vec2Model, num_samples: int, seconds: float, context: float) -> list[Window]:
@@ -43,9 +45,7 @@ def make_windows(model: Wav2Vec2Model, num_samples: int, seconds: float, context
     num_frames = int(model.output_length(torch.tensor([num_samples])))
     if num_samples <= seconds * SAMPLE_RATE:
         return [Window(0, num_samples, 0, num_frames)]
-    shift = model.feature_extractor.frame_shift
-    # whole seconds, whole frames, and whole groups of merged frames
-    unit = math.lcm(SAMPLE_RATE, shift * model.encoder.transformer.reduction)
+    shift, unit = model.feature_extractor.frame_shift, alignment(model)
     margin = math.ceil(context * SAMPLE_RATE / unit) * unit
     step = math.floor((seconds * SAMPLE_RATE - 2 * margin) / unit) * unit
     if step < unit or margin < model.feature_extractor.receptive_field:
@@ -64,31 +64,3 @@ def make_windows(model: Wav2Vec2Model, num_samples: int, seconds: float, context
         if last == num_frames:
             break
     return windows
-
-
-@torch.no_grad()
-def extract(
-    model: Wav2Vec2Model, read: Callable[[int, int], Tensor], windows: Sequence[Window], layers: Sequence[int]
-) -> Iterator[tuple[Window, Tensor]]:
-    """Run the windows one after another.
-
-    Args:
-        model: in eval mode.
-        read: gives the samples [begin, end) at 16 kHz.
-        windows: of :func:`make_windows`.
-        layers: which of the L + 1 states.
-
-    Yields:
-        Each window and the frames kept of it, float32 [S, T, D] on the CPU.
-    """
-    shift, shortest = model.feature_extractor.frame_shift, model.feature_extractor.receptive_field
-    weight = model.feature_extractor.dummy_weight
-    for window in windows:
-        count, skip = window.last - window.first, window.first - window.begin // shift
-        if window.end - window.begin < shortest:
-            yield window, torch.empty(len(layers), 0, model.embed_dim)
-            continue
-        waveform = read(window.begin, window.end).to(weight)
-        states, _ = model.extract_features(waveform[None], num_layers=max(layers))
-        chosen = torch.stack([states[layer][0, skip : skip + count] for layer in layers])
-        yield window, chosen.float().cpu()

@@ -1,6 +1,5 @@
 """Audio files of any rate and number of channels, read piece by piece as one channel at 16 kHz."""
 
-import logging
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,16 +10,11 @@ import torch
 from torch import Tensor
 
 from distillation.data.audio import AudioError, AudioReader, read_header
-from distillation.errors import UserError
+from distillation.data.kaldi import OVERSHOOT
 from wav2vec2.feature_extractor import SAMPLE_RATE
+from wav2vec2.resampling import resampled_length
 
-logger = logging.getLogger(__name__)
 QUALITY = "HQ"  # of soxr: 20 bits
-
-
-def resampled_length(num_frames: int, rate: int, to: int = SAMPLE_RATE) -> int:
-    """Samples at ``to`` Hz that so many at ``rate`` Hz become: rounded, a half up."""
-    return (2 * num_frames * to + rate) // (2 * rate)
 
 
 def resampled(blocks: Iterable[np.ndarray], rate: int, to: int = SAMPLE_RATE) -> Iterator[np.ndarray]:
@@ -43,25 +37,52 @@ def resampled(blocks: Iterable[np.ndarray], rate: int, to: int = SAMPLE_RATE) ->
     yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 
+def stretch(path: Path, num_samples: int, start: float, end: float | None) -> int:
+    """Samples at 16 kHz from ``start`` to ``end``, in seconds, of so many; None is their end.
+
+    Raises:
+        AudioError: the stretch is not within them; half a second behind their end is cut off.
+    """
+    last = num_samples if end is None else round(end * SAMPLE_RATE)
+    first = round(start * SAMPLE_RATE)
+    if first > num_samples or last > num_samples + OVERSHOOT * SAMPLE_RATE:
+        raise AudioError(path, f"holds {num_samples / SAMPLE_RATE:.2f} s, wanted {start:g} to {last / SAMPLE_RATE:g} s")
+    return min(last, num_samples) - first
+
+
 class AudioFile:
-    """A file, read as one channel at 16 kHz; close it, or use it in a ``with``.
+    """A file or a stretch of it, read as one channel at 16 kHz; close it, or use it in a ``with``.
 
     Attributes:
         num_samples: at 16 kHz.
+        changes: what is done to the audio, in words.
+
+    Args:
+        path: of the file.
+        start: seconds of the file that are left out.
+        end: where the stretch ends, in seconds of the file; None where the file does.
 
     Raises:
-        UserError: the file is missing or cannot be opened, is no audio, or is shorter than its header promises.
+        AudioError: the file is missing or cannot be opened, is no audio, is shorter than its header promises, or ends
+            before the stretch does.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start: float = 0.0, end: float | None = None) -> None:
         self.path = path
+        self._total = read_header(path).num_frames
+        self._reader = AudioReader(path)
+        rate, channels = self._reader.sample_rate, self._reader.num_channels
+        self._kept = np.empty((0, channels), np.float32)
+        self._start = round(start * SAMPLE_RATE)
         try:
-            self._total = read_header(path).num_frames
-            self._reader = AudioReader(path)
-        except AudioError as error:
-            raise UserError(str(error)) from None
-        self._kept = np.empty((0, self._reader.num_channels), np.float32)
-        self.num_samples = resampled_length(self._total, self._reader.sample_rate)
+            self.num_samples = stretch(path, resampled_length(self._total, rate), start, end)
+        except AudioError:
+            self._reader.close()
+            raise
+        self.changes = [
+            *([f"resampled from {rate} Hz"] if rate != SAMPLE_RATE else []),
+            *([f"{channels} channels averaged"] if channels > 1 else []),
+        ]
 
     def __enter__(self) -> "AudioFile":
         return self
@@ -69,40 +90,29 @@ class AudioFile:
     def __exit__(self, *_: object) -> None:
         self._reader.close()
 
-    def notice(self) -> None:
-        """Say what is changed."""
-        changes = []
-        if self._reader.sample_rate != SAMPLE_RATE:
-            changes.append(f"resampled from {self._reader.sample_rate} Hz")
-        if self._reader.num_channels > 1:
-            changes.append(f"its {self._reader.num_channels} channels averaged")
-        if changes:
-            logger.info("%s: %s", self.path, ", ".join(changes))
-
     def read(self, begin: int, end: int) -> Tensor:
-        """Samples [begin, end) at 16 kHz; ``begin`` at a whole second.
+        """Samples [begin, end) at 16 kHz, the same as in the whole.
 
         Raises:
-            UserError: the file is corrupt, or has samples that are not finite.
+            AudioError: the file is corrupt, or has samples that are not finite.
         """
         rate = self._reader.sample_rate
-        start = begin // SAMPLE_RATE * rate
-        stop = math.ceil(end * rate / SAMPLE_RATE)
-        # a second more on each side: the filter sees what it sees in the whole file
-        margin = 0 if rate == SAMPLE_RATE else rate
-        first, last = max(start - margin, 0), min(stop + margin, self._total)
-        try:
-            block = self._samples(first, last)
-        except AudioError as error:
-            raise UserError(str(error)) from None
+        begin, end = begin + self._start, end + self._start
+        if rate == SAMPLE_RATE:
+            first, last, skip = begin, end, 0
+        else:
+            # samples of both rates meet at whole seconds, and the filter sees what it sees in the whole file
+            second = max(begin // SAMPLE_RATE - 1, 0)
+            skip = begin - second * SAMPLE_RATE
+            first, last = second * rate, min(math.ceil(end * rate / SAMPLE_RATE) + rate, self._total)
+        block = self._samples(first, last)
         if len(block) != last - first:
-            raise UserError(f"{self.path}: decoding stops at sample {first + len(block)} of {self._total}")
+            raise AudioError(self.path, f"decoding stops at sample {first + len(block)} of {self._total}")
         if not np.isfinite(block).all():
-            raise UserError(f"{self.path}: NaN or infinite samples after {first / rate:.1f} s")
+            raise AudioError(self.path, f"NaN or infinite samples after {first / rate:.1f} s")
         waveform = torch.from_numpy(block).mean(1)
         if rate == SAMPLE_RATE:
             return waveform
-        skip = (start - first) // rate * SAMPLE_RATE
         return torch.from_numpy(soxr.resample(waveform.numpy(), rate, SAMPLE_RATE, QUALITY))[skip : skip + end - begin]
 
     def _samples(self, first: int, last: int) -> np.ndarray:

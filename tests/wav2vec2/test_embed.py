@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from wav2vec2 import wav2vec2_model
 from wav2vec2.embed import MAX_BATCH_SECONDS, batches_by_length
 from wav2vec2.feature_extractor import SAMPLE_RATE
+from wav2vec2.resampling import resample, resampled_length
 
 
 @pytest.mark.parametrize("changes", [{}, {"encoder_time_reduction": 2}])
@@ -42,13 +44,34 @@ def test_other_dtypes_of_model_and_waveform(tiny):
     assert model.embed(waveform)[0].dtype == torch.float64
 
 
+def test_numpy_arrays_as_readers_give_them(tiny):
+    model, array = tiny("hubert_base"), np.random.default_rng(0).normal(size=700).astype(np.float32)
+    expected = model.embed(torch.from_numpy(array))[0]
+    fixed = array.copy()
+    fixed.flags.writeable = False
+    for given in (array, fixed, [array], array[None], array.astype(np.float64), array.astype(">f4"), array[::-1][::-1]):
+        assert torch.equal(model.embed(given)[0], expected)
+    assert model.embed(array.astype(np.float16))[0].isfinite().all()
+    assert torch.equal(model.embed(row for row in [array])[0], expected)
+
+
 @pytest.mark.parametrize(
     ("waveforms", "message"),
     [
         (torch.zeros(1, 1, 500), r"waveform 0 must be a float tensor \[samples\].*torch.float32 \[1, 500\]"),
-        ([torch.zeros(500), torch.zeros(500, dtype=torch.int16)], "waveform 1 must be a float tensor.*int16"),
+        ([torch.zeros(500), torch.zeros(500, dtype=torch.int16)], r"waveform 1 must be .* \(int16 / 32768\).*int16"),
+        (np.zeros(500, np.int16), r"waveform 0 must be a float tensor .* got torch.int16 \[500\]"),
+        (np.zeros((2, 500), np.int16), r"waveform 0 .* got torch.int16 \[500\]"),
+        (np.array("audio.wav"), r"waveforms must be float tensors or numpy arrays, got ndarray of <U9 \[\]"),
+        (torch.tensor(0.5), r"waveform 0 .* got torch.float32 \[\]"),
+        (np.zeros((480, 2), np.float32), r"waveforms \[480, 2\] look like \[samples, channels\]: average"),
+        (torch.zeros(480, 1), r"\[480, 1\] look like \[samples, channels\]"),
         ([[0.0, 1.0]], "got list"),
+        ([0.0, 1.0], "waveform 0 .* got float"),
+        ("audio.wav", "waveform 0 .* got str"),
+        (None, "waveforms must be float tensors or numpy arrays, got NoneType"),
         (torch.full((500,), torch.nan), "waveform 0 has NaN"),
+        (np.full(500, np.inf), "waveform 0 has NaN or infinite"),
     ],
 )
 def test_refusals(tiny, waveforms, message):
@@ -56,9 +79,41 @@ def test_refusals(tiny, waveforms, message):
         tiny("hubert_base").embed(waveforms)
 
 
-def test_no_such_layer(tiny):
-    with pytest.raises(ValueError, match=r"layer 4: .* to 3"):
-        tiny("hubert_base").embed(torch.zeros(500), layer=4)
+@pytest.mark.parametrize("layer", [4, -5, 1.0, True, "last"])
+def test_no_such_layer(tiny, layer):
+    message = rf"layer {layer}: .* to 3" if layer in (4, -5) else "layer must be an integer"
+    with pytest.raises(ValueError, match=message):
+        tiny("hubert_base").embed(torch.zeros(500), layer=layer)
+
+
+def test_other_rates_give_nearly_the_features_of_the_same_audio(tiny):
+    """Audio without anything above 3.4 kHz, at every rate as it would have been recorded."""
+    model, generator = tiny("hubert_base"), np.random.default_rng(0)
+    tones = generator.uniform(100, 3400, 40), generator.uniform(0, 6, 40), generator.normal(size=40)
+
+    def recorded(rate: int) -> torch.Tensor:
+        time = np.arange(round(0.5 * rate))[:, None] / rate
+        audio = (tones[2] * np.sin(2 * np.pi * tones[0] * time + tones[1])).sum(1) / 40
+        return torch.from_numpy(audio * np.sin(2 * np.pi * time[:, 0]) ** 2)  # silent at both ends
+
+    expected = model.embed(recorded(SAMPLE_RATE))[0]
+    for rate in (8000, 22_050, 44_100, 48_000):
+        features = model.embed([recorded(rate), recorded(rate)[:1000]], sample_rate=rate)
+        torch.testing.assert_close(features[0], expected, atol=1e-4, rtol=1e-4)
+        assert len(features[1]) == model.output_length(torch.tensor([resampled_length(1000, rate)])).item()
+
+
+def test_half_precision_resamples_in_float32(tiny):
+    model, waveform = tiny("hubert_base").bfloat16(), torch.randn(4410)
+    features = model.embed(waveform, sample_rate=44_100)[0]
+    assert features.dtype == torch.bfloat16
+    assert torch.equal(features, model.embed(resample(waveform, 44_100))[0])
+
+
+@pytest.mark.parametrize("rate", [0, -16_000, 16, 44_100.0, "44100", True, None, 10**9])
+def test_no_such_rate(tiny, rate):
+    with pytest.raises(ValueError, match=r"sample_rate (-?\d+: must be in Hz|must be an integer)"):
+        tiny("hubert_base").embed(torch.zeros(500), sample_rate=rate)
 
 
 def test_batches_lose_nothing_and_hold_the_budget():
@@ -88,15 +143,3 @@ def test_the_frame_of_a_click_is_the_nearest_in_time(tiny):
     times = model.frame_times(len(changed))
     seen = changed > 0
     assert seen.any() and (times[seen] - 455 / 16000).abs().max() <= 15 / 16000
-
-
-@pytest.mark.parametrize("architecture", ["hubert_base", "wavlm_large"])
-def test_lengths_that_cannot_be(tiny, architecture):
-    model = tiny(architecture)
-    waveforms = torch.randn(2, 500)
-    for lengths, message in (
-        ([900, 500], r"lengths \[900, 500\] exceed the 500 samples"),
-        ([500], r"lengths must be \[2\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            model.extract_features(waveforms, torch.tensor(lengths))

@@ -1,0 +1,175 @@
+"""Features of many recordings: read ahead, batches of similar length, long ones piece by piece, written behind."""
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distillation.data.audio import AUDIO_SUFFIXES, AudioError, probe
+from distillation.data.ffmpeg import FFMPEG_SUFFIXES
+from distillation.data.looking import in_threads
+from distillation.data.resampling import AudioFile, resampled_length, stretch
+from exporting.features import FeatureFile, FeatureOptions
+from exporting.recordings import Failure, Recording
+from wav2vec2 import Wav2Vec2Model
+from wav2vec2.checkpoint import replacing
+from wav2vec2.embed import batches_by_length, pad
+from wav2vec2.feature_extractor import SAMPLE_RATE
+from wav2vec2.long_audio import long_states, statistics_of
+
+# oneDNN keeps what it prepares for each of the last 1,024 shapes, and every batch has a shape of its own: gigabytes
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+AHEAD = 2  # batches that are read while one is computed
+READERS = 2
+
+
+class Sized(NamedTuple):
+    """A recording, and its samples at 16 kHz as its header has it."""
+
+    recording: Recording
+    num_samples: int
+
+
+class Done(NamedTuple):
+    """A file of features that is written."""
+
+    recording: Recording
+    num_samples: int
+    num_frames: int
+
+
+def measure(recordings: list[Recording]) -> tuple[list[Sized], list[Failure]]:
+    """Lengths, by the headers; and what has none."""
+
+    def look(recording: Recording) -> Sized | Failure:
+        try:
+            if recording.path.suffix.lower() in FFMPEG_SUFFIXES - AUDIO_SUFFIXES:
+                raise AudioError(recording.path, "only ffmpeg reads this format: prepare_data.py --convert")
+            header, _ = probe(recording.path)
+            length = resampled_length(header.num_frames, header.sample_rate)
+            return Sized(recording, stretch(recording.path, length, recording.start, recording.end))
+        except AudioError as error:
+            return Failure(recording.place, error.reason)
+
+    found = [result for _, result in sorted(in_threads(look, recordings, "opening", None, chunk=64))]
+    return [f for f in found if isinstance(f, Sized)], [f for f in found if isinstance(f, Failure)]
+
+
+class Extraction:
+    """Writes files of features.
+
+    Args:
+        model: in eval mode.
+        out: folder to write to.
+        options: what to extract.
+    """
+
+    def __init__(self, model: Wav2Vec2Model, out: Path, options: FeatureOptions) -> None:
+        self.model, self.out, self.options = model, out, options
+        self.layers = options.layer_numbers(model.num_layers)
+        self.changes: Counter[str] = Counter()
+        """How many files were resampled from which rate, and so on."""
+        self._shortest = model.feature_extractor.receptive_field
+        self._weight = model.feature_extractor.dummy_weight
+
+    def target(self, recording: Recording) -> Path:
+        """The file of features."""
+        return self.out / f"{recording.name}.{self.options.format}"
+
+    def run(self, recordings: list[Sized], progress: Callable[[float], object]) -> Iterator[list[Done | Failure]]:
+        """Write all, in batches.
+
+        Args:
+            recordings: what to extract.
+            progress: is told the seconds of audio that are done.
+
+        Yields:
+            What is written, or cannot be read, as it comes.
+        """
+        seconds = self.options.window
+        fits = [item for item in recordings if item.num_samples <= seconds * SAMPLE_RATE]
+        batches = batches_by_length([item.num_samples for item in fits], self._shortest, seconds)
+        for done in self._short(deque([[fits[i] for i in batch] for batch in batches])):
+            yield done
+            progress(sum(item.num_samples for item in done if isinstance(item, Done)) / SAMPLE_RATE)
+        for item in recordings:
+            if item.num_samples > seconds * SAMPLE_RATE:
+                yield [self._long(item, progress)]
+
+    def _short(self, todo: deque[list[Sized]]) -> Iterator[list[Done | Failure]]:
+        """Batches: those to come are read, and the last one is written, while one is computed."""
+        reading: deque[list[tuple[Sized, Future[Tensor]]]] = deque()
+        writing: list[Future[Done]] = []
+        failed: list[Done | Failure] = []
+        with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as writer:
+            try:
+                while todo or reading:
+                    while todo and len(reading) <= AHEAD:
+                        reading.append([(item, readers.submit(self._read, item)) for item in todo.popleft()])
+                    batch, waveforms = [], []
+                    for item, future in reading.popleft():
+                        try:
+                            waveforms.append(future.result())
+                            batch.append(item)
+                        except AudioError as error:
+                            failed.append(Failure(item.recording.place, error.reason))
+                    features = self._compute(waveforms) if waveforms else []
+                    yield [*(future.result() for future in writing), *failed]
+                    writing = [writer.submit(self._write, *each) for each in zip(batch, features, strict=True)]
+                    failed = []
+                yield [future.result() for future in writing]
+            finally:  # whoever stops waits for what is being read and written alone
+                readers.shutdown(cancel_futures=True)
+                writer.shutdown(cancel_futures=True)
+
+    def _read(self, item: Sized) -> Tensor:
+        with self._open(item.recording) as file:
+            return file.read(0, file.num_samples)
+
+    def _open(self, recording: Recording) -> AudioFile:
+        file = AudioFile(recording.path, recording.start, recording.end)
+        self.changes.update(file.changes)
+        return file
+
+    @torch.no_grad()
+    def _compute(self, waveforms: list[Tensor]) -> list[Tensor]:
+        """Features [S, T, D] of each, on the CPU."""
+        padded, lengths = pad(waveforms, self._shortest, self._weight)
+        states, frames = self.model.extract_features(padded, lengths, num_layers=max(self.layers))
+        assert frames is not None
+        chosen = torch.stack([states[layer] for layer in self.layers], 1).float().cpu()  # [B, S, T, D]
+        return [row[:, :count] for row, count in zip(chosen, frames.tolist())]
+
+    def _write(self, item: Sized, features: Tensor) -> Done:
+        target, num_frames = self.target(item.recording), features.shape[1]
+        with (
+            replacing(target) as temporary,
+            FeatureFile(temporary, target.suffix, self.layers, num_frames, self.model.embed_dim) as file,
+        ):
+            for layer, values in zip(self.layers, features):
+                file.write(layer, 0, values)
+        return Done(item.recording, item.num_samples, num_frames)
+
+    def _long(self, item: Sized, progress: Callable[[float], object]) -> Done | Failure:
+        """Piece by piece, into the file as it comes."""
+        model, seconds, target = self.model, self.options.window, self.target(item.recording)
+        try:
+            with self._open(item.recording) as audio, replacing(target) as temporary:
+                windows = self.options.windows(model, audio.num_samples)
+                num_frames = windows[-1].last
+                with FeatureFile(temporary, target.suffix, self.layers, num_frames, model.embed_dim) as file:
+                    statistics = statistics_of(model, audio.read, audio.num_samples, seconds)
+                    for window in windows:
+                        for states in long_states(model, audio.read, window, self.layers, statistics, seconds):
+                            file.write(*states)
+                            share = len(states.values) / (len(self.layers) * num_frames)
+                            progress(share * item.num_samples / SAMPLE_RATE)
+        except AudioError as error:
+            return Failure(item.recording.place, error.reason)
+        return Done(item.recording, item.num_samples, num_frames)

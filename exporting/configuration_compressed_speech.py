@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 
 class CompressedSpeechConfig(PretrainedConfig):
-    """Sizes per layer, and what the CTC head needs.
+    """Sizes per layer, and what the heads need.
 
     Args:
         model_config: flat config of the network; lists give the heads and feed-forward units of each layer.
@@ -16,6 +16,8 @@ class CompressedSpeechConfig(PretrainedConfig):
         ctc_loss_reduction: "mean" or "sum" over the batch.
         ctc_zero_infinity: an utterance with more characters than frames counts as 0, not as infinity.
         pad_token_id: the CTC blank.
+        use_weighted_layer_sum: classify a learned mean of all states, not the last one.
+        classifier_proj_size: width of the projection before the classes.
     """
 
     model_type = "compressed_speech"
@@ -28,6 +30,8 @@ class CompressedSpeechConfig(PretrainedConfig):
         ctc_loss_reduction: str = "mean",
         ctc_zero_infinity: bool = True,
         pad_token_id: int = 0,
+        use_weighted_layer_sum: bool = False,
+        classifier_proj_size: int = 256,
         **kwargs: Any,
     ) -> None:
         super().__init__(pad_token_id=pad_token_id, **kwargs)
@@ -36,6 +40,8 @@ class CompressedSpeechConfig(PretrainedConfig):
         self.final_dropout = final_dropout
         self.ctc_loss_reduction = ctc_loss_reduction
         self.ctc_zero_infinity = ctc_zero_infinity
+        self.use_weighted_layer_sum = use_weighted_layer_sum
+        self.classifier_proj_size = classifier_proj_size
 
     @property
     def hidden_size(self) -> int:

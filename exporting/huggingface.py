@@ -23,6 +23,7 @@ from wav2vec2.transformer import torch_spelling
 
 ROOT = Path(__file__).parent.parent
 CODE = ("configuration_compressed_speech", "modeling_compressed_speech")
+RELATIVE_IMPORT = r"^\s*from \.(\w+) import"
 WORD_DELIMITER = "|"
 
 
@@ -135,8 +136,13 @@ def remote_code() -> dict[str, str]:
         path = todo.pop()
         text = re.sub(r"^(from )(?:exporting|wav2vec2)\.", r"\1.", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
         files[path.name] = text
-        for name in re.findall(r"^\s*from \.(\w+) import", text, flags=re.MULTILINE):
+        for name in re.findall(RELATIVE_IMPORT, text, flags=re.MULTILINE):
             found = [p for p in (path.with_name(f"{name}.py"), ROOT / "wav2vec2" / f"{name}.py") if p.is_file()]
             if f"{name}.py" not in files:
                 todo.append(found[0])
+    # transformers 4 takes from a folder, besides the file that it loads, only those that this one names
+    entry = f"{CODE[-1]}.py"
+    named = {entry, *(f"{name}.py" for name in re.findall(RELATIVE_IMPORT, files[entry], flags=re.MULTILINE))}
+    files[entry] += "\n\nif False:  # transformers 4 copies what is named here\n"
+    files[entry] += "".join(f"    from .{Path(name).stem} import __doc__\n" for name in sorted(files.keys() - named))
     return files

@@ -25,7 +25,7 @@ class NativeOutputs(ExportedOutputs):
     def __init__(self, model: Wav2Vec2Model) -> None:
         super().__init__(model, last=False)
 
-    def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
         """Waveforms [B, N], lengths [B] -> layers [L, B, T, D], frames [B], logits [B, T, V]."""
         states, *others = super().forward(waveforms, lengths)
         transformer = self.model.encoder.transformer

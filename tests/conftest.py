@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from exporting import graphs, verify
 from tests.client import Finished, Server
 from tests.configs import TINY
+from tests.exports import LARGE, MASKS, VOCABULARY, make, transformers_folder
 from tests.helpers import ROOT, run_error, run_exported_here, run_here, write_noise
 from wav2vec2 import save_model, wav2vec2_model
 
@@ -111,6 +112,29 @@ def trace_once(monkeypatch):
 def exported_here(monkeypatch, modules_cache):
     """Exports are checked in this process; in fresh ones by the commands of docs/use.md, which the tests run."""
     monkeypatch.setattr(verify, "run_exported", run_exported_here)
+
+
+@pytest.fixture(scope="module")
+def short_batches():
+    """Exports are checked on short audio alone, where the test is about something else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "BATCHES", [[0.05], [0.05, 0.4]])
+        yield
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory, tiny_config, modules_cache) -> Path:
+    """A pruned model for transformers, beside its .pth."""
+    folder = tmp_path_factory.mktemp("hf")
+    return transformers_folder(make(folder / "model.pth", tiny_config, **MASKS), folder / "pruned_hf")
+
+
+@pytest.fixture(scope="session")
+def ctc_folder(tmp_path_factory, tiny_config, modules_cache) -> Path:
+    """A fine-tuned model for transformers, beside its .pth."""
+    folder = tmp_path_factory.mktemp("ctc")
+    changes = {**LARGE, "aux_num_out": len(VOCABULARY), "encoder_layer_drop": 0.0}
+    return transformers_folder(make(folder / "model.pth", tiny_config, **changes), folder / "ctc_hf")
 
 
 @pytest.fixture(scope="session", autouse=True)

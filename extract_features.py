@@ -23,7 +23,7 @@ from distillation.data.manifest import shown, write_lines
 from distillation.errors import Incomplete, command
 from distillation.journal import Journal
 from distillation.stopping import keeping
-from exporting.extraction import Done, Extraction, Sized, measure
+from exporting.extraction import Done, Extraction, measure
 from exporting.features import FeatureOptions
 from exporting.recordings import Failure, Recording, find_recordings
 from wav2vec2 import load_model
@@ -39,39 +39,38 @@ def run(model: str, audio: list[Path], out: Path, options: FeatureOptions, devic
     recordings, failures = find_recordings(audio)
     network = load_model(model, device=device)
     options.check(network)
-    extraction = Extraction(network, out, options)
-    of = {"model": fingerprint(network), **dataclasses.asdict(options), "layers": extraction.layers}
+    layers = options.layer_numbers(network.num_layers)
+    of = {"model": fingerprint(network), **dataclasses.asdict(options), "layers": layers}
     del of["window"]  # changes nothing
     finished = Journal(out / "features.jsonl", of, "finished files", "use another --out")
+    done: list[Done] = []
+
+    def keep(file: Done) -> None:
+        finished[file.recording.name] = {**_source(file.recording), "frames": file.num_frames}
+        done.append(file)
+
+    extraction = Extraction(network, out, options, keep)
     todo = [recording for recording in recordings if not _is_finished(recording, extraction, finished)]
     if len(todo) < len(recordings):
         logger.info("%d of %d files were finished before", len(recordings) - len(todo), len(recordings))
     total = len(recordings) + len(failures)
     sized, unreadable = measure(todo)
-    with keeping(f"the finished files are in {out}"):
-        failures += unreadable + _extract(extraction, sized, finished)
-    _report(failures, total, out / "broken.tsv")
-
-
-def _extract(extraction: Extraction, sized: list[Sized], finished: Journal) -> list[Failure]:
-    """Write all files of features; what could not be read."""
-    total = sum(item.num_samples for item in sized) / SAMPLE_RATE
-    failures: list[Failure] = []
-    count, too_short, since = 0, 0, time.monotonic()
-    with tqdm(total=round(total, 1), unit="s", unit_scale=True, disable=None) as bar, logging_redirect_tqdm():
-        for results in extraction.run(sized, bar.update):
-            done = [result for result in results if isinstance(result, Done)]
-            finished.update({it.recording.name: {**_source(it.recording), "frames": it.num_frames} for it in done})
-            failures += [result for result in results if isinstance(result, Failure)]
-            count += len(done)
-            too_short += sum(it.num_frames == 0 for it in done)
+    failures += unreadable
+    begin = time.monotonic()
+    seconds = sum(item.num_samples for item in sized) / SAMPLE_RATE
+    with (
+        keeping(f"the finished files are in {out}"),
+        tqdm(total=round(seconds, 1), unit="s", unit_scale=True, disable=None) as bar,
+        logging_redirect_tqdm(),
+    ):
+        failures += extraction.run(sized, bar.update)
     for change, number in extraction.changes.items():
         logger.info("%d files: %s", number, change)
-    if too_short:
+    if too_short := sum(file.num_frames == 0 for file in done):
         logger.warning("%d files are too short for a single frame: their features are empty", too_short)
-    rate = count / max(time.monotonic() - since, 1e-3)
-    logger.info("%d files, %.1f min of audio, %.1f files per second -> %s", count, total / 60, rate, extraction.out)
-    return failures
+    minutes, rate = sum(file.num_samples for file in done) / SAMPLE_RATE / 60, len(done) / (time.monotonic() - begin)
+    logger.info("%d files, %.1f min of audio, %.1f files per second -> %s", len(done), minutes, rate, out)
+    _report(failures, total, out / "broken.tsv")
 
 
 def _report(failures: list[Failure], total: int, listing: Path) -> None:

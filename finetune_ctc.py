@@ -4,7 +4,7 @@
 
 Transcripts are LibriSpeech or Kaldi folders, Common Voice's .tsv, JSON lines as NeMo writes them, or lines of
 path<TAB>text; what cannot be used is listed in E/left_out.tsv. First the output layer alone learns, then all above the
-convolutions. Leaves E/final.pth, which holds its vocabulary (export.py --to hf makes a speech recogniser of it),
+convolutions. Leaves E/final.pth, which holds its vocabulary (export.py --to hf or onnx-asr makes a recogniser of it),
 E/metrics.csv and E/results.json. Run again to resume.
 """
 

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -68,10 +68,13 @@ class Extraction:
         model: in eval mode.
         out: folder to write to.
         options: what to extract.
+        keep: is told of each file when it is there, by one thread at a time.
     """
 
-    def __init__(self, model: Wav2Vec2Model, out: Path, options: FeatureOptions) -> None:
-        self.model, self.out, self.options = model, out, options
+    def __init__(
+        self, model: Wav2Vec2Model, out: Path, options: FeatureOptions, keep: Callable[[Done], object]
+    ) -> None:
+        self.model, self.out, self.options, self.keep = model, out, options, keep
         self.layers = options.layer_numbers(model.num_layers)
         self.changes: Counter[str] = Counter()
         """How many files were resampled from which rate, and so on."""
@@ -82,31 +85,27 @@ class Extraction:
         """The file of features."""
         return self.out / f"{recording.name}.{self.options.format}"
 
-    def run(self, recordings: list[Sized], progress: Callable[[float], object]) -> Iterator[list[Done | Failure]]:
-        """Write all, in batches.
+    def run(self, recordings: list[Sized], progress: Callable[[float], object]) -> list[Failure]:
+        """Write all; what could not be read.
 
         Args:
             recordings: what to extract.
             progress: is told the seconds of audio that are done.
-
-        Yields:
-            What is written, or cannot be read, as it comes.
         """
         seconds = self.options.window
         fits = [item for item in recordings if item.num_samples <= seconds * SAMPLE_RATE]
         batches = batches_by_length([item.num_samples for item in fits], self._shortest, seconds)
-        for done in self._short(deque([[fits[i] for i in batch] for batch in batches])):
-            yield done
-            progress(sum(item.num_samples for item in done if isinstance(item, Done)) / SAMPLE_RATE)
+        failures = self._short(deque([[fits[i] for i in batch] for batch in batches]), progress)
         for item in recordings:
             if item.num_samples > seconds * SAMPLE_RATE:
-                yield [self._long(item, progress)]
+                failures += self._long(item, progress)
+        return failures
 
-    def _short(self, todo: deque[list[Sized]]) -> Iterator[list[Done | Failure]]:
+    def _short(self, todo: deque[list[Sized]], progress: Callable[[float], object]) -> list[Failure]:
         """Batches: those to come are read, and the last one is written, while one is computed."""
         reading: deque[list[tuple[Sized, Future[Tensor]]]] = deque()
-        writing: list[Future[Done]] = []
-        failed: list[Done | Failure] = []
+        writing: list[Future[None]] = []
+        failures: list[Failure] = []
         with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as writer:
             try:
                 while todo or reading:
@@ -118,15 +117,18 @@ class Extraction:
                             waveforms.append(future.result())
                             batch.append(item)
                         except AudioError as error:
-                            failed.append(Failure(item.recording.place, error.reason))
+                            failures.append(Failure(item.recording.place, error.reason))
                     features = self._compute(waveforms) if waveforms else []
-                    yield [*(future.result() for future in writing), *failed]
+                    for written in writing:
+                        written.result()
                     writing = [writer.submit(self._write, *each) for each in zip(batch, features, strict=True)]
-                    failed = []
-                yield [future.result() for future in writing]
-            finally:  # whoever stops waits for what is being read and written alone
+                    progress(sum(item.num_samples for item in batch) / SAMPLE_RATE)
+                for written in writing:
+                    written.result()
+            finally:  # whoever stops waits for the files that are being read and written alone
                 readers.shutdown(cancel_futures=True)
                 writer.shutdown(cancel_futures=True)
+        return failures
 
     def _read(self, item: Sized) -> Tensor:
         with self._open(item.recording) as file:
@@ -146,7 +148,7 @@ class Extraction:
         chosen = torch.stack([states[layer] for layer in self.layers], 1).float().cpu()  # [B, S, T, D]
         return [row[:, :count] for row, count in zip(chosen, frames.tolist())]
 
-    def _write(self, item: Sized, features: Tensor) -> Done:
+    def _write(self, item: Sized, features: Tensor) -> None:
         target, num_frames = self.target(item.recording), features.shape[1]
         with (
             replacing(target) as temporary,
@@ -154,9 +156,9 @@ class Extraction:
         ):
             for layer, values in zip(self.layers, features):
                 file.write(layer, 0, values)
-        return Done(item.recording, item.num_samples, num_frames)
+        self.keep(Done(item.recording, item.num_samples, num_frames))
 
-    def _long(self, item: Sized, progress: Callable[[float], object]) -> Done | Failure:
+    def _long(self, item: Sized, progress: Callable[[float], object]) -> list[Failure]:
         """Piece by piece, into the file as it comes."""
         model, seconds, target = self.model, self.options.window, self.target(item.recording)
         try:
@@ -171,5 +173,6 @@ class Extraction:
                             share = len(states.values) / (len(self.layers) * num_frames)
                             progress(share * item.num_samples / SAMPLE_RATE)
         except AudioError as error:
-            return Failure(item.recording.place, error.reason)
-        return Done(item.recording, item.num_samples, num_frames)
+            return [Failure(item.recording.place, error.reason)]
+        self.keep(Done(item.recording, item.num_samples, num_frames))
+        return []

@@ -5,13 +5,11 @@ The code is left out where transformers' own class is wanted, which a model of e
 
 import json
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 from transformers import PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
-from distillation.errors import UserError
+from exporting import folders
 from exporting.card import model_card
 from exporting.configuration_compressed_speech import CompressedSpeechConfig
 from exporting.modeling_compressed_speech import CompressedSpeechForCTC, CompressedSpeechModel
@@ -41,14 +39,9 @@ def export(source: Source, out: Path, options: ExportOptions) -> Exported:
             ``verify.TOLERANCE``; nothing is left.
     """
     model, native, vocabulary, report = source.model, options.native, source.vocabulary, source.report(options.report)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: exists; name a new folder")
     if native:
         require_native(model, source.path)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        temporary.chmod(0o755)
+    with folders.unfinished(out) as temporary:
         if native:
             whole, padded = native_model(model, len(vocabulary) if vocabulary else None), not takes_padding(model)
             words = f"{type(whole).__name__} of transformers" + ("" if padded else "; exact only without padding")
@@ -61,17 +54,9 @@ def export(source: Source, out: Path, options: ExportOptions) -> Exported:
         (temporary / "README.md").write_text(
             model_card(model, out.name, vocabulary is not None, source.path, report, native, padded), "utf-8"
         )
-        for file in temporary.iterdir():  # some of transformers' files come readable for their owner alone
-            file.chmod(0o644)
         outputs = NativeOutputs(model) if native else ExportedOutputs(model, last=False)
         kind = "transformers_native" if native else "transformers"
-        difference = require_agreement(outputs, kind, temporary, padded)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return Exported(difference, words)
+        return Exported(require_agreement(outputs, kind, temporary, padded), words)
 
 
 def _own_model(model: Wav2Vec2Model, vocabulary: list[str] | None) -> PreTrainedModel:

@@ -251,6 +251,8 @@ def test_classes_as_of_transformers_own_class(native_twin, tmp_path):
     own.save_pretrained(tmp_path / "classes")
     again = AutoModelForAudioClassification.from_pretrained(tmp_path / "classes", trust_remote_code=True)
     assert torch.equal(again(**inputs).logits, found.logits)
+    backbone, before = (load_model(folder).state_dict() for folder in (tmp_path / "classes", native_twin[0]))
+    assert all(torch.equal(backbone[name], before[name]) for name in before) and len(backbone) == len(before)
     with pytest.raises(ValueError, match="fewer than 400 samples has no frame to classify"):
         own(torch.randn(2, 300))
 

@@ -200,7 +200,7 @@ def test_the_exit_code_says_that_files_are_missing(local_path, noise, server, tm
 def test_what_the_system_refuses_is_named(local_path, noise, tmp_path):
     """Too few open files allowed is no fault of the audio's, and what cannot be written ends it."""
     path = noise(tmp_path / "a.flac", 0.2, 0)
-    extraction = Extraction(load_model(local_path), tmp_path / "out", FeatureOptions())
+    extraction = Extraction(load_model(local_path), tmp_path / "out", FeatureOptions(), print)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with path.open() as free:
         resource.setrlimit(resource.RLIMIT_NOFILE, (free.fileno(), hard))

@@ -33,6 +33,7 @@ from .transformer import own_spelling
 
 DUMMY_WEIGHT = "feature_extractor.dummy_weight"
 HEADS, EXTRA = "distill_linear_projs", "extra"
+CLASSIFIER = ("projector.", "classifier.", "layer_weights")  # of AutoModelForAudioClassification
 ZIP_MAGIC = b"PK\x03\x04"
 # What DiariZen's files have in their config besides ours: how their masks were drawn, and remarks on the sizes.
 FOREIGN_MASKS = {"use_layerwise_prune": False, "limit_l": LIMIT_LOW, "limit_r": LIMIT_HIGH, "temperature": BETA}
@@ -206,6 +207,8 @@ def read_safetensors_file(path: str | Path) -> dict[str, Any]:
 def read_transformers_folder(path: Path) -> dict[str, Any]:
     """Read a folder of config.json and model.safetensors (transformers' layout), as the dict of a ``.pth`` file.
 
+    A classifier that was trained on top is left out: it has no place in a model of this package.
+
     Raises:
         CheckpointError: a file is missing or broken, or the folder holds another kind of model.
     """
@@ -223,6 +226,7 @@ def read_transformers_folder(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{tensors_path}: {error}") from None
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(CLASSIFIER)}
     state = {re.sub(r"^(.*\.)?backbone\.", "", name).replace("lm_head.", "aux."): t for name, t in tensors.items()}
     if "aux.weight" in state and isinstance(flat, dict):
         flat["aux_num_out"] = len(state["aux.weight"])

@@ -120,6 +120,13 @@ def task_settings(model: PreTrainedModel) -> dict[str, typing.Any]:
 def foreign(monkeypatch: pytest.MonkeyPatch) -> typing.Iterator[types.SimpleNamespace]:
     """Stand-ins for the classes that fairseq and omegaconf leave in files, importable only while a file is written."""
 
+    def loaded() -> set[str]:
+        return {name for name in sys.modules if name.startswith(("fairseq", "omegaconf"))}
+
+    real = loaded()  # a plugin of pytest may have them
+    for name in real:
+        monkeypatch.delitem(sys.modules, name)
+
     def module(name: str, **members: typing.Any) -> None:
         made = types.ModuleType(name)
         for key, member in members.items():
@@ -186,7 +193,7 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> typing.Iterator[types.SimpleName
     yield types.SimpleNamespace(omega=omega, dictionary=lambda: Dictionary(symbols=["a", "b"], indices={"a": 0}))
     # Nothing that was read may have imported them again.
     monkeypatch.undo()
-    assert not any(name.startswith(("fairseq", "omegaconf")) for name in sys.modules)
+    assert loaded() == real
 
 
 def namespace(**settings: typing.Any) -> argparse.Namespace:

@@ -2,7 +2,9 @@
 
     python export.py final.pth --to hf [--native] [--out DIR]  for transformers, with its own code
     python export.py final.pth --to onnx [--last] [--quantize int8] [--out FILE]
+    python export.py exp/ctc/final.pth --to onnx-asr [--quantize int8] [--out DIR]  a fine-tuned one, for onnx-asr
     python export.py final.pth --to torch-export [--last] [--out FILE]
+    python export.py final.pth --to executorch [--last] [--max_seconds 30] [--out FILE]  for phones
     python export.py final.pth --to safetensors [--out FILE]
 
 Whatever differs from PyTorch by more than 1e-4 (of a layer's largest value where that exceeds 1), between 0.05 s and
@@ -34,7 +36,9 @@ class Format(NamedTuple):
 FORMATS = {
     "hf": Format("exporting.huggingface", ".hf", ("native", "report"), is_folder=True),
     "onnx": Format("exporting.onnx", ".onnx", ("last", "quantize")),
+    "onnx-asr": Format("exporting.onnx_asr", ".onnx-asr", ("quantize",), is_folder=True),
     "torch-export": Format("exporting.graphs", ".pt2", ("last",)),
+    "executorch": Format("exporting.executorch", ".pte", ("last", "max_seconds")),
     "safetensors": Format("exporting.weights", ".safetensors"),
 }
 

@@ -1,17 +1,20 @@
-"""Teacher, compressed model, and its ONNX and 8-bit exports side by side on the CPU.
+"""A model in every format on the CPU, side by side: the size that is published, with random weights, and the demo's.
 
     scripts/demo.sh demo_out
     python -m benchmarks.formats --demo demo_out [--out DIR]
 
-Speed is measured in turns: every round runs each of them once on the same 10 s. Accuracy is phones per frame of
-mini-SUPERB, a linear probe on the weighted layers, with 95 % intervals over 30 held-out speakers. Prints a table,
-writes formats.json and formats.svg. Stopped and run again, it goes on. Needs requirements/export.txt.
+Real-time factors are computing seconds per second of audio, one waveform at a time. They are measured in turns, each
+format and number of threads in a process of its own. Differences are those of any state from PyTorch's, of its largest
+value, on utterances of mini-SUPERB; phones and words per frame are its linear probes on the weighted layers, with 95 %
+intervals over 30 held-out speakers, of the demo's model as it is and where a format rounds. Prints a table, writes
+formats.json and formats.svg. Stopped and run again, it goes on. Needs requirements/export.txt.
 """
 
-from collections.abc import Callable
-from functools import partial
+import logging
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,103 +22,169 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.minisuperb.evaluate import Features, frame_counts, probe_settings, rates, start
+from benchmarks.format_runs import OPEN, Extract, real_time_factors
+from benchmarks.minisuperb.evaluate import Data, Features, frame_counts, probe_settings, rates, start
 from benchmarks.plots import write
+from benchmarks.speed import masked_and_teacher
 from distillation.commandline import command_of
+from distillation.errors import UserError
 from distillation.journal import Journal
 from distillation.stopping import keeping
 from evaluation.conditions import conditions
-from evaluation.tables import markdown_table
-from evaluation.timing import in_turns
-from exporting import onnx
+from evaluation.tables import machine, markdown_table
 from exporting.source import ExportOptions, Source
-from wav2vec2 import load_model
+from wav2vec2 import load_model, prune, save_model
+from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.checkpoint import fingerprint
-from wav2vec2.feature_extractor import SAMPLE_RATE
+from wav2vec2.counting import count_params
+from wav2vec2.pruning import survivors_for_size
 
-SECONDS = 10.0
-Extract = Callable[..., tuple[Any, Any]]
-
-
-def onnx_extract(path: Path, threads: int) -> Extract:
-    """An exported file with the signature of ``extract_features``."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # its threads would otherwise spin on for a while, into the time of the model measured next
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def extract(waveforms: Tensor, lengths: Tensor, num_layers: int | None = None) -> tuple[list[Tensor], Tensor]:
-        states, frames = session.run(None, {"waveforms": waveforms.numpy(), "lengths": lengths.numpy()})
-        return list(torch.from_numpy(states).unbind()), torch.from_numpy(frames)
-
-    return extract
+logger = logging.getLogger(__name__)
+THREADS = 1, 2
+SECONDS = 1.0, 10.0
+TASKS = "phones", "words"
+KEPT = 0.25  # of HuBERT Base's parameters in the published DPHuBERT: 23.59 M
 
 
-def real_time_factors(extracts: dict[str, Extract], rounds: int) -> dict[str, float]:
-    """Median computing seconds per second of audio, one waveform of 10 s."""
-    waveform = torch.randn(1, int(SECONDS * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
-    lengths = torch.tensor([waveform.shape[1]])
-    with torch.inference_mode():
-        runs = {name: partial(extract, waveform, lengths) for name, extract in extracts.items()}
-        seconds = in_turns(runs, rounds, "timing")
-    return {name: some / SECONDS for name, some in seconds.items()}
+class Format(NamedTuple):
+    """What writes a file, and how its name ends."""
+
+    module: str
+    suffix: str
+    quantize: Literal["int8"] | None = None
+
+
+EXPORTED = {
+    "torch.export": Format("exporting.graphs", ".pt2"),
+    "ONNX": Format("exporting.onnx", ".onnx"),
+    "ONNX int8": Format("exporting.onnx", ".int8.onnx", "int8"),
+    "executorch": Format("exporting.executorch", ".pte"),
+}
+
+
+def save_published_size(path: Path) -> None:
+    """A model of the size that DPHuBERT has, with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student, teacher = masked_and_teacher(HUBERT_BASE, 1 - KEPT)
+        save_model(path, prune(student, survivors_for_size(student, round(KEPT * count_params(teacher))))[0])
+
+
+def export_all(model: Path, out: Path, known: Journal) -> dict[str, Path]:
+    """The model's file and those of the formats whose packages are here."""
+    files = {"torch": model}
+    for name, format in tqdm(EXPORTED.items(), f"exporting {out.name}", unit="format", leave=False):
+        path, key = out.with_name(out.name + format.suffix), f"export: {out.name}, {name}"
+        if known.pieces.get(key) is None or not path.is_file():
+            try:
+                options = ExportOptions(quantize=format.quantize)
+                import_module(format.module).export(Source.read(model), path, options)
+            except UserError as error:
+                logger.warning("%s is left out: %s", name, error)
+                continue
+            known[key] = path.name
+        files[name] = path
+    return files
 
 
 @torch.inference_mode()
-def max_difference(extract: Extract, reference: Extract, waveforms: list[Tensor]) -> float:
-    """Largest difference of any state on some utterances, each alone."""
+def largest_difference(extract: Extract, reference: Extract, waveforms: list[Tensor]) -> float:
+    """Of any state on some utterances, each alone, as a share of the state's largest value."""
     found = 0.0
     for waveform in waveforms:
         inputs = waveform[None], torch.tensor([len(waveform)])
         for ours, theirs in zip(extract(*inputs)[0], reference(*inputs)[0], strict=True):
-            found = max(found, (ours - theirs).abs().max().item())
+            found = max(found, ((ours - theirs).abs().max() / theirs.abs().max()).item())
     return found
+
+
+def probed(extract: Extract, data: Data, steps: int) -> dict[str, list[float]]:
+    """Phones and words per frame in per cent: rate, lower and upper end of its interval."""
+    features = Features(extract)
+    train, test = features(data.train), features(data.test)
+    found = {}
+    for task in TASKS:
+        runs = [{task: frame_counts(task, data, train, test, steps)}]
+        drawn = rates(runs, task, np.random.default_rng(0), 2000)
+        found[task] = [float(rates(runs, task, None, 1)[0]), *np.percentile(drawn, [2.5, 97.5]).tolist()]
+    return found
+
+
+def measured(title: str, model: Path, out: Path, data: Data, known: Journal, rounds: int, steps: int | None) -> list:
+    """One row for each format of a model; ``steps`` are the updates of each probe, None for no probes."""
+    files = export_all(model, out, known)
+    times = f"times: {out.name}, {', '.join(files)}"
+    if times not in known:
+        known[times] = real_time_factors(files, THREADS, SECONDS, rounds)
+    rows = []
+    reference = OPEN["torch"](model, max(THREADS))
+    for name, path in tqdm(files.items(), f"comparing {out.name}", unit="format", leave=False):
+        key = f"{out.name}, {name}"
+        if key not in known:
+            extract = OPEN[name](path, max(THREADS))
+            rounds_values = name in EXPORTED and EXPORTED[name].quantize
+            known[key] = {
+                "difference": None if name == "torch" else largest_difference(
+                    extract, reference, [u.waveform for u in data.test[:20]]
+                ),
+                "probes": probed(extract, data, steps) if steps and (name == "torch" or rounds_values) else {},
+            }  # fmt: skip
+        rows.append(
+            {
+                "model": title,
+                "format": name,
+                "bytes": path.stat().st_size,
+                "real_time_factors": known[times][name],
+                **known[key],
+            }
+        )
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    head = ["model", "size on disk MB", "real-time factor", "faster", "max difference", "phones per frame %"]
+    factors = [f"{n} thread{'s' * (n > 1)}, {s:g} s" for n in THREADS for s in SECONDS]
+    head = ["model", "format", "MB", *factors, "largest difference", *(f"{task} %" for task in TASKS)]
     lines = []
     for row in rows:
-        factor, difference, (low, high) = row["real_time_factor"], row["max_difference"], row["interval"]
+        probes = [row["probes"].get(task) for task in TASKS]
         lines.append([
-            row["name"],
+            row["model"],
+            row["format"],
             f"{row['bytes'] / 1e6:.2f}",
-            f"{factor:.5f}",
-            f"{rows[0]['real_time_factor'] / factor:.1f} x",
-            "" if difference is None else f"{difference:.1e}",
-            f"{row['phones']:.1f} [{low:.1f}, {high:.1f}]",
+            *(f"{factor:.3g}" for of_threads in row["real_time_factors"] for factor in of_threads),
+            "" if row["difference"] is None else f"{row['difference']:.1e}",
+            *("" if probe is None else f"{probe[0]:.1f} [{probe[1]:.1f}, {probe[2]:.1f}]" for probe in probes),
         ])  # fmt: skip
     return markdown_table(head, lines)
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """Three bars per model."""
-    figure = Figure(figsize=(9.6, 2.6), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
-    names = [row["name"] for row in rows]
-    panels = (
-        ("size on disk, MB", [row["bytes"] / 1e6 for row in rows], None),
-        ("ms per second of audio", [1000 * row["real_time_factor"] for row in rows], None),
-        ("phones per frame, %", [row["phones"] for row in rows],
-         np.abs(np.array([row["interval"] for row in rows]).T - [row["phones"] for row in rows])),
-    )  # fmt: skip
-    for axis, (title, values, spread) in zip(axes, panels):
-        bars = axis.barh(names, values, xerr=spread, color=[f"C{i}" for i in range(len(rows))], height=0.6)
-        axis.bar_label(bars, fmt="%.3g", padding=4, fontsize=8)
-        axis.set_title(title, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.2)
-    axes[0].invert_yaxis()
+    """Size on disk, and time with one and two threads; a line of panels per model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(10, 0.6 + 2.2 * len(models)), layout="constrained")
+    for line, model in zip(figure.subplots(len(models), 1 + len(THREADS), squeeze=False, sharey="row"), models):
+        mine = [row for row in rows if row["model"] == model]
+        places, height = np.arange(len(mine)), 0.38
+        bars = line[0].barh(places, [row["bytes"] / 1e6 for row in mine], 2 * height, color="C7")
+        line[0].bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+        line[0].set(title="size on disk, MB", yticks=places, yticklabels=[row["format"] for row in mine], ylabel=model)
+        line[0].invert_yaxis()
+        for i, (axis, threads) in enumerate(zip(line[1:], THREADS)):
+            for k, seconds in enumerate(SECONDS):
+                values = [1000 * row["real_time_factors"][i][k] for row in mine]
+                bars = axis.barh(places + (k - 0.5) * height, values, height, label=f"{seconds:g} s", color=f"C{k}")
+                axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+            axis.set_title(f"ms per second of audio, {threads} thread{'s' * (threads > 1)}")
+        for axis in line:
+            axis.title.set_size(10)
+            axis.margins(x=0.2)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*line[-1].get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
-def run(
-    demo: Path = Path("demo_out"), out: Path | None = None, rounds: int = 15, steps: int = 600, threads: int = 1
-) -> None:
+def run(demo: Path = Path("demo_out"), out: Path | None = None, rounds: int = 9, steps: int = 600) -> None:
     """Export, measure, print and plot.
 
     What is finished is kept in OUT/.formats.jsonl until all is there.
@@ -123,61 +192,38 @@ def run(
     Args:
         demo: folder that scripts/demo.sh has left.
         out: folder of the exports, the probes' corpus, formats.json and formats.svg; DEMO/minisuperb by default.
-        rounds: timed runs of each model.
+        rounds: timed runs of each format, number of threads and length of audio.
         steps: updates of each probe.
-        threads: of torch and ONNX Runtime.
 
     Raises:
         Stopped: a signal asked for it.
         UserError: the demo's folder lacks a file.
     """
-    torch.set_num_threads(threads)
-    out, data = start(demo, out, "teacher.pth", "final.pth")
-    teacher, student = load_model(demo / "teacher.pth"), load_model(demo / "final.pth")
-    files = {
-        "teacher": demo / "teacher.pth",
-        "compressed": demo / "final.pth",
-        "compressed, ONNX": out / "final.onnx",
-        "compressed, ONNX int8": out / "final.int8.onnx",
-    }
+    torch.set_num_threads(max(THREADS))
+    out, data = start(demo, out, "final.pth")
+    published, final = out / "published.pth", demo / "final.pth"
+    if not published.is_file():
+        save_published_size(published)
     of = conditions(
-        teacher=fingerprint(teacher), student=fingerprint(student), rounds=rounds, probes=probe_settings(steps)
-    )
+        published=fingerprint(load_model(published)), demo=fingerprint(load_model(final)), rounds=rounds,
+        probes=probe_settings(steps), onnxruntime=_version("onnxruntime"),
+    )  # fmt: skip
     known = Journal(out / ".formats.jsonl", of, "parts")
     with keeping(f"what is finished is in {known.path}"):
-        for name, quantize in (("compressed, ONNX", None), ("compressed, ONNX int8", "int8")):
-            if f"export: {name}" not in known or not files[name].is_file():
-                onnx.export(Source.read(demo / "final.pth"), files[name], ExportOptions(quantize=quantize))
-                known[f"export: {name}"] = None
-        extracts: dict[str, Extract] = {
-            "teacher": teacher.extract_features,
-            "compressed": student.extract_features,
-            **{name: onnx_extract(path, threads) for name, path in files.items() if path.suffix == ".onnx"},
-        }
-        if "real-time factors" not in known:
-            known["real-time factors"] = real_time_factors(extracts, rounds)
-        for name, extract in tqdm(extracts.items(), "probing", unit="model"):
-            if name in known:
-                continue
-            features = Features(extract)
-            runs = [{"phones": frame_counts("phones", data, features(data.train), features(data.test), steps)}]
-            drawn = rates(runs, "phones", np.random.default_rng(0), 2000)
-            checked = [u.waveform for u in data.test[:20]]
-            known[name] = {
-                "name": name,
-                "bytes": files[name].stat().st_size,
-                "real_time_factor": known["real-time factors"][name],
-                "max_difference": None if name in ("teacher", "compressed") else max_difference(
-                    extract, student.extract_features, checked
-                ),
-                "phones": float(rates(runs, "phones", None, 1)[0]),
-                "interval": np.percentile(drawn, [2.5, 97.5]).tolist(),
-            }  # fmt: skip
-    rows = [known[name] for name in files]
+        rows = []
+        for model, name, of_probes in ((published, "published", None), (final, "final", steps)):
+            title = f"{'demo' if of_probes else 'published size'}, {count_params(load_model(model)) / 1e6:.2f} M"
+            rows += measured(title, model, out / name, data, known, rounds, of_probes)
     written = write(out, "formats", rows, draw(rows))
     known.remove()
-    print(table(rows))
-    print(f"\n-> {written}")
+    print(f"{machine()}; real-time factors, lower is faster\n\n{table(rows)}\n\n-> {written}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 main = command_of(run, __doc__)

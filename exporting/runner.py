@@ -1,6 +1,7 @@
 """``runner.py KIND MODEL IN.npz OUT.npz``: run an exported model in a process with only what its format needs."""
 
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,37 @@ def onnx(path):
     return lambda w, n: dict(zip(names, session.run(None, {"waveforms": w, "lengths": n})))
 
 
+def onnx_asr(path, quantization=None):
+    """The package onnx-asr: what its model gives, what it writes down, and when each character begins."""
+    sys.path.append(path)
+    sys.dont_write_bytecode = True  # nothing more in the folder
+    import onnx_asr as package
+    import wav2vec2_ctc  # noqa: F401
+
+    model = package.load_model("wav2vec2-ctc", path, quantization=quantization)
+    asr: Any = model.asr
+    encode, kept = asr._encode, {}
+
+    def keep(*inputs):
+        kept["logprobs"], frames = encode(*inputs)
+        return kept["logprobs"], frames
+
+    asr._encode = keep
+    recogniser = model.with_timestamps()
+
+    def run(waveforms, lengths):
+        results = recogniser.recognize([row[:length] for row, length in zip(waveforms, lengths)])
+        times = np.concatenate([result.timestamps for result in results])
+        return {"logprobs": kept["logprobs"], "texts": np.array([r.text for r in results]), "times": times}
+
+    return run
+
+
+def onnx_asr_int8(path):
+    """The same with 8 bits."""
+    return onnx_asr(path, "int8")
+
+
 def torch_export(path):
     """Plain torch."""
     import torch
@@ -24,6 +56,20 @@ def torch_export(path):
         with torch.no_grad():
             outputs = model(torch.from_numpy(waveforms), torch.from_numpy(lengths))
         return dict(zip(("hidden_states", "frames", "logits"), (x.numpy() for x in outputs)))
+
+    return run
+
+
+def executorch(path):
+    """ExecuTorch's runtime, which imports torch for its tensors; each waveform alone."""
+    import torch
+    from executorch.runtime import Runtime
+
+    forward = Runtime.get().load_program(path).load_method("forward")
+
+    def run(waveforms, lengths):
+        outputs = forward.execute([torch.from_numpy(waveforms)])
+        return {name: x.numpy() for name, x in zip(("hidden_states", "logits"), outputs)}
 
     return run
 
@@ -81,7 +127,10 @@ def _extractor(path):
 # what runs a kind of model, and what that must do without
 KINDS = {
     "onnx": (onnx, {"torch", "transformers"}),
+    "onnx_asr": (onnx_asr, {"torch", "transformers"}),
+    "onnx_asr_int8": (onnx_asr_int8, {"torch", "transformers"}),
     "torch_export": (torch_export, {"transformers"}),
+    "executorch": (executorch, {"transformers"}),
     "transformers": (transformers, set()),
     "transformers_native": (transformers_native, set()),
 }

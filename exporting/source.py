@@ -16,10 +16,12 @@ class ExportOptions:
 
     last: bool = False
     quantize: Literal["int8"] | None = None
-    """Linear layers in 8 bits, inputs scaled as they come."""
+    """Convolutions and linear layers in 8 bits, inputs scaled as they come."""
     native: bool = False
     report: Path | None = None
     """Fills the model card. (default: report.json of the run)"""
+    max_seconds: float | None = None
+    """Longest audio that the file takes, for which its memory is planned. (default: 30)"""
 
 
 class Exported(NamedTuple):

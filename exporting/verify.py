@@ -5,6 +5,7 @@ Shapes: S states, B batch, T frames, D width.
 
 import itertools
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # of relative_difference
 # seconds of each row of a batch, from what a keyword spotter sees to LibriSpeech's longest utterance, padded and not
 BATCHES = [[0.05], [0.05, 1.0, 0.31], [2.345], [35.0], [9.1, 35.0, 0.05]]
+ANY = (0.0, math.inf)
 RUNNER = Path(__file__).with_name("runner.py")
 
 
@@ -45,11 +47,13 @@ class ExportedOutputs(torch.nn.Module):
         """Of the outputs, in order."""
         return ["hidden_states", "frames", *(["logits"] if self.model.aux is not None else [])]
 
-    def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        """Waveforms [B, N], lengths [B] -> states [S, B, T, D] or the last [B, T, D], frames [B], logits [B, T, V]."""
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Waveforms [B, N], lengths [B] -> states [S, B, T, D] or the last [B, T, D], frames [B], logits [B, T, V].
+
+        Without lengths, where nothing is padded, there are no frames among the outputs.
+        """
         states, frames = self.model.extract_features(waveforms, lengths)
-        assert frames is not None
-        outputs = [states[-1] if self.last else torch.stack(states), frames]
+        outputs = [states[-1] if self.last else torch.stack(states), *([] if frames is None else [frames])]
         if self.model.aux is not None:
             transformer = self.model.encoder.transformer
             x = transformer.layer_norm(states[-1]) if transformer.layer_norm_first else states[-1]
@@ -57,15 +61,17 @@ class ExportedOutputs(torch.nn.Module):
         return tuple(outputs)
 
 
-def make_batches(padded: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
+def make_batches(padded: bool = True, bounds: tuple[float, float] = ANY) -> list[tuple[np.ndarray, np.ndarray]]:
     """Waveforms [B, N] in float32 and lengths [B] in samples: low-passed noise of speech-like level.
 
     Args:
         padded: some rows are shorter than others; otherwise the same durations come one at a time.
+        bounds: shortest and longest row in seconds; what lies beyond is taken there.
     """
     random = np.random.default_rng(0)
     batches = []
-    for seconds in BATCHES if padded else [[s] for s in dict.fromkeys(itertools.chain(*BATCHES))]:
+    durations = [[min(max(s, bounds[0]), bounds[1]) for s in seconds] for seconds in BATCHES]
+    for seconds in durations if padded else [[s] for s in dict.fromkeys(itertools.chain(*durations))]:
         lengths = np.array([round(s * SAMPLE_RATE) for s in seconds])
         waveforms = np.zeros((len(lengths), lengths.max()), np.float32)
         for row, length in zip(waveforms, lengths):
@@ -110,7 +116,9 @@ def relative_difference(difference: Tensor, size: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def max_difference(outputs: ExportedOutputs, kind: str, exported: Path, padded: bool = True) -> tuple[float, float]:
+def max_difference(
+    outputs: ExportedOutputs, kind: str, exported: Path, padded: bool = True, bounds: tuple[float, float] = ANY
+) -> tuple[float, float]:
     """Largest difference on valid frames, over every batch and output, between PyTorch and a fresh process.
 
     Args:
@@ -118,6 +126,7 @@ def max_difference(outputs: ExportedOutputs, kind: str, exported: Path, padded: 
         kind: function of ``runner.py`` that runs the exported one.
         exported: file or folder.
         padded: as for :func:`make_batches`; False for what computes something else in padded batches.
+        bounds: as there, of what takes nothing else.
 
     Returns:
         The difference, and the largest :func:`relative_difference`.
@@ -126,7 +135,7 @@ def max_difference(outputs: ExportedOutputs, kind: str, exported: Path, padded: 
         UserError: the process fails, or gives other shapes or lengths.
     """
     worst = worst_share = 0.0
-    batches = make_batches(padded)
+    batches = make_batches(padded, bounds)
     results = run_exported(kind, exported, batches)
     for (waveforms, lengths), result in zip(batches, results, strict=True):
         seconds = "/".join(f"{length / SAMPLE_RATE:g}" for length in lengths)
@@ -153,9 +162,11 @@ def max_difference(outputs: ExportedOutputs, kind: str, exported: Path, padded: 
     return worst, worst_share
 
 
-def require_agreement(outputs: ExportedOutputs, kind: str, exported: Path, padded: bool = True) -> float:
+def require_agreement(
+    outputs: ExportedOutputs, kind: str, exported: Path, padded: bool = True, bounds: tuple[float, float] = ANY
+) -> float:
     """The largest difference; refuse what differs by more than TOLERANCE. Arguments as for :func:`max_difference`."""
-    difference, share = max_difference(outputs, kind, exported, padded)
+    difference, share = max_difference(outputs, kind, exported, padded, bounds)
     if not share <= TOLERANCE:
         raise UserError(
             f"{exported}: differs from PyTorch by {difference:.1e}, more than {TOLERANCE:g} (of a layer's largest "

@@ -7,24 +7,19 @@ import math
 import shutil
 import signal
 import xml.etree.ElementTree
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import formats
 from benchmarks.minisuperb import evaluate
 from benchmarks.minisuperb.abx import SHORTEST, abx_right, draw_triples, warped_distance
 from benchmarks.minisuperb.evaluate import Row, rates, scores, table
-from demo.corpus import CorpusSettings, make_corpus, training_sentences
+from demo.corpus import CorpusSettings, training_sentences
 from demo.frame_probe import accuracy, linear_probe
 from demo.labels import IGNORE, read_split
 from distillation.errors import UserError
 from distillation.stopping import Signalled, Stopped
-from exporting import verify
-from tests.configs import TINY, first_layers
-from wav2vec2 import save_model, wav2vec2_model
 
 # Probes
 
@@ -82,34 +77,9 @@ def test_warped_distance():
     assert warped_distance(x, slower).max() < 1e-3  # said more slowly, it is the same word
 
 
-@pytest.fixture
-def small(corpus, tmp_path, monkeypatch) -> Path:
-    """A folder as scripts/demo.sh leaves it, tiny, and settings to match."""
-    demo = tmp_path / "demo"
-    demo.mkdir()
-    torch.manual_seed(0)
-    save_model(demo / "teacher.pth", wav2vec2_model(**TINY))
-    save_model(demo / "final.pth", wav2vec2_model(**{**TINY, "encoder_ff_interm_features": [8] * 4}))
-    (demo / "corpus").symlink_to(corpus[0])
-    monkeypatch.setattr(evaluate, "CORPUS", corpus[1])
-    monkeypatch.setattr(evaluate, "MIN_COUNT", {"words": 2, "phones": 3})
-    monkeypatch.setattr(evaluate, "NUM_CHOOSING", 2)
-    monkeypatch.setattr(evaluate, "NUM_TRIPLES", 20)
-    monkeypatch.setattr(evaluate, "training_sentences", lambda _: [])
-    return demo
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    out = tmp_path_factory.mktemp("made") / "corpus"
-    settings = CorpusSettings(train_speakers=3, train_utterances=10, dev_speakers=2, dev_utterances=8)
-    make_corpus(out, settings)
-    return out, settings
-
-
 @pytest.mark.slow
-def test_abx_of_words(corpus):
-    utterances = read_split(corpus[0], "train-clean-100")
+def test_abx_of_words(spoken):
+    utterances = read_split(spoken[0], "train-clean-100")
     triples, speakers = draw_triples(utterances, 60)
     names = sorted({word for u in utterances for *_, word in u.words})
     perfect, blind = [], []
@@ -129,9 +99,9 @@ def test_abx_of_words(corpus):
 
 
 @pytest.mark.slow
-def test_sentences_of_training_are_known_without_making_a_corpus(corpus):
-    assert set(training_sentences(corpus[1])) == {u.text for u in read_split(corpus[0], "train-clean-100")}
-    assert not set(training_sentences(corpus[1])) & {u.text for u in read_split(corpus[0], "dev-clean")}
+def test_sentences_of_training_are_known_without_making_a_corpus(spoken):
+    assert set(training_sentences(spoken[1])) == {u.text for u in read_split(spoken[0], "train-clean-100")}
+    assert not set(training_sentences(spoken[1])) & {u.text for u in read_split(spoken[0], "dev-clean")}
 
 
 # Scores
@@ -200,44 +170,6 @@ def test_a_run(small, tmp_path, capsys, monkeypatch):
         evaluate.run(small, [tmp_path], None, tmp_path / "out")
     with pytest.raises(UserError, match=r"run scripts/demo\.sh"):
         evaluate.run(tmp_path)
-
-
-@pytest.mark.slow
-def test_formats_side_by_side(trace_once, small, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("onnxscript")
-    save_model(small / "final.pth", wav2vec2_model(**first_layers(TINY, 1)))
-    monkeypatch.setattr(verify, "BATCHES", [[0.05, 0.4]])
-    count, write, exported, probed = formats.frame_counts, formats.onnx.export, [], []
-
-    def stop_at_third(*args):
-        probed.append(True)
-        if len(probed) == 3:
-            raise Signalled(signal.SIGTERM)
-        return count(*args)
-
-    def export(source, out, options):
-        exported.append(out.name)
-        return write(source, out, options)
-
-    monkeypatch.setattr(formats, "frame_counts", stop_at_third)
-    monkeypatch.setattr(formats.onnx, "export", export)
-    journal = tmp_path / "out" / ".formats.jsonl"
-    with pytest.raises(Stopped, match=rf"SIGTERM: what is finished is in {journal}; the same command goes on"):
-        formats.run(small, tmp_path / "out", rounds=1, steps=4, threads=1)
-    factors = next(line for line in map(json.loads, journal.read_text().splitlines()) if "real" in line.get("key", ""))
-    formats.run(small, tmp_path / "out", rounds=1, steps=4, threads=1)
-    assert exported == ["final.onnx", "final.int8.onnx"] and len(probed) == 2 + 1 + 2 and not journal.exists()
-    rows = json.loads((tmp_path / "out" / "formats.json").read_text())
-    assert {row["name"]: row["real_time_factor"] for row in rows} == factors["value"]
-    printed = capsys.readouterr().out
-    assert [row["name"] for row in rows] == ["teacher", "compressed", "compressed, ONNX", "compressed, ONNX int8"]
-    assert all(f"| {row['name']} | {row['bytes'] / 1e6:.2f} |" in printed for row in rows)
-    assert rows[2]["max_difference"] < 1e-4 < rows[3]["max_difference"]
-    assert rows[1]["phones"] == pytest.approx(rows[2]["phones"], abs=1.0)  # float16 features may round differently
-    xml.etree.ElementTree.fromstring((tmp_path / "out" / "formats.svg").read_text())
-    with pytest.raises(UserError, match=r"no final\.pth"):
-        (small / "final.pth").unlink()
-        formats.run(small, tmp_path / "out")
 
 
 def test_rare_labels_do_not_count():

@@ -15,20 +15,23 @@ import logging
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from distillation.commandline import make_parser, parse_arguments
 from distillation.data.manifest import shown, write_lines
-from distillation.errors import Incomplete, command
+from distillation.errors import Incomplete, UserError, command, is_out_of_gpu_memory, is_out_of_memory
 from distillation.journal import Journal
 from distillation.stopping import keeping
-from exporting.extraction import Done, Extraction, measure
+from distillation.training.lock import run_lock
+from exporting.extraction import Done, Extraction, Sized, measure
 from exporting.features import FeatureOptions
 from exporting.recordings import Failure, Recording, find_recordings
-from wav2vec2 import load_model
+from wav2vec2 import Wav2Vec2Model, load_model
 from wav2vec2.checkpoint import fingerprint
 from wav2vec2.feature_extractor import SAMPLE_RATE
+from wav2vec2.placement import check_placement
 
 logger = logging.getLogger(__name__)
 SHOWN = 10  # failures that are printed
@@ -36,9 +39,19 @@ SHOWN = 10  # failures that are printed
 
 def run(model: str, audio: list[Path], out: Path, options: FeatureOptions, device: str) -> None:
     """Extract what OUT lacks; the arguments are the flags."""
-    recordings, failures = find_recordings(audio)
-    network = load_model(model, device=device)
+    network = load_on(model, device)
     options.check(network)
+    recordings, failures = find_recordings(audio)
+    total = len(recordings) + len(failures)
+    with run_lock(out, owner=True), keeping(f"the finished files are in {out}"):
+        for leftover in out.rglob(".*.tmp"):  # of a run that was killed
+            leftover.unlink(missing_ok=True)
+        failures += _extract(network, recordings, out, options)
+    _report(failures, total, out / "broken.tsv")
+
+
+def _extract(network: Wav2Vec2Model, recordings: list[Recording], out: Path, options: FeatureOptions) -> list[Failure]:
+    """Write what is not finished; what cannot be read."""
     layers = options.layer_numbers(network.num_layers)
     of = {"model": fingerprint(network), **dataclasses.asdict(options), "layers": layers}
     del of["window"]  # changes nothing
@@ -46,31 +59,41 @@ def run(model: str, audio: list[Path], out: Path, options: FeatureOptions, devic
     done: list[Done] = []
 
     def keep(file: Done) -> None:
-        finished[file.recording.name] = {**_source(file.recording), "frames": file.num_frames}
+        size = file.target.stat().st_size
+        finished[file.item.recording.name] = {**_source(file.item), "frames": file.num_frames, "bytes": size}
         done.append(file)
 
     extraction = Extraction(network, out, options, keep)
-    todo = [recording for recording in recordings if not _is_finished(recording, extraction, finished)]
-    if len(todo) < len(recordings):
-        logger.info("%d of %d files were finished before", len(recordings) - len(todo), len(recordings))
-    total = len(recordings) + len(failures)
-    sized, unreadable = measure(todo)
-    failures += unreadable
+    sized, failures = measure(recordings)
+    todo = [item for item in sized if not _is_finished(item, extraction, finished)]
+    if len(todo) < len(sized):
+        logger.info("%d of %d files were finished before", len(sized) - len(todo), len(recordings))
     begin = time.monotonic()
-    seconds = sum(item.num_samples for item in sized) / SAMPLE_RATE
-    with (
-        keeping(f"the finished files are in {out}"),
-        tqdm(total=round(seconds, 1), unit="s", unit_scale=True, disable=None) as bar,
-        logging_redirect_tqdm(),
-    ):
-        failures += extraction.run(sized, bar.update)
+    seconds = sum(item.num_samples for item in todo) / SAMPLE_RATE
+    with tqdm(total=round(seconds, 1), unit="s", unit_scale=True, disable=None) as bar, logging_redirect_tqdm():
+        try:
+            failures += extraction.run(todo, bar.update)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error) or is_out_of_gpu_memory(error):
+                raise UserError(f"out of memory: lower --window {options.window:g}, or --span for long files") from None
+            raise
     for change, number in extraction.changes.items():
         logger.info("%d files: %s", number, change)
     if too_short := sum(file.num_frames == 0 for file in done):
         logger.warning("%d files are too short for a single frame: their features are empty", too_short)
-    minutes, rate = sum(file.num_samples for file in done) / SAMPLE_RATE / 60, len(done) / (time.monotonic() - begin)
+    minutes = sum(file.item.num_samples for file in done) / SAMPLE_RATE / 60
+    rate = len(done) / (time.monotonic() - begin)
     logger.info("%d files, %.1f min of audio, %.1f files per second -> %s", len(done), minutes, rate, out)
-    _report(failures, total, out / "broken.tsv")
+    return failures
+
+
+def load_on(model: str, device: str) -> Wav2Vec2Model:
+    """A model on the device of ``--device``; UserError for one that does not exist."""
+    try:
+        check_placement(device, torch.float32)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+    return load_model(model, device=device)
 
 
 def _report(failures: list[Failure], total: int, listing: Path) -> None:
@@ -84,17 +107,23 @@ def _report(failures: list[Failure], total: int, listing: Path) -> None:
     raise Incomplete(f"{len(failures)} of {total} files could not be used, all others are done: see {listing}")
 
 
-def _source(recording: Recording) -> dict[str, object]:
+def _source(item: Sized) -> dict[str, object]:
     """What tells audio from other audio without reading it."""
-    status = recording.path.stat()
+    recording, (size, changed) = item.recording, item.stamp
     stretch = {} if recording.end is None and not recording.start else {"stretch": [recording.start, recording.end]}
-    return {"audio": str(recording.path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, **stretch}
+    return {"audio": str(recording.path), "size": size, "mtime_ns": changed, **stretch}
 
 
-def _is_finished(recording: Recording, extraction: Extraction, finished: Journal) -> bool:
-    if recording.name not in finished or not (extraction.target(recording).is_file() and recording.path.is_file()):
+def _is_finished(item: Sized, extraction: Extraction, finished: Journal) -> bool:
+    """Whether the features of this audio are there; UserError where they are those of another file."""
+    recording, target = item.recording, extraction.target(item.recording)
+    known = finished.pieces.get(recording.name)
+    if not isinstance(known, dict) or not target.is_file() or target.stat().st_size != known.get("bytes"):
         return False
-    return _source(recording).items() <= finished[recording.name].items()
+    other = Path(str(known.get("audio")))
+    if other != recording.path and other.is_file() and not other.samefile(recording.path):
+        raise UserError(f"{target} is of {other}, and {recording.path} would take its place: use another --out")
+    return _source(item).items() <= known.items()
 
 
 @command

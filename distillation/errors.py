@@ -127,6 +127,11 @@ def is_out_of_gpu_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_GPU_MEMORY)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine had too little memory."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
 def describe(error: Exception) -> str | None:
     """What to tell a user about an error that is no bug; None for a bug."""
     text = str(error)
@@ -138,7 +143,7 @@ def describe(error: Exception) -> str | None:
         return describe_os_error(error)
     if is_out_of_gpu_memory(error):
         return f"out of GPU memory: {text.splitlines()[0]}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return "out of memory: lower --data.seconds_per_batch or --data.num_workers"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         reason = text.split(". ")[0]

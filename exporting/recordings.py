@@ -4,7 +4,9 @@ Lists are those of prepare_data.py (root, then path<TAB>frames), Kaldi's wav.scp
 them), and one path per line.
 """
 
+import contextlib
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from distillation.data.kaldi import KaldiData, Unusable, read_lines
 from distillation.data.manifest import read_tsv
 from distillation.errors import UserError
 
+LISTS = {".tsv": "tsv", ".scp": "kaldi", ".txt": "list", ".lst": "list", ".list": "list"}
 HEAD = 4096  # bytes of a file that tell text from audio
 
 
@@ -30,7 +33,8 @@ class Recording(NamedTuple):
     @property
     def place(self) -> str:
         """The file and the stretch, in words."""
-        return str(self.path) if self.end is None and not self.start else f"{self.path} from {self.start:g} s"
+        whole = self.end is None and not self.start
+        return str(self.path) if whole else f"{self.name} ({self.path} from {self.start:g} s)"
 
 
 class Failure(NamedTuple):
@@ -77,12 +81,15 @@ def _kind(argument: Path) -> str:
     """What an argument is."""
     if argument.is_dir():
         return "kaldi" if (argument / "wav.scp").is_file() else "folder"
-    if not argument.is_file():
-        raise UserError(f"{argument}: {'not a regular file' if argument.exists() else 'No such file or directory'}")
+    try:
+        if not stat.S_ISREG(argument.stat().st_mode):
+            raise UserError(f"{argument}: not a regular file")
+    except OSError as error:
+        raise UserError(f"{argument}: {error.strerror}") from None
     if argument.suffix.lower() in ALL_SUFFIXES:
         return "file"
-    if argument.suffix == ".scp":
-        return "kaldi"
+    if argument.suffix in LISTS:
+        return LISTS[argument.suffix]
     with argument.open("rb") as file:
         head = file.read(HEAD)
     if b"\0" in head or not _is_text(head):
@@ -104,8 +111,8 @@ def _file(argument: Path) -> tuple[None, list[Path]]:
 
 
 def _folder(argument: Path) -> tuple[Path, list[Path]]:
-    found = find(argument, ["."])
-    return found.root, [found.root / name for name in sorted([*found.names, *found.foreign])]
+    found, root = find(argument, ["."]), _absolute(argument)
+    return root, [root / name for name in sorted([*found.names, *found.foreign])]
 
 
 def _tsv(argument: Path) -> tuple[Path, list[Path]]:
@@ -115,7 +122,11 @@ def _tsv(argument: Path) -> tuple[Path, list[Path]]:
 
 
 def _list(argument: Path) -> tuple[None, list[Path]]:
-    found = [_absolute(_from(argument.parent, line.text.strip())) for line in read_lines(argument)]
+    found = []
+    for line in read_lines(argument):
+        if "\0" in line.text:
+            line.refuse("holds a NUL: this is no list of paths")
+        found.append(_absolute(_from(argument.parent, line.text.strip())))
     if not found:
         raise UserError(f"{argument}: names no file")
     return None, found
@@ -136,7 +147,7 @@ def _kaldi(argument: Path, failures: list[Failure]) -> Iterator[Recording]:
         except Unusable as error:
             failures.append(Failure(f"{argument}: {name}", str(error)))
             continue
-        if name.startswith("/") or ".." in name.split("/"):
+        if {"", ".", ".."} & set(name.split("/")):
             failures.append(Failure(f"{argument}: {name}", "is no name for a file"))
             continue
         yield Recording(_absolute(_from(folder, place.path)), name, place.start, place.end)
@@ -146,17 +157,19 @@ def _by_folders(paths: list[Path], roots: set[Path]) -> Iterator[Recording]:
     if not paths:
         return
     base = Path(os.path.commonpath(roots))
-    stems = Counter(path.with_suffix("") for path in paths)
-    for path in paths:
-        stem = path.with_suffix("")
-        name = path if stems[stem] > 1 else stem
+    names = {path: path.with_suffix("") for path in paths}
+    while shared := {name for name, count in Counter(names.values()).items() if count > 1}:
+        names = {path: path if name in shared else name for path, name in names.items()}
+    for path, name in names.items():
         yield Recording(path, str(name.relative_to(base)))
 
 
 def _from(folder: Path, name: str) -> Path:
     """A file that a list in a folder names: from there, or where there is no such file, from here."""
     path = folder / name
-    return path if path.exists() or not Path(name).exists() else Path(name)
+    with contextlib.suppress(OSError):  # of a name that is too long, a folder that is closed: reading it will say so
+        return path if path.exists() or not Path(name).exists() else Path(name)
+    return path
 
 
 def _absolute(path: Path) -> Path:

@@ -15,6 +15,7 @@ import torch
 
 import extract_features
 from distillation.data.audio import AudioError
+from distillation.data.resampling import AudioFile
 from distillation.errors import Incomplete, UserError
 from exporting.extraction import Extraction
 from exporting.features import FeatureOptions
@@ -146,7 +147,8 @@ def test_segments_of_a_kaldi_folder(teacher_path, noise, tmp_path):
     (tmp_path / "segments").write_text("s1 rec 1.25 3.5\ns2 rec 2.0 -1\ns3 rec 8.9 9.3\ns4 rec 8.9 9.6\n")
     with pytest.raises(Incomplete, match="1 of 4 files could not be used"):
         run(teacher_path, [tmp_path], tmp_path / "out", window=3.0)
-    assert (tmp_path / "out" / "broken.tsv").read_text() == f"{path} from 8.9 s\tholds 9.00 s, wanted 8.9 to 9.6 s\n"
+    (line,) = (tmp_path / "out" / "broken.tsv").read_text().splitlines()
+    assert line == f"s4 ({path} from 8.9 s)\tholds 9.00 s, wanted 8.9 to 9.6 s"
     samples, rate = soundfile.read(path, dtype="float32")
     samples, model = torch.from_numpy(soxr.resample(samples, rate, 16_000)), load_model(teacher_path)
     for name, begin, end in (("s1", 20_000, 56_000), ("s2", 32_000, None), ("s3", 142_400, None)):
@@ -187,6 +189,68 @@ def test_broken_files_are_left_out_and_listed(teacher_path, noise, tmp_path, cap
     caplog.set_level("INFO")
     run(teacher_path, [audio], out / "40.0")
     assert not (out / "40.0" / "broken.tsv").exists() and "6 of 6 files were finished before" in caplog.text
+
+
+@pytest.mark.parametrize("window", [40.0, 1.0])
+def test_audio_that_changes_or_goes_while_it_is_read(teacher_path, noise, tmp_path, monkeypatch, window):
+    """Its features are not taken for those of what is there later; the other files are done."""
+    changed, gone, _ = (noise(tmp_path / "audio" / f"{name}.flac", 2.0, 0) for name in ("changed", "gone", "sound"))
+    read = AudioFile.read
+
+    def disturbed(self, begin, end):
+        samples = read(self, begin, end)
+        if self.path == changed:
+            noise(tmp_path / "new.flac", 2.5, 1).replace(changed)
+        if self.path == gone:
+            gone.unlink(missing_ok=True)
+        return samples
+
+    monkeypatch.setattr(AudioFile, "read", disturbed)
+    with pytest.raises(Incomplete, match="2 of 3 files"):
+        run(teacher_path, [tmp_path / "audio"], tmp_path / "out", window=window)
+    assert [path.name for path in (tmp_path / "out").glob("*.npy")] == ["sound.npy"]
+    listed = (tmp_path / "out" / "broken.tsv").read_text()
+    assert "was changed while it was read" in listed and "No such file or directory" in listed
+    monkeypatch.undo()
+    run(teacher_path, [tmp_path / "audio"], tmp_path / "out", window=window)
+    assert len(np.load(tmp_path / "out" / "changed.npy")) == 124
+
+
+@pytest.mark.parametrize("window", [40.0, 0.1])
+def test_a_name_that_cannot_be_written_is_one_file_s_matter(local_path, noise, tmp_path, window):
+    noise(tmp_path / "audio" / "a.flac", 0.2, 0)
+    noise(tmp_path / "audio" / f"{'b' * 250}.flac", 0.2, 0)
+    (tmp_path / "out" / "c.safetensors").mkdir(parents=True)
+    noise(tmp_path / "audio" / "c.flac", 0.2, 0)
+    with pytest.raises(Incomplete, match="2 of 3 files"):
+        run(local_path, [tmp_path / "audio"], tmp_path / "out", format="safetensors", window=window)
+    assert (tmp_path / "out" / "a.safetensors").is_file()
+    listed = (tmp_path / "out" / "broken.tsv").read_text()
+    assert "File name too long" in listed and "Is a directory" in listed
+
+
+def test_another_corpus_never_takes_the_place_of_one(local_path, noise, tmp_path):
+    paths = [noise(tmp_path / folder / "a.flac", 0.2, i) for i, folder in enumerate(("one", "two"))]
+    run(local_path, [tmp_path / "one"], tmp_path / "out")
+    assert f"a.npy is of {paths[0]}, and {paths[1]} would take its place" in refusal(
+        local_path, [tmp_path / "two"], tmp_path / "out"
+    )
+    paths[0].unlink()  # moved away: its features are out of date
+    run(local_path, [tmp_path / "two"], tmp_path / "out")
+
+
+def test_what_is_damaged_is_computed_again(local_path, noise, tmp_path):
+    path, out = noise(tmp_path / "a.flac", 0.2, 0), tmp_path / "out"
+    run(local_path, [path], out)
+    good = (out / "a.npy").read_bytes()
+    (out / "a.npy").write_bytes(b"")
+    (out / ".a.npy.0123.tmp").write_bytes(b"left by a run that was killed")
+    run(local_path, [path], out)
+    assert (out / "a.npy").read_bytes() == good and not list(out.glob(".*"))
+    journal = out / "features.jsonl"
+    journal.write_text(journal.read_text().splitlines()[0] + '\n{"key": "a", "value": 5}\n')
+    run(local_path, [path], out)
+    assert (out / "a.npy").read_bytes() == good
 
 
 def test_the_exit_code_says_that_files_are_missing(local_path, noise, server, tmp_path):
@@ -302,5 +366,7 @@ def test_refusals(local_path, noise, tmp_path):
     assert "needs a context above 0 and a window of at least 3 s" in refusal(
         local_path, [path], out, span=2.0, context=1.0
     )
+    with pytest.raises(UserError, match="--device: device 'gpu': no such device"):
+        extract_features.run(str(local_path), [path], out, FeatureOptions(), "gpu")
     assert refusal(local_path, [path], out, window=0.0) == "--window 0: must be a number of seconds"
     assert not out.exists()

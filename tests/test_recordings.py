@@ -76,6 +76,7 @@ def test_two_ways_to_one_name_are_refused(corpus, tmp_path):
     [
         (None, "No such file or directory"),
         (b"\n \n", "names no file"),
+        (b"a.wav\nb\0.wav\n", "line 2 holds a NUL"),
         ("\u0561".encode() * 5000 + b"\xff", "not UTF-8"),
     ],
 )
@@ -85,6 +86,24 @@ def test_what_is_no_list(tmp_path, content, words):
         path.write_bytes(content)
     with pytest.raises(UserError, match=words):
         find_recordings([path])
+
+
+def test_one_bad_line_is_no_matter_of_the_others(corpus):
+    listing = corpus / "files.txt"
+    listing.write_text(f"{'x' * 300}.wav\nb/x.wav\n")
+    assert [recording.path.name for recording in find_recordings([listing])[0]] == [f"{'x' * 300}.wav", "x.wav"]
+
+
+def test_names_keep_suffixes_until_they_differ(corpus):
+    (corpus / "b" / "x.wav.wav").write_bytes(b"x")
+    assert {"b/x.flac", "b/x.wav", "b/x.wav.wav"} <= names(corpus).keys()
+
+
+def test_a_folder_that_is_a_link_keeps_its_name(corpus, tmp_path):
+    (tmp_path / "link").symlink_to(corpus)
+    assert list(names(tmp_path / "link" / "b" / "y.z.wav", tmp_path / "link")) == [
+        "b/y.z", "a/1/x", "a/2/x", "b/x.flac", "b/x.wav",
+    ]  # fmt: skip
 
 
 def test_audio_without_a_suffix_that_is_known(corpus, tmp_path):

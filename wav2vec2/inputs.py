@@ -59,6 +59,8 @@ def check_batch(waveforms: Tensor, lengths: Tensor | None, weight: Tensor, short
     if waveforms.dim() != 2:
         raise ValueError(f"waveforms must be [batch, samples], got shape {tuple(waveforms.shape)}")
     num_rows, num_samples = waveforms.shape
+    if not num_rows:
+        raise ValueError("waveforms [0, samples]: an empty batch")
     if num_samples < shortest:
         raise ValueError(
             f"waveforms of {num_samples} samples give no frame, which takes {shortest}: pad them with zeros and say in "

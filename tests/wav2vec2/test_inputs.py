@@ -36,6 +36,7 @@ def refuses(message, call, *arguments, **options):
         (torch.zeros(1, 2, 500), r"got shape \(1, 2, 500\)"),
         (torch.zeros(2, 29), "29 samples give no frame, which takes 30: pad"),
         (torch.zeros(2, 0), "0 samples give no frame"),
+        (torch.zeros(0, 500), "an empty batch"),
         (torch.zeros(2, 500, dtype=torch.float64), r"are torch.float64, the model torch.float32: give waveforms.to"),
         (torch.zeros(2, 500, dtype=torch.bfloat16), "are torch.bfloat16, the model torch.float32"),
         (torch.zeros(2, 500, device="meta"), "waveforms are on meta, the model on cpu"),

@@ -5,7 +5,6 @@ Shapes: S states, B batch, T frames, D width.
 
 import itertools
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -26,7 +25,6 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # of relative_difference
 # seconds of each row of a batch, from what a keyword spotter sees to LibriSpeech's longest utterance, padded and not
 BATCHES = [[0.05], [0.05, 1.0, 0.31], [2.345], [35.0], [9.1, 35.0, 0.05]]
-ANY = (0.0, math.inf)
 RUNNER = Path(__file__).with_name("runner.py")
 
 
@@ -61,17 +59,17 @@ class ExportedOutputs(torch.nn.Module):
         return tuple(outputs)
 
 
-def make_batches(padded: bool = True, bounds: tuple[float, float] = ANY) -> list[tuple[np.ndarray, np.ndarray]]:
+def make_batches(padded: bool = True, bounds: tuple[float, float] | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
     """Waveforms [B, N] in float32 and lengths [B] in samples: low-passed noise of speech-like level.
 
     Args:
-        padded: some rows are shorter than others; otherwise the same durations come one at a time.
-        bounds: shortest and longest row in seconds; what lies beyond is taken there.
+        padded: some rows are shorter than others; otherwise the same durations come one at a time, the shortest first
+            and the longest next, and so on: what a runtime keeps of one of them must not show in another.
+        bounds: shortest and longest row in seconds, which are among the durations then; only where nothing is padded.
     """
     random = np.random.default_rng(0)
     batches = []
-    durations = [[min(max(s, bounds[0]), bounds[1]) for s in seconds] for seconds in BATCHES]
-    for seconds in durations if padded else [[s] for s in dict.fromkeys(itertools.chain(*durations))]:
+    for seconds in BATCHES if padded else [[duration] for duration in _durations(bounds)]:
         lengths = np.array([round(s * SAMPLE_RATE) for s in seconds])
         waveforms = np.zeros((len(lengths), lengths.max()), np.float32)
         for row, length in zip(waveforms, lengths):
@@ -79,6 +77,15 @@ def make_batches(padded: bool = True, bounds: tuple[float, float] = ANY) -> list
             row[:length] = 0.1 * noise / noise.std()
         batches.append((waveforms, lengths))
     return batches
+
+
+def _durations(bounds: tuple[float, float] | None) -> list[float]:
+    """Of BATCHES within the bounds, and these themselves: the shortest, the longest, the next to the shortest..."""
+    durations = set(itertools.chain(*BATCHES))
+    if bounds is not None:
+        durations = {*bounds, *(duration for duration in durations if bounds[0] <= duration <= bounds[1])}
+    ordered = sorted(durations)
+    return [ordered.pop(-(i % 2)) for i in range(len(ordered))]
 
 
 def run_exported(
@@ -117,7 +124,7 @@ def relative_difference(difference: Tensor, size: Tensor) -> Tensor:
 
 @torch.no_grad()
 def max_difference(
-    outputs: ExportedOutputs, kind: str, exported: Path, padded: bool = True, bounds: tuple[float, float] = ANY
+    outputs: ExportedOutputs, kind: str, exported: Path, padded: bool = True, bounds: tuple[float, float] | None = None
 ) -> tuple[float, float]:
     """Largest difference on valid frames, over every batch and output, between PyTorch and a fresh process.
 
@@ -163,7 +170,7 @@ def max_difference(
 
 
 def require_agreement(
-    outputs: ExportedOutputs, kind: str, exported: Path, padded: bool = True, bounds: tuple[float, float] = ANY
+    outputs: ExportedOutputs, kind: str, exported: Path, padded: bool = True, bounds: tuple[float, float] | None = None
 ) -> float:
     """The largest difference; refuse what differs by more than TOLERANCE. Arguments as for :func:`max_difference`."""
     difference, share = max_difference(outputs, kind, exported, padded, bounds)

@@ -1,64 +1,76 @@
-"""Files of ExecuTorch: students of each kind against PyTorch, what the files say, and what is refused."""
+"""Files of ExecuTorch: all that is special about students in two of them, what the files say, and what is refused."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import export
 from distillation.errors import UserError
 from exporting import verify
-from exporting.source import ExportOptions
+from exporting.source import ExportOptions, Source
+from exporting.verify import ExportedOutputs
 from tests.configs import first_layers
-from tests.exports import VOCABULARY, make
-from tests.test_export import EVERYTHING, KINDS
-from wav2vec2 import load_model
+from tests.exports import LARGE, VOCABULARY, make
+from tests.test_export import EVERYTHING
 
 needs_executorch = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None, reason="requirements/executorch.txt"
 )
-
-
 BOUND = ExportOptions(max_seconds=1)
+# an export takes its time by the number of operations
+FEW_LAYERS = {"extractor_conv_layer_config": [(12, 10, 5), (12, 8, 8), (24, 8, 8)]}
 
 
-@pytest.fixture
-def few_batches(monkeypatch):
-    """The shortest, an odd number of frames, and the longest."""
-    monkeypatch.setattr(verify, "BATCHES", [[0.025], [0.31], [2.0]])
+def run_in_one_method(file: Path, source: Source, last: bool = False) -> dict[str, int]:
+    """Compare waveforms of many lengths, one after another, with PyTorch; what the file says of itself."""
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(file)
+    says = {name: program.load_method(name).execute([])[0] for name in program.method_names - {"forward"}}
+    shortest, longest = says["min_samples"], says["max_samples"]
+    forward, outputs = program.load_method("forward"), ExportedOutputs(source.model, last)
+    random = np.random.default_rng(0)
+    for samples in (shortest, longest, shortest + 1, *random.integers(shortest, longest + 1, 12), shortest):
+        waveform = 0.1 * torch.from_numpy(random.standard_normal((1, samples), np.float32))
+        with torch.no_grad():
+            expected = outputs(waveform)
+        for found, tensor in zip(forward.execute([waveform]), expected, strict=True):
+            torch.testing.assert_close(found, tensor, atol=1e-4, rtol=1e-4)
+        for beyond in (1, shortest - 1, longest + 1):
+            with pytest.raises(RuntimeError, match="failed with error"):
+                forward.execute([torch.zeros(1, beyond)])
+    return says
 
 
 @pytest.mark.slow
 @needs_executorch
-def test_everything_at_once_in_a_fresh_process(tiny_config, tmp_path, capsys, few_batches):
-    changes = {**EVERYTHING, "aux_num_out": len(VOCABULARY)}
+def test_everything_at_once_in_a_fresh_process(tiny_config, tmp_path, capsys, monkeypatch):
+    """The second softmax besides; without it the same is left out."""
+    monkeypatch.setattr(verify, "BATCHES", [[0.31], [2.0]])
+    changes = {**EVERYTHING, **FEW_LAYERS, "encoder_reuse_softmax": True, "aux_num_out": len(VOCABULARY)}
+    changes["encoder_prune_attention_layer"] = False  # heads are pruned, and some are left
     path = make(tmp_path / "model.pth", first_layers({**tiny_config, **changes}, 2))
     export.run(path, "executorch", None, BOUND)
     assert 0 <= float(capsys.readouterr().out.split("PyTorch ")[1].split()[0]) <= 1e-4
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pte", "model.pth"]
+    says = run_in_one_method(tmp_path / "model.pte", Source.read(path))
+    assert says == {"sample_rate": 16_000, "min_samples": 325 + 3 * 320, "max_samples": 16_000}
 
 
 @pytest.mark.slow
 @needs_executorch
-def test_large_students_and_what_the_file_says(exported_here, tiny_config, tmp_path, few_batches):
-    from executorch.runtime import Runtime
-
-    path = make(tmp_path / "model.pth", first_layers({**tiny_config, **KINDS["DPHuBERT of Large"]}, 1))
+def test_large_without_a_norm_before_the_projection(exported_here, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "BATCHES", [[0.31]])
+    changes = {**LARGE, **FEW_LAYERS, "encoder_projection_layer_norm": False}
+    path = make(tmp_path / "model.pth", first_layers({**tiny_config, **changes}, 1))
     export.run(path, "executorch", None, ExportOptions(last=True, max_seconds=1))
-    program = Runtime.get().load_program(tmp_path / "model.pte")
-    says = {name: program.load_method(name).execute([])[0] for name in program.method_names - {"forward"}}
-    assert says == {"sample_rate": 16_000, "min_samples": 720, "max_samples": 16_000}
-    forward, model = program.load_method("forward"), load_model(path)
-    for samples in (1039, 1040, 7777, 800):
-        waveform = 0.1 * torch.randn(1, samples)
-        with torch.no_grad():
-            expected = model.extract_features(waveform)[0][-1]
-        torch.testing.assert_close(forward.execute([waveform])[0], expected, atol=1e-4, rtol=1e-4)
-    with pytest.raises(RuntimeError, match="set_inputs"):
-        forward.execute([torch.zeros(1, 16_001)])
+    assert run_in_one_method(tmp_path / "model.pte", Source.read(path), last=True)["min_samples"] == 325
 
 
 def test_what_is_refused(tiny_config, tmp_path, monkeypatch):

@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
+from exporting.folders import require_place
 from exporting.source import ExportOptions, Source
+from wav2vec2.hub import FOLDER_FILES
 
 
 class Format(NamedTuple):
@@ -46,15 +48,20 @@ FORMATS = {
 def run(model: Path, to: str, out: Path | None, options: ExportOptions) -> None:
     """Export; the arguments are the flags."""
     format = FORMATS[to]
-    for flag, value in dataclasses.asdict(options).items():
-        if value and flag not in format.flags:
+    for field in dataclasses.fields(options):
+        flag, value = field.name, getattr(options, field.name)
+        if value != field.default and flag not in format.flags:
             takes = " or ".join(name for name, other in FORMATS.items() if flag in other.flags)
             raise UserError(f"--{flag}{'' if value is True else f' {value}'}: only with --to {takes}")
     suffix = (f".{options.quantize}" if options.quantize else "") + format.suffix
     out = out or model.with_suffix(suffix)
     if not format.is_folder and out.suffix != format.suffix:
         raise UserError(f"--out {out}: its name must end in {format.suffix}")
-    done = import_module(format.module).export(Source.read(model), out, options)
+    if out.resolve() in (file.resolve() for file in (model, *(model / name for name in FOLDER_FILES))):
+        raise UserError(f"--out {out}: is the model itself; name another file with --out")
+    require_place(out, format.is_folder)
+    place = out.resolve() if format.is_folder else out  # the card has its name, which "." would not be
+    done = import_module(format.module).export(Source.read(model), place, options)
     words = f" ({done.words})" if done.words else ""
     print(f"max difference from PyTorch {done.difference:.1e} -> {out}{words}")
 

@@ -15,7 +15,6 @@ import logging
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -25,13 +24,12 @@ from distillation.errors import Incomplete, UserError, command, is_out_of_gpu_me
 from distillation.journal import Journal
 from distillation.stopping import keeping
 from distillation.training.lock import run_lock
-from exporting.extraction import Done, Extraction, Sized, measure
+from exporting.extraction import Done, Extraction, Sized, load_on, measure
 from exporting.features import FeatureOptions
 from exporting.recordings import Failure, Recording, find_recordings
-from wav2vec2 import Wav2Vec2Model, load_model
+from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import fingerprint
 from wav2vec2.feature_extractor import SAMPLE_RATE
-from wav2vec2.placement import check_placement
 
 logger = logging.getLogger(__name__)
 SHOWN = 10  # failures that are printed
@@ -85,15 +83,6 @@ def _extract(network: Wav2Vec2Model, recordings: list[Recording], out: Path, opt
     rate = len(done) / (time.monotonic() - begin)
     logger.info("%d files, %.1f min of audio, %.1f files per second -> %s", len(done), minutes, rate, out)
     return failures
-
-
-def load_on(model: str, device: str) -> Wav2Vec2Model:
-    """A model on the device of ``--device``; UserError for one that does not exist."""
-    try:
-        check_placement(device, torch.float32)
-    except ValueError as error:
-        raise UserError(f"--device: {error}") from None
-    return load_model(model, device=device)
 
 
 def _report(failures: list[Failure], total: int, listing: Path) -> None:

@@ -16,13 +16,15 @@ from distillation.data.audio import AUDIO_SUFFIXES, AudioError, probe
 from distillation.data.ffmpeg import FFMPEG_SUFFIXES
 from distillation.data.looking import in_threads
 from distillation.data.resampling import AudioFile, resampled_length, stretch
+from distillation.errors import UserError
 from exporting.features import FeatureFile, FeatureOptions
 from exporting.recordings import Failure, Recording
-from wav2vec2 import Wav2Vec2Model
+from wav2vec2 import Wav2Vec2Model, load_model
 from wav2vec2.checkpoint import replacing
 from wav2vec2.embed import batches_by_length, pad
 from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.long_audio import long_states, statistics_of
+from wav2vec2.placement import check_placement
 
 # oneDNN keeps what it prepares for each of the last 1,024 shapes, and every batch has a shape of its own: gigabytes
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -49,6 +51,15 @@ class Done(NamedTuple):
     item: Sized
     target: Path
     num_frames: int
+
+
+def load_on(model: str, device: str) -> Wav2Vec2Model:
+    """A model on the device of ``--device``; UserError for one that does not exist."""
+    try:
+        check_placement(device, torch.float32)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+    return load_model(model, device=device)
 
 
 def measure(recordings: list[Recording]) -> tuple[list[Sized], list[Failure]]:

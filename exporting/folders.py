@@ -1,5 +1,6 @@
-"""A folder that is there when all of it is written and checked, or not at all."""
+"""Where an export may be written; and a folder that is there when all of it is written and checked, or not at all."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,24 +10,45 @@ from pathlib import Path
 from distillation.errors import UserError
 
 
-@contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """A folder beside it, which becomes ``out`` if nothing fails.
+def require_place(out: Path, is_folder: bool) -> None:
+    """Refuse, before the work, a file or folder that could not be written after it.
 
     Raises:
-        UserError: ``out`` is there and holds something.
+        UserError: a folder that is there and holds something, a folder in place of a file, or a place without the
+            right to write.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists; name a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    if not is_folder and out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
+    places = [out, *out.absolute().parents] if is_folder else out.absolute().parents
     try:
-        folder.chmod(0o755)
+        with tempfile.TemporaryFile(dir=next(place for place in places if place.exists())):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; choose a folder that can be written") from None
+
+
+@contextmanager
+def unfinished(out: Path) -> Iterator[Path]:
+    """A folder whose content is that of ``out`` if nothing fails; ``out`` is one that :func:`require_place` lets pass.
+
+    One that is there stays the same folder, since it may be somebody's current one, or a disk of its own.
+    """
+    place = out if out.exists() else out.parent
+    place.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=place))
+    try:
         yield folder
-        for file in folder.glob("*.*"):  # some libraries write what its owner alone may read
-            file.chmod(0o644)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
+        umask = os.umask(0)
+        os.umask(umask)
+        for file in folder.iterdir():  # some libraries write what its owner alone may read
+            file.chmod(0o666 & ~umask)
+        if place == out:
+            for file in folder.iterdir():
+                file.rename(out / file.name)
+        else:
+            folder.chmod(0o777 & ~umask)
+            folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -60,6 +60,7 @@ class Checked(torch.nn.Module):
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         """As in ExportedOutputs."""
+        torch._assert_tensor_metadata(lengths, dtype=torch.int64)
         inside = (lengths >= 0) & (lengths <= waveforms.shape[1])
         torch._assert_async(inside.all(), "lengths must be 0 to the number of samples of the waveforms")
         return self.outputs(waveforms, lengths)

@@ -13,7 +13,7 @@ from exporting import folders
 from exporting.card import model_card
 from exporting.configuration_compressed_speech import CompressedSpeechConfig
 from exporting.modeling_compressed_speech import CompressedSpeechForCTC, CompressedSpeechModel
-from exporting.native import NativeOutputs, native_model, require_native, takes_padding
+from exporting.native import NativeOutputs, native_model, padding_changes, require_native
 from exporting.source import Exported, ExportOptions, Source
 from exporting.verify import ExportedOutputs, require_agreement
 from wav2vec2 import Wav2Vec2Model
@@ -30,12 +30,12 @@ def export(source: Source, out: Path, options: ExportOptions) -> Exported:
 
     Args:
         source: with ``aux`` it becomes a model with a CTC head.
-        out: folder to write; it must not exist or be empty.
+        out: folder to write; it does not exist or is empty.
         options: ``report`` fills the model card; with ``native`` it is transformers' own class, and where padding
             changes what that computes, it is run without.
 
     Raises:
-        UserError: ``out`` is not empty, transformers has no class for the model, or the result differs by more than
+        UserError: transformers has no class for the model, or the result differs by more than
             ``verify.TOLERANCE``; nothing is left.
     """
     model, native, vocabulary, report = source.model, options.native, source.vocabulary, source.report(options.report)
@@ -43,7 +43,7 @@ def export(source: Source, out: Path, options: ExportOptions) -> Exported:
         require_native(model, source.path)
     with folders.unfinished(out) as temporary:
         if native:
-            whole, padded = native_model(model, len(vocabulary) if vocabulary else None), not takes_padding(model)
+            whole, padded = native_model(model, len(vocabulary) if vocabulary else None), not padding_changes(model)
             words = f"{type(whole).__name__} of transformers" + ("" if padded else "; exact only without padding")
         else:
             whole, padded = _own_model(model, vocabulary), True

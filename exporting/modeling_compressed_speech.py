@@ -25,7 +25,7 @@ from wav2vec2.feature_extractor import valid_frames
 from wav2vec2.model import wav2vec2_model
 from wav2vec2.passes import PassOptions
 
-IGNORED_LABEL = -100  # padding of labels, as everywhere in transformers
+IGNORED_LABEL = -100  # of the classes, as everywhere in transformers
 IMPOSSIBLE = -1e4  # a logit whose probability is 0 beside one of 0, in half precision too
 
 
@@ -46,6 +46,11 @@ class CompressedSpeechPreTrainedModel(PreTrainedModel):
     def freeze_feature_encoder(self) -> None:
         """Train everything but the convolutions, as is usual in fine-tuning."""
         self.base_model.backbone.feature_extractor.requires_grad_(False)
+
+    @property
+    def _shortest(self) -> int:
+        """Samples of one frame."""
+        return self.base_model.backbone.feature_extractor.receptive_field
 
     def freeze_base_model(self) -> None:
         """Train the head alone."""
@@ -120,7 +125,7 @@ class CompressedSpeechModel(CompressedSpeechPreTrainedModel):
         if attention_mask is not None:
             _check_mask(attention_mask, input_values)
             lengths = _lengths(attention_mask)
-        missing = self.backbone.feature_extractor.receptive_field - input_values.shape[-1]
+        missing = self._shortest - input_values.shape[-1]
         if missing > 0:  # of one frame; there is none, as such a row has none in a longer batch
             input_values = F.pad(input_values, (0, missing))
             lengths = input_values.new_zeros(len(input_values), dtype=torch.long)
@@ -181,13 +186,14 @@ class CompressedSpeechForCTC(CompressedSpeechPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutput | tuple:
-        """Logits [B, T, V], and the CTC loss where ``labels`` [B, S] are given (-100 on padding).
+        """Logits [B, T, V], and the CTC loss where ``labels`` [B, S] are given (negative on padding).
 
         Frames of padding are blanks, since the pipeline and most scripts decode them too. The other arguments are
         those of the backbone.
 
         Raises:
-            ValueError: labels that the vocabulary does not have, besides those of the backbone.
+            ValueError: labels that the vocabulary does not have, or labels of a batch without a frame, besides those of
+                the backbone.
         """
         if labels is not None and (labels >= self.config.vocab_size).any():
             raise ValueError(f"labels: {int(labels.max())} is not in the vocabulary of {self.config.vocab_size}")
@@ -202,9 +208,11 @@ class CompressedSpeechForCTC(CompressedSpeechPreTrainedModel):
             logits = torch.where(valid[..., None], logits, blank)
         loss = None
         if labels is not None:
+            if logits.shape[1] == 0:
+                raise ValueError(f"utterances of fewer than {self._shortest} samples have no frame to transcribe")
             num_samples = torch.full((len(input_values),), input_values.shape[1], device=logits.device)
             lengths = num_samples if attention_mask is None else _lengths(attention_mask)
-            real = labels != IGNORED_LABEL
+            real = labels >= 0
             log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1)
             with torch.backends.cudnn.flags(enabled=False):  # cuDNN's CTC refuses some lengths
                 loss = F.ctc_loss(
@@ -249,13 +257,16 @@ class CompressedSpeechForSequenceClassification(CompressedSpeechPreTrainedModel)
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple:
-        """Logits [B, ``num_labels``], and their cross-entropy where ``labels`` [B] are given.
+        """Logits [B, ``num_labels``], and their cross-entropy where ``labels`` [B] are given (-100: does not count).
 
         The mean is that of the valid frames. The other arguments are those of the backbone.
 
         Raises:
-            ValueError: a row without a frame, besides those of the backbone.
+            ValueError: a row without a frame, labels that are no classes, or a problem that is not to find one class
+                per row; besides those of the backbone.
         """
+        if labels is not None:
+            self._check_classes(labels, len(input_values))
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         outputs = self.compressed_speech(
             input_values,
@@ -272,17 +283,32 @@ class CompressedSpeechForSequenceClassification(CompressedSpeechPreTrainedModel)
         mask = torch.ones_like(input_values) if attention_mask is None else attention_mask
         valid = self._get_feature_vector_attention_mask(x.shape[1], mask)
         if not valid.any(-1).all():
-            shortest = self.compressed_speech.backbone.feature_extractor.receptive_field
-            raise ValueError(f"an utterance of fewer than {shortest} samples has no frame to classify")
+            raise ValueError(f"an utterance of fewer than {self._shortest} samples has no frame to classify")
         shares = valid / valid.sum(-1, keepdim=True)
         logits = self.classifier((x * shares[..., None].to(x.dtype)).sum(1))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits, labels.view(-1).long(), ignore_index=IGNORED_LABEL)
         result = SequenceClassifierOutput(
-            loss=None if labels is None else F.cross_entropy(logits, labels.view(-1)),
+            loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states if wants_states else None,
             attentions=outputs.attentions,
         )
         return result if _wants_dict(self.config, return_dict) else result.to_tuple()
+
+    def _check_classes(self, labels: Tensor, num_rows: int) -> None:
+        """Refuse what cross-entropy does not take, or what would stop a GPU."""
+        problem, num_labels = self.config.problem_type, self.config.num_labels
+        if problem not in (None, "single_label_classification"):
+            raise ValueError(f"problem_type {problem!r}: this class only does 'single_label_classification'")
+        if labels.is_floating_point() or labels.numel() != num_rows:
+            raise ValueError(
+                f"labels {list(labels.shape)} of {labels.dtype}: must be the number of a class per row, [{num_rows}]"
+            )
+        wrong = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= num_labels)]
+        if len(wrong):
+            raise ValueError(f"labels: {int(wrong[0])} is none of the {num_labels} classes (num_labels)")
 
 
 def _lengths(attention_mask: Tensor) -> Tensor:

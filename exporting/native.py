@@ -33,7 +33,7 @@ class NativeOutputs(ExportedOutputs):
         return torch.cat([states[1:-1], last[None]]), *others
 
 
-def takes_padding(model: Wav2Vec2Model) -> bool:
+def padding_changes(model: Wav2Vec2Model) -> bool:
     """Whether padding changes what transformers' own class computes: group norm lets it into the statistics."""
     return model.config["extractor_mode"] == "group_norm"
 

@@ -68,6 +68,7 @@ def convert(outputs: ExportedOutputs, shortest: int = 0) -> "ir.Model":
         assert made is not None
         onnx_graphs.tidy(made.model)
     onnx_graphs.check_inputs(made.model, shortest)
+    onnx_graphs.name_sizes(made.model)
     extractor = outputs.model.feature_extractor
     made.model.metadata_props.update({
         "producer": "wav2vec2-compressed",

@@ -78,8 +78,8 @@ def export(source: Source, out: Path, options: ExportOptions) -> Exported:
     The package loads it in a fresh process: log-probabilities against PyTorch, and texts and times against those.
 
     Raises:
-        UserError: not a fine-tuned model, a package is missing, ``out`` is not empty, or the result differs by more
-            than ``verify.TOLERANCE`` (int8 may); nothing is left.
+        UserError: not a fine-tuned model, a package is missing, or the result differs by more than
+            ``verify.TOLERANCE`` (int8 may); nothing is left.
     """
     vocabulary = source.vocabulary
     if vocabulary is None:

@@ -1,4 +1,6 @@
-"""Changes to a converted ONNX graph: what is constant, what is slow in ONNX Runtime, what it must refuse."""
+"""Changes to a converted ONNX graph: what is constant, what is slow in ONNX Runtime, what it must refuse, its names."""
+
+import re
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
@@ -33,14 +35,14 @@ def check_inputs(model: ir.Model, shortest: int) -> None:
     """Let ``lengths`` below 0 or above the number of samples fail, and waveforms of less than ``shortest``, in place.
 
     ONNX has no assertion. So a number is looked up in a list of a single 0, at the place 1 where something is wrong,
-    and added to the lengths; the name of the operator, which the error tells, says what is.
+    and added to the lengths; the name of the operator, which the error tells, says what is. A ``shortest`` of 0 lets
+    any waveforms pass.
     """
     graph = model.graph
     waveforms, lengths = graph.inputs
     tape = ir.tape.Tape()
     zero = tape.initializer(ir.tensor(0), "checked_zero")
     zeros = tape.initializer(ir.tensor([0]), "checked_zeros")
-    least = tape.initializer(ir.tensor(shortest), "checked_least")
 
     def refuse(checked: ir.Value, wrong: ir.Value, rule: str) -> ir.Value:
         place = tape.op("ReduceMax", [tape.op("Cast", [wrong], {"to": ir.DataType.INT64})], {"keepdims": 0})
@@ -49,8 +51,9 @@ def check_inputs(model: ir.Model, shortest: int) -> None:
     samples = tape.op("Shape", [waveforms], {"start": 1, "end": 2})
     outside = tape.op("Or", [tape.op("Less", [samples, lengths]), tape.op("Less", [lengths, zero])])
     checked = refuse(lengths, outside, "lengths_must_be_0_to_the_number_of_samples")
-    short = tape.op("Less", [samples, least])
-    checked = refuse(checked, short, f"waveforms_must_have_{shortest}_samples_at_least")
+    if shortest:
+        short = tape.op("Less", [samples, tape.initializer(ir.tensor(shortest), "checked_least")])
+        checked = refuse(checked, short, f"waveforms_must_have_{shortest}_samples_at_least")
     users = [(use.node, use.idx) for use in lengths.uses() if use.node not in tape.nodes]
     for value in tape.initializers:
         graph.register_initializer(value)
@@ -58,3 +61,20 @@ def check_inputs(model: ir.Model, shortest: int) -> None:
     graph.insert_before(graph[0], tape.nodes)
     for node, i in users:
         node.replace_input_with(i, checked)
+
+
+def name_sizes(model: ir.Model) -> None:
+    """Call what varies batch, samples and frames, instead of the symbols of the trace and formulas of them, in place.
+
+    Sizes between the layers of the feature extractor stay formulas, of samples.
+    """
+    graph = model.graph
+    waveforms, states = graph.inputs[0].shape, graph.outputs[0].shape
+    assert waveforms is not None and states is not None
+    symbols = dict(zip(map(str, waveforms), ("batch", "samples")))
+    frames = str(states[-2])
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        for i, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                named = re.sub(r"\w+", lambda found: symbols.get(found[0], found[0]), size.value)
+                value.shape[i] = "frames" if size.value == frames else named  # type: ignore[index]

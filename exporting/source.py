@@ -16,7 +16,7 @@ class ExportOptions:
 
     last: bool = False
     quantize: Literal["int8"] | None = None
-    """Convolutions and linear layers in 8 bits, inputs scaled as they come."""
+    """All but the feature extractor in 8 bits, inputs scaled as they come."""
     native: bool = False
     report: Path | None = None
     """Fills the model card. (default: report.json of the run)"""

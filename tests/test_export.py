@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 import export
 from distillation.errors import UserError
-from exporting import runner, verify
+from exporting import folders, runner, verify
 from exporting.source import ExportOptions
 from exporting.verify import make_batches
 from tests.configs import first_layers
@@ -108,6 +110,48 @@ def test_safetensors(tiny_config, tmp_path):
     torch.testing.assert_close(ours(waveform)[0], theirs(waveform)[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["run.safetensors", "folder"])
+def test_the_model_itself_is_not_overwritten(name, tiny_config, tmp_path, monkeypatch):
+    """Its masks would be lost, or its folder's config would not fit any more."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    make(tmp_path / "run.safetensors", first_layers(tiny_config, 1), **MASKS)
+    out = None if name == "run.safetensors" else Path("folder") / "model.safetensors"
+    with pytest.raises(UserError, match="safetensors: is the model itself; name another file with --out"):
+        export.run(Path(name), "safetensors", out, ExportOptions())
+    assert load_model("run.safetensors").masks()
+
+
+def test_a_file_that_is_not_the_same_when_read_is_not_kept(tiny_config, tmp_path, monkeypatch):
+    model = make(tmp_path / "model.pth", first_layers(tiny_config, 1))
+    monkeypatch.setattr("exporting.weights.load_model", lambda path: wav2vec2_model(**tiny_config))
+    with pytest.raises(UserError, match=r"model.safetensors: does not hold the model's weights"):
+        export.run(model, "safetensors", None, ExportOptions())
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_what_is_in_the_place_of_a_file(tiny_config, tmp_path):
+    (tmp_path / "new.onnx").mkdir()
+    with pytest.raises(UserError, match=r"new.onnx: is a folder; name a file"):
+        export.run(tmp_path / "model.pth", "onnx", tmp_path / "new.onnx", ExportOptions())
+
+
+def test_an_empty_folder_is_filled_and_rights_are_the_users(tmp_path):
+    (tmp_path / "here").mkdir()
+    before = (tmp_path / "here").stat()
+    umask = os.umask(0o027)
+    try:
+        for name in ("here", "new"):
+            with folders.unfinished(tmp_path / name) as made:
+                (made / "config.json").touch(0o600)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "here").stat().st_ino == before.st_ino
+    assert {path.name for path in tmp_path.rglob("*")} == {"here", "new", "config.json"}
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "new/config.json", "here/config.json")]
+    assert modes == [0o750, 0o640, 0o640]
+
+
 def test_batches_cover_the_promised_lengths(monkeypatch):
     assert min(map(min, ALL_BATCHES)) == 0.05 and max(map(max, ALL_BATCHES)) == 35.0
     monkeypatch.setattr(verify, "BATCHES", ALL_BATCHES)
@@ -125,6 +169,9 @@ def test_batches_cover_the_promised_lengths(monkeypatch):
         (["--to", "tflite"], "tflite"),
         (["--to", "hf", "--report", "nowhere.json"], "nowhere.json: no report of report.py"),
         (["--to", "hf", "--out", "tests"], "--out tests: exists; name a new folder"),
+        (["--to", "hf", "--out", "."], "--out .: exists; name a new folder"),
+        (["--to", "onnx", "--max_seconds", "0"], "--max_seconds 0.0: only with --to executorch"),
+        (["--to", "hf", "--out", "README.md/new"], "--out README.md/new: Not a directory; choose a folder that can be"),
     ],
 )
 def test_mistakes_on_the_command_line(flags, message, teacher_path, script_error, monkeypatch):

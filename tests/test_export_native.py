@@ -208,7 +208,7 @@ def test_padding_is_compared_where_the_class_is_exact(tiny_config, tmp_path, cap
     assert "One waveform at a time" in cards[0] and "padding=True" not in cards[0]
     assert "`attention_mask` matters" in cards[1] and "padding=True" in cards[1]
     with monkeypatch.context() as patch:  # what the comparison would have found
-        patch.setattr("exporting.huggingface.takes_padding", lambda model: False)
+        patch.setattr("exporting.huggingface.padding_changes", lambda model: False)
         with pytest.raises(UserError, match="differs from PyTorch"):
             native(group, tmp_path / "padded")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def run(path: Path, samples: int, lengths: list[int]) -> list[np.ndarray]:
     return session.run(None, dict(zip(("waveforms", "lengths"), (x.numpy() for x in batch(samples, lengths)))))
 
 
-def batch(samples: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(samples: int, lengths: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise [B, N] whose padding is 0."""
     waveforms = torch.randn(len(lengths), samples, generator=torch.Generator().manual_seed(0))
     return waveforms * (torch.arange(samples) < torch.tensor(lengths)[:, None]), torch.tensor(lengths)
@@ -136,6 +138,14 @@ def test_8_bits_are_laid_out_for_products_and_shared_by_them(folder):
     assert [node.op_type for node in model.graph].count("DynamicQuantizeLinear") == 1 + 1 + 2 * 4
 
 
+def test_sizes_have_names(folder):
+    graph = ir.load(folder / "int8.onnx").graph
+    assert [str(value.shape) for value in graph.inputs] == ["[batch,samples]", "[batch]"]
+    assert [str(value.shape) for value in graph.outputs] == ["[3,batch,frames,96]", "[batch]"]
+    sizes = {str(size) for node in graph for value in node.outputs for size in value.shape or ()}
+    assert not any(re.search(r"\bs\d", size) for size in sizes)
+
+
 def test_metadata(folder):
     assert ir.load(folder / "float32.onnx").metadata_props["sample_rate"] == "16000"
     session = onnxruntime.InferenceSession(folder / "int8.onnx", providers=["CPUExecutionProvider"])
@@ -161,6 +171,8 @@ def test_a_graph_of_torch_refuses_wrong_lengths_and_short_waveforms(folder):
     for lengths in ([4_001, 4_000], [4_000, -1]):
         with pytest.raises(RuntimeError, match="lengths must be 0 to the number of samples of the waveforms"):
             model(*batch(4_000, lengths))
+    with pytest.raises(RuntimeError, match="Expected: Long, Got: float"):
+        model(*batch(4_000, [4_000.0, 100.0]))
     with pytest.raises(AssertionError, match=r"waveforms.* >= 400"):
         model(*batch(399, [399]))
     assert model(*batch(4_000, [0, 4_000]))[1].tolist() == [0, 12]

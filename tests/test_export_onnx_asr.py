@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -117,9 +118,20 @@ def test_a_release_with_the_type_needs_the_folder_alone(recogniser):
         session = onnxruntime.InferenceSession(recogniser / name, providers=["CPUExecutionProvider"])
         assert [i.name for i in session.get_inputs()] == ["input_values", "input_lengths"]
         assert session.get_outputs()[0].name == "logprobs"
+        assert [value.shape for value in session.get_inputs()] == [["batch", "samples"], ["batch"]]
+        assert session.get_outputs()[0].shape == ["batch", "frames", 5]
     assert {p.name for p in recogniser.iterdir()} == {
         "config.json", "vocab.txt", "model.onnx", "model.int8.onnx", "wav2vec2_ctc.py", "README.md"
     }  # fmt: skip
+
+
+def test_a_release_with_the_type_is_left_alone(monkeypatch):
+    """Its private names may be others."""
+    known = lambda model, local_dir: None  # noqa: E731
+    monkeypatch.setattr(onnx_asr.loader, "create_asr_resolver", known)
+    monkeypatch.delattr(onnx_asr.asr, "_AsrWithCtcDecoding")
+    runpy.run_path(str(onnx_asr_export.TYPE))
+    assert onnx_asr.loader.create_asr_resolver is known
 
 
 def test_mistakes(tiny_config, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForAudioClassification,
     AutoModelForCTC,
+    AutoProcessor,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -131,6 +132,18 @@ def test_ctc_loss_of_padded_rows_is_that_of_each_alone(ctc_folder):
     together = model(padded, mask.long(), torch.tensor([[2, 3, 4], [1, -100, -100]])).loss
     alone = sum(model(row[None], labels=torch.tensor([label])).loss for row, label in zip(rows, labels))
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-3)
+    other = model(padded, mask.long(), torch.tensor([[2, 3, 4], [-1, 1, -2]])).loss
+    assert torch.equal(other, together)  # every negative label is padding, as in transformers' own classes
+    with pytest.raises(ValueError, match="fewer than 400 samples have no frame to transcribe"):
+        model(padded[:, :300], labels=torch.tensor([[2], [1]]))
+
+
+def test_auto_processor_reads_the_folder(ctc_folder):
+    processor = AutoProcessor.from_pretrained(ctc_folder, trust_remote_code=True)
+    card = (ctc_folder / "README.md").read_text()
+    assert 'AutoProcessor.from_pretrained("ctc_hf", trust_remote_code=True)' in card
+    assert processor(waveforms(), sampling_rate=16_000, padding=True).input_values.shape == (3, 16_000)
+    assert processor.batch_decode(torch.tensor([[2, 0, 2, 1, 3, 3, 0]])) == ["AA B"]
 
 
 def test_model_card(tiny_config, hf_folder, tmp_path, exported_here, short_batches):
@@ -255,6 +268,21 @@ def test_classes_as_of_transformers_own_class(native_twin, tmp_path):
     assert all(torch.equal(backbone[name], before[name]) for name in before) and len(backbone) == len(before)
     with pytest.raises(ValueError, match="fewer than 400 samples has no frame to classify"):
         own(torch.randn(2, 300))
+
+
+def test_labels_that_are_no_classes(hf_folder):
+    options = {"num_labels": 3, "trust_remote_code": True}
+    model, rows = AutoModelForAudioClassification.from_pretrained(hf_folder, **options), torch.randn(2, 800)
+    for labels in ([[0.0, 1.0, 0.0]] * 2, [0.5, 1.0], [[0, 1, 0]] * 2):
+        with pytest.raises(ValueError, match=r"labels \[2.* must be the number of a class per row, \[2\]"):
+            model(rows, labels=torch.tensor(labels))
+    for label in (3, -1):
+        with pytest.raises(ValueError, match=f"labels: {label} is none of the 3 classes"):
+            model(rows, labels=torch.tensor([0, label]))
+    assert torch.equal(model(rows, labels=torch.tensor([1, -100])).loss, model(rows[:1], labels=torch.tensor([1])).loss)
+    model.config.problem_type = "regression"
+    with pytest.raises(ValueError, match=r"problem_type 'regression'.*'single_label_classification'"):
+        model(rows, labels=torch.tensor([0, 1]))
 
 
 def test_classes_of_a_weighted_mean_of_all_states(ctc_folder, tmp_path):

@@ -13,18 +13,20 @@ import dataclasses
 import itertools
 import logging
 import time
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from distillation.commandline import make_parser, parse_arguments
+from distillation.data.audio import AudioError
 from distillation.data.manifest import shown, write_lines
 from distillation.errors import Incomplete, UserError, command, is_out_of_gpu_memory, is_out_of_memory
 from distillation.journal import Journal
 from distillation.stopping import keeping
 from distillation.training.lock import run_lock
-from exporting.extraction import Done, Extraction, Sized, load_on, measure
+from exporting.extraction import Done, Extraction, Stamp, load_on, measure, stamp_of
 from exporting.features import FeatureOptions
 from exporting.recordings import Failure, Recording, find_recordings
 from wav2vec2 import Wav2Vec2Model
@@ -58,24 +60,28 @@ def _extract(network: Wav2Vec2Model, recordings: list[Recording], out: Path, opt
 
     def keep(file: Done) -> None:
         size = file.target.stat().st_size
-        finished[file.item.recording.name] = {**_source(file.item), "frames": file.num_frames, "bytes": size}
+        finished[file.item.recording.name] = {
+            **_source(file.item.recording, file.item.stamp),
+            "frames": file.num_frames,
+            "bytes": size,
+        }
         done.append(file)
 
     extraction = Extraction(network, out, options, keep)
-    sized, failures = measure(recordings)
-    todo = [item for item in sized if not _is_finished(item, extraction, finished)]
-    if len(todo) < len(sized):
-        logger.info("%d of %d files were finished before", len(sized) - len(todo), len(recordings))
+    todo = [recording for recording in recordings if not _is_finished(recording, extraction, finished)]
+    if len(todo) < len(recordings):
+        logger.info("%d of %d files were finished before", len(recordings) - len(todo), len(recordings))
+    sized, failures = measure(todo)
     begin = time.monotonic()
-    seconds = sum(item.num_samples for item in todo) / SAMPLE_RATE
+    seconds = sum(item.num_samples for item in sized) / SAMPLE_RATE
     with tqdm(total=round(seconds, 1), unit="s", unit_scale=True, disable=None) as bar, logging_redirect_tqdm():
         try:
-            failures += extraction.run(todo, bar.update)
+            failures += extraction.run(sized, bar.update)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error) or is_out_of_gpu_memory(error):
                 raise UserError(f"out of memory: lower --window {options.window:g}, or --span for long files") from None
             raise
-    for change, number in extraction.changes.items():
+    for change, number in Counter(extraction.changes).items():
         logger.info("%d files: %s", number, change)
     if too_short := sum(file.num_frames == 0 for file in done):
         logger.warning("%d files are too short for a single frame: their features are empty", too_short)
@@ -96,23 +102,25 @@ def _report(failures: list[Failure], total: int, listing: Path) -> None:
     raise Incomplete(f"{len(failures)} of {total} files could not be used, all others are done: see {listing}")
 
 
-def _source(item: Sized) -> dict[str, object]:
+def _source(recording: Recording, stamp: Stamp) -> dict[str, object]:
     """What tells audio from other audio without reading it."""
-    recording, (size, changed) = item.recording, item.stamp
     stretch = {} if recording.end is None and not recording.start else {"stretch": [recording.start, recording.end]}
-    return {"audio": str(recording.path), "size": size, "mtime_ns": changed, **stretch}
+    return {"audio": str(recording.path), "size": stamp[0], "mtime_ns": stamp[1], **stretch}
 
 
-def _is_finished(item: Sized, extraction: Extraction, finished: Journal) -> bool:
+def _is_finished(recording: Recording, extraction: Extraction, finished: Journal) -> bool:
     """Whether the features of this audio are there; UserError where they are those of another file."""
-    recording, target = item.recording, extraction.target(item.recording)
-    known = finished.pieces.get(recording.name)
+    known, target = finished.pieces.get(recording.name), extraction.target(recording)
     if not isinstance(known, dict) or not target.is_file() or target.stat().st_size != known.get("bytes"):
+        return False
+    try:
+        stamp = stamp_of(recording.path)
+    except AudioError:  # reading it will say why
         return False
     other = Path(str(known.get("audio")))
     if other != recording.path and other.is_file() and not other.samefile(recording.path):
         raise UserError(f"{target} is of {other}, and {recording.path} would take its place: use another --out")
-    return _source(item).items() <= known.items()
+    return _source(recording, stamp).items() <= known.items()
 
 
 @command

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -114,8 +114,8 @@ class Extraction:
     ) -> None:
         self.model, self.out, self.options, self.keep = model, out, options, keep
         self.layers = options.layer_numbers(model.num_layers)
-        self.changes: Counter[str] = Counter()
-        """How many files were resampled from which rate, and so on."""
+        self.changes: list[str] = []
+        """What was done to files: resampled from which rate, and so on."""
         self._shortest = model.feature_extractor.receptive_field
         self._weight = model.feature_extractor.dummy_weight
 
@@ -181,7 +181,7 @@ class Extraction:
 
     def _open(self, recording: Recording) -> AudioFile:
         file = AudioFile(recording.path, recording.start, recording.end)
-        self.changes.update(file.changes)
+        self.changes.extend(file.changes)
         return file
 
     @torch.no_grad()

@@ -1,4 +1,7 @@
-"""Files of ExecuTorch: all that is special about students in two of them, what the files say, and what is refused."""
+"""Files of ExecuTorch: all that is special about students in one, what it says of itself, and what is refused.
+
+Every kind by itself: tests/endurance/executorch_kinds.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from exporting import verify
 from exporting.source import ExportOptions, Source
 from exporting.verify import ExportedOutputs
 from tests.configs import first_layers
-from tests.exports import LARGE, VOCABULARY, make
+from tests.exports import VOCABULARY, make
 from tests.test_export import EVERYTHING
 
 needs_executorch = pytest.mark.skipif(
@@ -27,14 +30,14 @@ BOUND = ExportOptions(max_seconds=1)
 FEW_LAYERS = {"extractor_conv_layer_config": [(12, 10, 5), (12, 8, 8), (24, 8, 8)]}
 
 
-def run_in_one_method(file: Path, source: Source, last: bool = False) -> dict[str, int]:
+def run_in_one_method(file: Path, source: Source) -> dict[str, int]:
     """Compare waveforms of many lengths, one after another, with PyTorch; what the file says of itself."""
     from executorch.runtime import Runtime
 
     program = Runtime.get().load_program(file)
     says = {name: program.load_method(name).execute([])[0] for name in program.method_names - {"forward"}}
     shortest, longest = says["min_samples"], says["max_samples"]
-    forward, outputs = program.load_method("forward"), ExportedOutputs(source.model, last)
+    forward, outputs = program.load_method("forward"), ExportedOutputs(source.model, last=False)
     random = np.random.default_rng(0)
     for samples in (shortest, longest, shortest + 1, *random.integers(shortest, longest + 1, 12), shortest):
         waveform = 0.1 * torch.from_numpy(random.standard_normal((1, samples), np.float32))
@@ -61,16 +64,6 @@ def test_everything_at_once_in_a_fresh_process(tiny_config, tmp_path, capsys, mo
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pte", "model.pth"]
     says = run_in_one_method(tmp_path / "model.pte", Source.read(path))
     assert says == {"sample_rate": 16_000, "min_samples": 325 + 3 * 320, "max_samples": 16_000}
-
-
-@pytest.mark.slow
-@needs_executorch
-def test_large_without_a_norm_before_the_projection(exported_here, tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "BATCHES", [[0.31]])
-    changes = {**LARGE, **FEW_LAYERS, "encoder_projection_layer_norm": False}
-    path = make(tmp_path / "model.pth", first_layers({**tiny_config, **changes}, 1))
-    export.run(path, "executorch", None, ExportOptions(last=True, max_seconds=1))
-    assert run_in_one_method(tmp_path / "model.pte", Source.read(path), last=True)["min_samples"] == 325
 
 
 def test_what_is_refused(tiny_config, tmp_path, monkeypatch):

@@ -175,7 +175,7 @@ def test_a_stop_reaches_the_stage_and_the_same_command_goes_on(server, demo, tmp
     stopped = process.wait()
     assert stopped.code == 75
     assert stopped.error.startswith(f"stopped: SIGUSR1: the runs, also the one that was training, are in {out}; the ")
-    assert (exp / "log.txt").read_text().count("stopped: SIGUSR1: ") == 1 and not (exp / "final.pth").exists()
+    assert not (exp / "final.pth").exists()  # the stage, for which the command waits, has stopped too
     assert "| uniform slice |" in server.run(*words).stdout
     assert (exp / "final.pth").is_file() and not list(exp.glob(".*"))
 

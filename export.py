@@ -16,33 +16,13 @@ alone, since padding changes what transformers computes there.
 import dataclasses
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 from distillation.commandline import make_parser, parse_arguments
 from distillation.errors import UserError, command
 from exporting.folders import require_place
+from exporting.formats import FORMATS
 from exporting.source import ExportOptions, Source
 from wav2vec2.hub import FOLDER_FILES
-
-
-class Format(NamedTuple):
-    """One row: how the name of what is written ends, and which of ``ExportOptions`` it takes."""
-
-    module: str
-    """Has ``export(source, out, options)``; loaded when it is wanted."""
-    suffix: str
-    flags: tuple[str, ...] = ()
-    is_folder: bool = False
-
-
-FORMATS = {
-    "hf": Format("exporting.huggingface", ".hf", ("native", "report"), is_folder=True),
-    "onnx": Format("exporting.onnx", ".onnx", ("last", "quantize")),
-    "onnx-asr": Format("exporting.onnx_asr", ".onnx-asr", ("quantize",), is_folder=True),
-    "torch-export": Format("exporting.graphs", ".pt2", ("last",)),
-    "executorch": Format("exporting.executorch", ".pte", ("last", "max_seconds")),
-    "safetensors": Format("exporting.weights", ".safetensors"),
-}
 
 
 def run(model: Path, to: str, out: Path | None, options: ExportOptions) -> None:

@@ -32,6 +32,7 @@ from distillation.journal import Journal
 from distillation.stopping import keeping
 from evaluation.conditions import conditions
 from evaluation.tables import machine, markdown_table
+from exporting.formats import FORMATS
 from exporting.source import ExportOptions, Source
 from wav2vec2 import load_model, prune, save_model
 from wav2vec2.architecture import HUBERT_BASE
@@ -46,19 +47,18 @@ TASKS = "phones", "words"
 KEPT = 0.25  # of HuBERT Base's parameters in the published DPHuBERT: 23.59 M
 
 
-class Format(NamedTuple):
-    """What writes a file, and how its name ends."""
+class Measured(NamedTuple):
+    """What ``--to`` and ``--quantize`` are for a row of the table."""
 
-    module: str
-    suffix: str
+    to: str
     quantize: Literal["int8"] | None = None
 
 
 EXPORTED = {
-    "torch.export": Format("exporting.graphs", ".pt2"),
-    "ONNX": Format("exporting.onnx", ".onnx"),
-    "ONNX int8": Format("exporting.onnx", ".int8.onnx", "int8"),
-    "executorch": Format("exporting.executorch", ".pte"),
+    "torch.export": Measured("torch-export"),
+    "ONNX": Measured("onnx"),
+    "ONNX int8": Measured("onnx", "int8"),
+    "executorch": Measured("executorch"),
 }
 
 
@@ -73,12 +73,12 @@ def save_published_size(path: Path) -> None:
 def export_all(model: Path, out: Path, known: Journal) -> dict[str, Path]:
     """The model's file and those of the formats whose packages are here."""
     files = {"torch": model}
-    for name, format in tqdm(EXPORTED.items(), f"exporting {out.name}", unit="format", leave=False):
-        path, key = out.with_name(out.name + format.suffix), f"export: {out.name}, {name}"
+    for name, (to, quantize) in tqdm(EXPORTED.items(), f"exporting {out.name}", unit="format", leave=False):
+        suffix = (f".{quantize}" if quantize else "") + FORMATS[to].suffix
+        path, key = out.with_name(out.name + suffix), f"export: {out.name}, {name}"
         if known.pieces.get(key) is None or not path.is_file():
             try:
-                options = ExportOptions(quantize=format.quantize)
-                import_module(format.module).export(Source.read(model), path, options)
+                import_module(FORMATS[to].module).export(Source.read(model), path, ExportOptions(quantize=quantize))
             except UserError as error:
                 logger.warning("%s is left out: %s", name, error)
                 continue

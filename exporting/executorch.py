@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as fx_config
 
 from distillation.errors import UserError
-from exporting.graphs import unfinished
+from exporting.folders import unfinished_file
 from exporting.packages import quiet, require_packages
 from exporting.source import Exported, ExportOptions, Source
 from exporting.verify import ExportedOutputs, require_agreement
@@ -44,7 +44,7 @@ def export(source: Source, out: Path, options: ExportOptions) -> Exported:
         "max_samples": round(seconds * SAMPLE_RATE),
     }
     bounds = says["min_samples"] / SAMPLE_RATE, seconds
-    with unfinished(out) as made:
+    with unfinished_file(out) as made:
         with quiet():
             made.write_bytes(_lower(_trace(outputs, says["min_samples"], says["max_samples"]), says))
         return Exported(require_agreement(outputs, "executorch", made, padded=False, bounds=bounds))

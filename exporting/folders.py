@@ -1,4 +1,4 @@
-"""Where an export may be written; and a folder that is there when all of it is written and checked, or not at all."""
+"""Where an export may be written; files and folders that are there when all is written and checked, or not at all."""
 
 import os
 import shutil
@@ -30,15 +30,25 @@ def require_place(out: Path, is_folder: bool) -> None:
 
 
 @contextmanager
+def unfinished_file(out: Path) -> Iterator[Path]:
+    """The file under its own name in a folder beside it; what is written there is kept if nothing fails.
+
+    It keeps its name while it is checked: large ONNX models have their weights in a second file, by name.
+    """
+    with _hidden(out.stem, out.parent) as folder:
+        yield folder / out.name
+        for file in folder.iterdir():
+            file.replace(out.parent / file.name)
+
+
+@contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
     """A folder whose content is that of ``out`` if nothing fails; ``out`` is one that :func:`require_place` lets pass.
 
     One that is there stays the same folder, since it may be somebody's current one, or a disk of its own.
     """
     place = out if out.exists() else out.parent
-    place.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=place))
-    try:
+    with _hidden(out.name, place) as folder:
         yield folder
         umask = os.umask(0)
         os.umask(umask)
@@ -50,5 +60,14 @@ def unfinished(out: Path) -> Iterator[Path]:
         else:
             folder.chmod(0o777 & ~umask)
             folder.rename(out)
+
+
+@contextmanager
+def _hidden(name: str, place: Path) -> Iterator[Path]:
+    """A folder that is gone in the end; ``place`` is made if need be."""
+    place.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=place))
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

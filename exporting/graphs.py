@@ -1,9 +1,5 @@
 """The whole computation for any number of waveforms of any length: its trace, and torch.export's file of it."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +8,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as fx_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from exporting.folders import unfinished_file
 from exporting.source import Exported, ExportOptions, Source
 from exporting.verify import ExportedOutputs, require_agreement
 from wav2vec2.feature_extractor import SAMPLE_RATE
@@ -27,25 +24,9 @@ def export(source: Source, out: Path, options: ExportOptions) -> Exported:
         UserError: the result differs by more than ``verify.TOLERANCE``.
     """
     outputs = ExportedOutputs(source.model, options.last)
-    with unfinished(out) as made:
+    with unfinished_file(out) as made:
         torch.export.save(trace(outputs), made)
         return Exported(require_agreement(outputs, "torch_export", made))
-
-
-@contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """The file under its own name in a folder beside it; what is written there is kept if nothing fails.
-
-    It keeps its name while it is checked: large ONNX models have their weights in a second file, by name.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.stem}.", dir=out.parent))
-    try:
-        yield folder / out.name
-        for file in folder.iterdir():
-            file.replace(out.parent / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Checked(torch.nn.Module):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from exporting import graphs
+from exporting.folders import unfinished_file
 from exporting.packages import quiet, require_packages
 from exporting.source import Exported, ExportOptions, Source
 from exporting.verify import ExportedOutputs, max_difference, require_agreement
@@ -35,7 +36,7 @@ def export(source: Source, out: Path, options: ExportOptions) -> Exported:
     require_packages("onnx", *PACKAGES)
     outputs = ExportedOutputs(source.model, options.last)
     shortest = source.model.feature_extractor.receptive_field
-    with graphs.unfinished(out) as made:
+    with unfinished_file(out) as made:
         model = convert(outputs, shortest)
         save(model, made)
         difference = require_agreement(outputs, "onnx", made)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from distillation.errors import UserError
-from exporting.graphs import unfinished
+from exporting.folders import unfinished_file
 from exporting.source import Exported, ExportOptions, Source
 from wav2vec2 import load_model, save_model
 from wav2vec2.checkpoint import fingerprint
@@ -15,7 +15,7 @@ def export(source: Source, out: Path, options: ExportOptions) -> Exported:
     Raises:
         UserError: it does not hold the same weights bit for bit; it is not kept.
     """
-    with unfinished(out) as made:
+    with unfinished_file(out) as made:
         save_model(made, source.model, source.checkpoint.heads, **source.checkpoint.extra)
         if fingerprint(load_model(made)) != fingerprint(source.model):
             raise UserError(f"{out}: does not hold the model's weights when read back; not kept")

@@ -24,6 +24,25 @@ MASKS = {
 }
 MAP_REUSE = {"encoder_reuse_attention": [False, True] * 2, "encoder_layer_drop": 0.0}
 LARGE = {"extractor_mode": "layer_norm", "encoder_layer_norm_first": True, "normalize_waveform": True}
+WAVLM = {
+    "encoder_num_heads": None,
+    "encoder_head_dim": None,
+    "encoder_total_num_heads": [4] * 4,
+    "encoder_remaining_heads": [[0, 1, 2, 3]] * 4,
+    "encoder_num_buckets": 32,
+    "encoder_max_distance": 80,
+}
+THIN = {"extractor_conv_layer_config": [(8, 10, 5), (12, 1, 1), *[(12, 3, 2)] * 4, (24, 1, 1), *[(24, 2, 2)] * 2],
+        "encoder_use_projection": False}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "DPHuBERT": MASKS,
+    "DPWavLM": {**WAVLM, **MASKS},
+    "DPHuBERT of Large": {**LARGE, **MASKS},
+    "ARMHuBERT": {**THIN, **MAP_REUSE},
+    "FitHuBERT": {**THIN, "encoder_time_reduction": 2},
+}
+# all that is special about students and WavLM in one model
+EVERYTHING = {**WAVLM, **MASKS, **THIN, **MAP_REUSE, "encoder_time_reduction": 2}
 VOCABULARY = ["<pad>", "|", "A", "B", "C"]
 
 

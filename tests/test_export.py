@@ -6,7 +6,6 @@ import importlib.util
 import os
 import stat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,29 +17,10 @@ from exporting import folders, runner, verify
 from exporting.source import ExportOptions
 from exporting.verify import make_batches
 from tests.configs import first_layers
-from tests.exports import LARGE, MAP_REUSE, MASKS, exported, make
+from tests.exports import EVERYTHING, KINDS, LARGE, MASKS, exported, make
 from tests.helpers import ROOT
 from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
 
-WAVLM = {
-    "encoder_num_heads": None,
-    "encoder_head_dim": None,
-    "encoder_total_num_heads": [4] * 4,
-    "encoder_remaining_heads": [[0, 1, 2, 3]] * 4,
-    "encoder_num_buckets": 32,
-    "encoder_max_distance": 80,
-}
-THIN = {"extractor_conv_layer_config": [(8, 10, 5), (12, 1, 1), *[(12, 3, 2)] * 4, (24, 1, 1), *[(24, 2, 2)] * 2],
-        "encoder_use_projection": False}  # fmt: skip
-KINDS: dict[str, dict[str, Any]] = {
-    "DPHuBERT": MASKS,
-    "DPWavLM": {**WAVLM, **MASKS},
-    "DPHuBERT of Large": {**LARGE, **MASKS},
-    "ARMHuBERT": {**THIN, **MAP_REUSE},
-    "FitHuBERT": {**THIN, "encoder_time_reduction": 2},
-}
-# all that is special about students and WavLM in one model
-EVERYTHING = {**WAVLM, **MASKS, **THIN, **MAP_REUSE, "encoder_time_reduction": 2}
 ALL_BATCHES = verify.BATCHES
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),

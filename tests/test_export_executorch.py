@@ -19,8 +19,7 @@ from exporting import verify
 from exporting.source import ExportOptions, Source
 from exporting.verify import ExportedOutputs
 from tests.configs import first_layers
-from tests.exports import VOCABULARY, make
-from tests.test_export import EVERYTHING
+from tests.exports import EVERYTHING, VOCABULARY, make
 
 needs_executorch = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None, reason="requirements/executorch.txt"

@@ -21,8 +21,7 @@ import export
 from evaluation.tables import machine, markdown_table
 from exporting.source import ExportOptions, Source
 from tests.configs import TINY, first_layers
-from tests.exports import LARGE, MAP_REUSE, VOCABULARY, make
-from tests.test_export import EVERYTHING, KINDS, THIN, WAVLM
+from tests.exports import EVERYTHING, KINDS, LARGE, MAP_REUSE, THIN, VOCABULARY, WAVLM, make
 from tests.test_export_executorch import run_in_one_method
 
 HEADS = {"aux_num_out": len(VOCABULARY)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.configs import TINY
-from tests.test_export import EVERYTHING, KINDS
+from tests.exports import EVERYTHING, KINDS
 from wav2vec2 import Wav2Vec2Model, long_audio, wav2vec2_model
 from wav2vec2.long_audio import long_states, statistics_of
 from wav2vec2.passes import PassOptions

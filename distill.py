@@ -11,13 +11,12 @@ from distillation.build import build_step, starting_student
 from distillation.config import parse_recipe
 from distillation.errors import command
 from distillation.identity import content_of, step_1_identity
-from distillation.sparsity import check_target, make_prunable
+from distillation.sparsity import check_budget, make_budget, make_prunable
 from distillation.teacher import load_teacher
 from distillation.training.lock import run_lock
 from distillation.training.standing import open_run, save_result
 from wav2vec2 import prune
 from wav2vec2.architecture import format_architecture
-from wav2vec2.counting import count_params
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,8 @@ def main() -> None:
     content = content_of(recipe, teacher, data.manifests)
     identity = step_1_identity(recipe, content, None if recipe.student_ckpt is None else start)
     student = make_prunable(start, recipe.pruning)
-    check_target(student, count_params(teacher), recipe.pruning)
+    if recipe.pruning.units:
+        check_budget(student, make_budget(recipe.pruning, teacher), recipe.pruning.units)
     with run_lock(recipe.exp_dir, owner=is_first_process()):
         run = open_run(recipe.exp_dir, identity, recipe.continue_with_changes)
         optim = run.resolve(recipe.optim, data.updates_of)
@@ -44,13 +44,16 @@ def main() -> None:
         if is_first_process() and not recipe.pruning.units:
             entry = run.entry(optim.max_steps)
             save_result(recipe.exp_dir / "final.pth", student, module.objectives.head_state(), entry)
-    if not is_first_process() or not recipe.pruning.units:
+    if not is_first_process() or step.lagrangian is None:
         return
     _, found = prune(student)
-    num_params = student.get_num_params().item()
-    sparsity = 1 - num_params / count_params(teacher)
+    budget = step.lagrangian.budget
+    expected = budget.cost(student).item()
     print(format_architecture(teacher.config, found))
-    print(f"expected: {num_params:,.0f} parameters, sparsity {sparsity:.4f}; target {recipe.pruning.target_sparsity}")
+    print(
+        f"expected: {budget.cost.text(expected)}, sparsity {budget.sparsity_of(expected):.4f}; "
+        f"target {budget.cost.text(budget.target)}, {budget.sparsity:.4g}"
+    )
 
 
 if __name__ == "__main__":

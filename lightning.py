@@ -18,6 +18,7 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from distillation.budget import BUDGET
 from distillation.config import Recipe, save_resolved
 from distillation.data.batching import BatchStream, select_utterances
 from distillation.data.loaders import Batch, Place, make_train_loader, make_valid_loader
@@ -153,8 +154,10 @@ class DistillModule(pl.LightningModule):
         self.read, self.read_seconds = 0.0, 0.0
         if self.lagrangian is not None:
             with torch.no_grad():
-                metrics["sparsity/expected"] = self.lagrangian.sparsity(self.student.get_num_params()).item()
+                expected = self.lagrangian.cost(self.student)
+                metrics["sparsity/expected"] = self.lagrangian.sparsity(expected).item()
             metrics["sparsity/target"] = self.lagrangian.target(self.global_step)
+            metrics[f"cost/{self.lagrangian.cost.name}"] = expected.item()
             metrics["lagrangian/lambda1"] = self.lagrangian.lambda1.item()
             metrics["lagrangian/lambda2"] = self.lagrangian.lambda2.item()
         schedule: Any = self.lr_schedulers()
@@ -179,7 +182,7 @@ class DistillModule(pl.LightningModule):
         checkpoint["guard"] = self.guard.state()
         checkpoint["means"] = self.means.state(self.trainer, self.device)
         if self.lagrangian is not None:
-            checkpoint["num_params_before"] = self.lagrangian.num_params_before
+            checkpoint[BUDGET] = self.lagrangian.budget.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue the counts, the row of metrics that was being gathered, and the forms of operations, bit for bit."""

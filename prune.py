@@ -2,68 +2,111 @@
 
     python prune.py --distilled_ckpt E/ckpts/last.ckpt [--out E/pruned.pth]
 
-By default the highest-ranked units are kept that give exactly the target size (to within one unit); --faithful keeps
-the rounding per layer of the released system.
+By default the highest-ranked units are kept that meet the recipe's budget exactly (to within one unit, never above);
+--faithful keeps the rounding per layer of the released system.
 """
 
 import logging
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from distillation.budget import Budget, Parameters, parse_target
 from distillation.commandline import make_parser, parse_arguments
-from distillation.distilled import read_distilled, target_sparsity
+from distillation.distilled import pruning_setting, read_distilled
 from distillation.errors import UserError, command
 from distillation.identity import FAITHFUL, PRUNED
 from distillation.training.standing import save_result
 from wav2vec2 import prune
 from wav2vec2.architecture import format_architecture
 from wav2vec2.counting import count_params
-from wav2vec2.pruning import survivors_for_size
+from wav2vec2.pruning import survivors_for_cost
 
 logger = logging.getLogger(__name__)
 UNFINISHED = 0.02  # a distance to the target that the multipliers close in a run of full length
 
 
-def run(distilled_ckpt: Path, out: Path | None, faithful: bool, target: float | None, unfinished: bool) -> None:
-    """Prune the student of a checkpoint; the arguments are the flags."""
+@dataclass(frozen=True)
+class Wanted:
+    """What the flags ask for; None where the recipe says it."""
+
+    target: str | None
+    target_sparsity: float | None
+    multiple_of: int | None
+    faithful: bool
+    unfinished: bool
+
+    def budget(self, trained: Budget) -> Budget:
+        """The run's own, or that of the flags.
+
+        Raises:
+            UserError: a target that makes no sense.
+        """
+        cost, before = trained.cost, trained.before
+        if self.target is not None and self.target_sparsity is not None:
+            raise UserError("--target and --target_sparsity are two ways to say one thing: give one of them")
+        if self.target is not None:
+            return Budget.of_target(cost, before, parse_target(self.target, cost.name, "--target"))
+        if self.target_sparsity is None:
+            return trained
+        if not 0 <= self.target_sparsity < 1:
+            raise UserError(f"--target_sparsity {self.target_sparsity}: it must lie in [0, 1)")
+        return Budget.of_share(cost, before, self.target_sparsity)
+
+    def told(self) -> dict[str, Any]:
+        """What is asked for instead of the recipe's budget, by the names of its settings."""
+        asked = {"pruning.target": self.target, "pruning.target_sparsity": self.target_sparsity}
+        return asked if any(value is not None for value in asked.values()) else {}
+
+
+def run(distilled_ckpt: Path, out: Path | None, wanted: Wanted) -> None:
+    """Prune the student of a checkpoint."""
     out = out if out is not None else distilled_ckpt.parent.parent / "pruned.pth"
     if not distilled_ckpt.exists():
         raise UserError(f"{distilled_ckpt}: no such file; run distill.py first, which makes it")
     distilled = read_distilled(distilled_ckpt, pruned=True)
     length = distilled.step if distilled.run is None else distilled.run.get("length", distilled.step)
-    if distilled.step != length and not unfinished:
+    if distilled.step != length and not wanted.unfinished:
         raise UserError(
             f"{distilled_ckpt} stands at update {distilled.step} of {length}: run distill.py to its end first, or give "
             "--unfinished to prune it as it is"
         )
-    student, before = distilled.model, distilled.num_params_before
-    assert before is not None
-    target = target_sparsity(distilled, distilled_ckpt) if target is None else target
-    if not 0 <= target < 1:
-        raise UserError(f"--target_sparsity {target}: it must lie in [0, 1)")
+    student, trained = distilled.model, distilled.budget
+    assert trained is not None
+    budget, multiple_of = wanted.budget(trained), wanted.multiple_of
+    if multiple_of is None:
+        multiple_of = 1 if wanted.faithful else pruning_setting(distilled.recipe, "multiple_of", 1)
+    if wanted.faithful and multiple_of != 1:
+        raise UserError("--faithful keeps the rule per layer: leave --multiple_of out")
+    cost = budget.cost
 
     model, config = prune(student)
-    num_expected, num_by_rule = student.get_num_params().item(), count_params(model)
+    expected, by_rule = cost(student).item(), cost(model).item()
     logger.info(
-        "expected %s parameters (sparsity %.4f), the eval rule gives %s (%.4f), target %.4f",
-        f"{num_expected:,.0f}", 1 - num_expected / before, f"{num_by_rule:,}", 1 - num_by_rule / before, target,
+        "expected %s (sparsity %.4f), the eval rule gives %s (%.4f), target %s (%.4f)",
+        cost.text(expected), budget.sparsity_of(expected), cost.text(by_rule), budget.sparsity_of(by_rule),
+        cost.text(budget.target), budget.sparsity,
     )  # fmt: skip
-    if abs(1 - num_expected / before - target) > UNFINISHED:
+    if abs(budget.sparsity_of(expected) - budget.sparsity) > UNFINISHED:
         logger.warning(
             "step 1 ended at sparsity %.4f, the target is %.4f: the ranking decides about what it never gave up; "
-            "train longer, or raise --pruning.lr_lagrangian", 1 - num_expected / before, target,
+            "train longer, or raise --pruning.lr_lagrangian", budget.sparsity_of(expected), budget.sparsity,
         )  # fmt: skip
-    if not faithful:
+    if not wanted.faithful:
         try:
-            model, config = prune(student, survivors_for_size(student, round((1 - target) * before)))
+            survivors = survivors_for_cost(student, partial(cost, student), budget.target, multiple_of, cost.text)
         except ValueError as error:
             raise UserError(f"{distilled_ckpt}: {error}; set another --target_sparsity, or --faithful") from None
-        logger.info("kept the highest-ranked units that give the target size; --faithful keeps the rule's")
-    num_params = count_params(model)
-    told = {"pruning.target_sparsity": target, FAITHFUL: faithful}
+        model, config = prune(student, survivors)
+        logger.info("kept the highest-ranked units that give the target; --faithful keeps the rule's")
+    told = {**wanted.told(), "pruning.multiple_of": multiple_of, FAITHFUL: wanted.faithful}
     entry = None if distilled.run is None else {**distilled.run, PRUNED: told}
     save_result(out, model, distilled.heads, entry)
     print(format_architecture(distilled.config, config))
-    print(f"{num_params:,} parameters, sparsity {1 - num_params / before:.4f} -> {out}")
+    found = cost(model).item()
+    size = "" if isinstance(cost, Parameters) else f"; {count_params(model):,} parameters"
+    print(f"{cost.text(found)}, sparsity {budget.sparsity_of(found):.4f}{size} -> {out}")
 
 
 @command
@@ -73,10 +116,15 @@ def main() -> None:
     parser.add_argument("--distilled_ckpt", type=Path, required=True, help="Checkpoint of step 1, E/ckpts/last.ckpt.")
     parser.add_argument("--out", type=Path | None, help="Model to write. (default: E/pruned.pth)")
     parser.add_argument("--faithful", action="store_true", help="Keep the released system's rounding per layer.")
-    parser.add_argument("--target_sparsity", type=float | None, help="Share of the teacher's parameters to remove.")
+    parser.add_argument("--target_sparsity", type=float | None, help="Share of the teacher's cost to remove.")
+    parser.add_argument(
+        "--target", type=str | None, help="What is to stay instead, with its unit: 23.6M, 500GMACs, 35ms."
+    )
+    parser.add_argument("--multiple_of", type=int | None, help="Keep multiples of the FFN units and conv channels: 8.")
     parser.add_argument("--unfinished", action="store_true", help="Prune a run of step 1 before its end.")
     flags = parse_arguments(parser)
-    run(flags.distilled_ckpt, flags.out, flags.faithful, flags.target_sparsity, flags.unfinished)
+    wanted = Wanted(flags.target, flags.target_sparsity, flags.multiple_of, flags.faithful, flags.unfinished)
+    run(flags.distilled_ckpt, flags.out, wanted)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ import logging
 from distillation.config import Recipe
 from distillation.objectives import Objectives, Teacher
 from distillation.optimisation import OptimConfig
-from distillation.sparsity import Lagrangian, PruningConfig
+from distillation.sparsity import Lagrangian, PruningConfig, make_budget
 from distillation.students import backbone_params, build_student, check_frame_rate
 from distillation.training.step import TrainingStep
 from wav2vec2 import Wav2Vec2Model, load_model
-from wav2vec2.counting import count_params
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +41,10 @@ def build_step(
     """
     lagrangian = None
     if pruning is not None and pruning.units:
-        before = count_params(teacher)
-        lagrangian = Lagrangian(before, pruning)
+        budget = make_budget(pruning, teacher)
+        lagrangian = Lagrangian(budget, pruning)
+        logger.info("budget: %s of the teacher's %s, a sparsity of %.4f",
+                    budget.cost.text(budget.target), budget.cost.text(budget.before), budget.sparsity)  # fmt: skip
         if pruning.warmup_steps >= optim.max_steps:
             logger.warning("pruning.warmup_steps is %d of %d updates: the target sparsity is never asked for",
                            pruning.warmup_steps, optim.max_steps)  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import yaml
 
+from distillation.budget import BUDGET, Budget, Parameters
 from distillation.errors import UserError
 from distillation.training.record import RUN, Record
 from wav2vec2 import Wav2Vec2Model
@@ -14,7 +15,7 @@ from wav2vec2.checkpoint import model_from_state, read_torch_file
 
 STUDENT = "student."
 ENTRIES: dict[str, type] = {"student_config": dict, "state_dict": dict, "heads": dict}
-PRUNED_ENTRIES: dict[str, type] = {"recipe": str, "num_params_before": int}
+PRUNED_ENTRIES: dict[str, type] = {"recipe": str}
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Distilled:
     heads: dict[str, torch.Tensor]  # state of the distillation heads
     config: dict[str, Any]  # flat, of ``model``
     recipe: str | None  # resolved YAML
-    num_params_before: int | None  # parameters of the teacher; None where nothing is pruned
+    budget: Budget | None  # None where nothing is pruned
     step: int  # updates that it has learnt in
     run: dict[str, Any] | None  # entry of the run's record; None where an older version wrote it
 
@@ -49,23 +50,30 @@ def read_distilled(path: Path, pruned: bool) -> Distilled:
     state = {k: v for k, v in content["state_dict"].items() if isinstance(k, str) and k.startswith(STUDENT)}
     state = {k.removeprefix(STUDENT): v for k, v in state.items()}
     model = model_from_state(content["student_config"], state, source=path)
-    before, heads = content.get("num_params_before"), content["heads"]
-    if (before is not None and before < 1) or not all(isinstance(tensor, torch.Tensor) for tensor in heads.values()):
-        raise UserError(f"{path}: damaged: {before} parameters before pruning, or heads without tensors")
+    heads, budget = content["heads"], _budget(content, path)
+    if not all(isinstance(tensor, torch.Tensor) for tensor in heads.values()):
+        raise UserError(f"{path}: damaged: heads without tensors")
+    if pruned and budget is None:
+        raise UserError(f"{path}: not a checkpoint of step 1 with pruning (made by distill.py)")
     step, run = content.get("global_step"), content.get(RUN)
     Record.read(content, path)
     if not isinstance(step, int):
         raise UserError(f"{path}: damaged: does not say how many updates were made")
-    return Distilled(model, heads, content["student_config"], content.get("recipe"), before, step, run)
+    return Distilled(model, heads, content["student_config"], content.get("recipe"), budget, step, run)
 
 
-def target_sparsity(distilled: Distilled, source: Path) -> float:
-    """The target in the recipe of a checkpoint.
+def _budget(content: dict[str, Any], path: Path) -> Budget | None:
+    """What the student is held to; in files of older versions a share of the parameters."""
+    before = content.get("num_params_before")
+    if isinstance(before, int) and before > 0:
+        sparsity = pruning_setting(content.get("recipe"), "target_sparsity", None)
+        return Budget.of_share(Parameters(), before, float(sparsity)) if isinstance(sparsity, int | float) else None
+    return Budget.read(content[BUDGET], path) if BUDGET in content else None
 
-    Raises:
-        UserError: there is none.
-    """
+
+def pruning_setting(recipe: str | None, name: str, default: Any) -> Any:
+    """A setting of the pruning in a resolved recipe; ``default`` where that has none."""
     try:
-        return float(yaml.safe_load(distilled.recipe or "")["pruning"]["target_sparsity"])
-    except (yaml.YAMLError, RecursionError, LookupError, TypeError, ValueError):
-        raise UserError(f"{source}: no target sparsity in its recipe; name it with --target_sparsity") from None
+        return yaml.safe_load(recipe or "")["pruning"].get(name, default)
+    except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError):
+        return default

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from distillation.budget import Parameters
 from distillation.build import build_step, starting_student
 from distillation.config import Recipe, TrainerConfig
 from distillation.data.batching import BatchStream, ValidationBatches, select_utterances
@@ -33,7 +34,7 @@ from distillation.errors import UserError, command
 from distillation.optimisation import OptimConfig
 from distillation.plan import Plan, read_words
 from distillation.sparsity import PruningConfig, make_prunable
-from distillation.students import StudentConfig, UniformSlice, build_student
+from distillation.students import uniform_slice
 from distillation.training.memory import TrialUpdates, runs_in_memory
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model
 from wav2vec2.counting import count_params
@@ -59,14 +60,13 @@ class Measured:
 
 def print_plan(plan: Plan) -> None:
     """Measure and print; nothing is written."""
-    recipe, trainer, pruning = plan.recipe, plan.recipe.trainer, plan.recipe.pruning
+    recipe, trainer, pruning, budget = plan.recipe, plan.recipe.trainer, plan.recipe.pruning, plan.budget
     assert plan.sizes is not None
     before, start, heads = plan.sizes
-    final = round((1 - pruning.target_sparsity) * before) if pruning.units else start
     hours, kept, remarks = _audio(plan)
     per_batch = _seconds_per_batch(recipe, kept)
     each = trainer.micro_batches(plan.world_size)
-    first, last = measure(plan, final, kept, per_batch)
+    small, first, last = measure(plan, kept, per_batch)
 
     table = {
         "teacher": f"{recipe.teacher_id or recipe.teacher_ckpt}, {before / 1e6:.2f} M parameters",
@@ -90,8 +90,16 @@ def print_plan(plan: Plan) -> None:
         table["memory"] = f"about {first.memory / GIB:.1f} of {_room(trainer) / GIB:.1f} GiB for each process"
         ends = f" at the start, {last.seconds:.3g} s at the final size" if pruning.units else ""
         table["measured"] = f"a micro-batch takes {first.seconds:.3g} s{ends}"
-    share = f", {final / before:.1%} of the teacher's" if pruning.units else ""
-    table["result"] = f"{final / 1e6:.2f} M parameters{share}, {4 * (final + heads) / 1e6:.1f} MB with the heads"
+    if budget is not None:
+        table["budget"] = f"{budget.cost.text(budget.target)} of {budget.cost.text(budget.before)}"
+    final = start if budget is None else count_params(small) if small is not None else None
+    if budget is not None and isinstance(budget.cost, Parameters):
+        final = round(budget.target)
+    if final is not None:
+        about = "" if budget is None or isinstance(budget.cost, Parameters) else "about "
+        share = f", {final / before:.1%} of the teacher's" if pruning.units else ""
+        megabytes = 4 * (final + heads) / 1e6
+        table["result"] = f"{about}{final / 1e6:.2f} M parameters{share}, {megabytes:.1f} MB with the heads"
     table["folders"] = f"{recipe.data.tsv_dir} (lists), {recipe.teacher_ckpt} (teacher), {recipe.exp_dir} (run)"
     for name, text in table.items():
         print(f"{name:<10}{text}")
@@ -140,16 +148,20 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def measure(plan: Plan, final: int, kept: np.ndarray, per_batch: float) -> tuple[Measured | None, Measured | None]:
+def measure(
+    plan: Plan, kept: np.ndarray, per_batch: float
+) -> tuple[Wav2Vec2Model | None, Measured | None, Measured | None]:
     """A trial where step 1 starts, and one at the final size; None where the memory is too small.
 
     Args:
         plan: what will run.
-        final: parameters of the result.
         kept: seconds of the utterances.
         per_batch: seconds of audio in a micro-batch.
+
+    Returns:
+        What is taken for the final model, a uniform slice that meets the budget, if there is one; the trials.
     """
-    recipe = plan.recipe
+    recipe, small = plan.recipe, None
     assert plan.teacher is not None
     torch.manual_seed(0)
     teacher = wav2vec2_model(**copy.deepcopy(plan.teacher)).eval()
@@ -157,16 +169,16 @@ def measure(plan: Plan, final: int, kept: np.ndarray, per_batch: float) -> tuple
     students: list[tuple[Wav2Vec2Model, OptimConfig, PruningConfig | None]] = [
         (make_prunable(starting_student(recipe, teacher), recipe.pruning), recipe.optim, recipe.pruning)
     ]
-    if recipe.pruning.units:
+    if plan.budget is not None:
         with contextlib.suppress(UserError):  # smaller than any slice: what the start takes is then said of the end
-            small = build_student(StudentConfig(slice=UniformSlice(num_params=final)), teacher)
+            small = uniform_slice(teacher, plan.budget.cost, plan.budget.target)
             students.append((small, recipe.final or recipe.optim, None))
     row = float(kept.mean())
     found = [
         _trial(recipe, student, optim, pruning, teacher, row, per_batch)
         for student, optim, pruning in tqdm(students, "measuring", unit="step", disable=None, leave=False)
     ]
-    return found[0], found[-1]
+    return small, found[0], found[-1]
 
 
 def _trial(

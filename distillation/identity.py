@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from distillation.budget import Milliseconds
 from distillation.config import Recipe, flat_settings
 from distillation.data.manifest import Manifest
 from distillation.errors import UserError
@@ -16,12 +17,13 @@ from wav2vec2.checkpoint import Checkpoint, fingerprint
 logger = logging.getLogger(__name__)
 
 STUDENT = "student model"  # setting: the content of the file that a step starts from
+LATENCY = "latency table"  # setting: the content of the table that milliseconds come from
 PRUNED = "pruned"  # entry of a pruned model's record: the settings that prune.py had
 FAITHFUL = "prune.py --faithful"
 # Where something is or what it was made of; the content counts, and is checked where it is read.
 NAMES = {
     "base", "exp_dir", "teacher_ckpt", "teacher_id", "teacher_layers", "teacher_width", "student_ckpt", "data.tsv_dir",
-    "data.train", "data.valid", "continue_with_changes",
+    "data.train", "data.valid", "continue_with_changes", "pruning.latency",
 }  # fmt: skip
 FREE = frozenset({
     "data.num_workers", "data.max_bad_share", "data.valid_seconds_per_batch",
@@ -76,9 +78,11 @@ def step_1_identity(recipe: Recipe, content: Settings, start: Wav2Vec2Model | No
     settings = flat_settings(recipe)
     if not recipe.pruning.units:
         settings = {k: v for k, v in settings.items() if not k.startswith("pruning.") or k == "pruning.units"}
+    elif recipe.pruning.target is not None:
+        settings["pruning.target_sparsity"] = None
     if start is not None:
         settings = {k: v for k, v in settings.items() if not k.startswith("student.")}
-    content = content | {STUDENT: None if start is None else fingerprint(start)}
+    content = content | {STUDENT: None if start is None else fingerprint(start)} | _latency_table(recipe)
     return Identity.of(_used(settings, "optim."), STEP_1, content)
 
 
@@ -136,6 +140,14 @@ def describe_list(manifest: Manifest, sample_rate: int) -> str:
     digest.update(manifest.num_frames.tobytes())
     hours = manifest.num_frames.sum() / sample_rate / 3600
     return f"{len(manifest)} utterances of {hours:.2f} h, {digest.hexdigest()}"
+
+
+def _latency_table(recipe: Recipe) -> Settings:
+    """What it holds, where it counts; after step 1 it may be gone."""
+    path = recipe.pruning.latency
+    if path is None or recipe.pruning.cost != Milliseconds.name or not recipe.pruning.units or not path.is_file():
+        return {}
+    return {LATENCY: hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _used(settings: Settings, optim: str) -> Settings:

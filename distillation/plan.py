@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
+from distillation.budget import Budget
 from distillation.build import starting_student
 from distillation.config import MAX_RECIPE_BYTES, RECIPES, Recipe, flat_settings, parse_recipe
 from distillation.data.conversion import copies_of
@@ -31,7 +32,7 @@ from distillation.deriving import LIST_100H, Derived, for_audio, for_length, for
 from distillation.errors import Problems, UserError, command
 from distillation.identity import step_1_identity
 from distillation.objectives import Objectives
-from distillation.sparsity import check_target, make_prunable
+from distillation.sparsity import check_budget, make_budget, make_prunable
 from distillation.teacher import check_size, teacher_config
 from distillation.training.memory import BATCH
 from distillation.training.record import Record
@@ -61,6 +62,7 @@ class Plan:
         teacher: flat config; None where it could not be found out.
         world_size: processes.
         sizes: parameters of teacher, student where it starts and heads; None where they cannot be built.
+        budget: of the pruning; None where nothing is pruned or it cannot be found out.
         problems: what must be put right first.
     """
 
@@ -73,6 +75,7 @@ class Plan:
     teacher: dict[str, Any] | None = None
     world_size: int = 1
     sizes: tuple[int, int, int] | None = None
+    budget: Budget | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -282,7 +285,9 @@ def _check_models(plan: Plan) -> None:
     before = count_params(teacher)
     if heads is not None:
         plan.sizes = before, count_params(student) - sum(map(len, student.masks().values())), heads.num_params()
-    check_target(student, before, recipe.pruning)
+    if recipe.pruning.units:
+        plan.budget = make_budget(recipe.pruning, teacher)
+        check_budget(student, plan.budget, recipe.pruning.units)
 
 
 def save_recipe(plan: Plan) -> None:

@@ -2,13 +2,28 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from distillation.budget import (
+    SUPERB_SAMPLES,
+    Budget,
+    Cost,
+    Milliseconds,
+    MultiplyAccumulates,
+    Parameters,
+    parse_target,
+)
 from distillation.errors import UserError, require
+from distillation.latency import read_latency
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import add_masks
+from wav2vec2.feature_extractor import SAMPLE_RATE
+
+MACS_SECONDS = 10.0  # of the utterance whose multiply-accumulates a share is of
 
 UNITS = {
     "conv": ("extractor_prune_conv_channels", ".hard_concrete"),
@@ -25,8 +40,21 @@ class PruningConfig:
 
     units: list[str] = field(default_factory=lambda: ["conv", "head", "interm"])
     """What to prune: any of conv, head, interm, attlayer, ffnlayer. Empty for no pruning."""
+    cost: Literal["params", "macs", "milliseconds"] = "params"
+    """What the budget is of: parameters, multiply-accumulates, or time on the machine of a latency table."""
     target_sparsity: float = 0.75
-    """Share of the teacher's parameters to remove, in [0, 1)."""
+    """Share of the teacher's cost to remove, in [0, 1)."""
+    target: str | None = None
+    """What is to stay instead, with its unit: 23.6M (parameters), 500GMACs or 35ms; target_sparsity is then not
+    used."""
+    macs_seconds: float | None = None
+    """Length in seconds of the utterance whose multiply-accumulates are counted; null for 10 where a share is asked
+    for, and for the 32 utterances of the SUPERB protocol, whose sum is published, where a target is."""
+    latency: Path | None = None
+    """Table of evaluation.latency, for milliseconds: measured on the machine that will run the model."""
+    multiple_of: int = 1
+    """Multiple that prune.py keeps of the FFN units and conv channels of each layer: 8, 16 or 32 suit many
+    processors."""
     warmup_steps: int = 5000
     """Updates over which the target rises from 0 to target_sparsity."""
     lr_masks: float = 2e-2
@@ -45,6 +73,15 @@ class PruningConfig:
         if len(set(self.units)) != len(self.units):
             raise UserError(f"pruning.units is {self.units}: name each unit once")
         require(self, "pruning.", "lie in [0, 1)", lambda value: 0 <= value < 1, "target_sparsity")
+        require(self, "pruning.", "be at least 1", lambda value: value >= 1, "multiple_of")
+        require(self, "pruning.", "be a positive number", lambda value: 0 < value < math.inf, "macs_seconds")
+        if self.target is not None:
+            parse_target(self.target, self.cost, "pruning.target")
+        if self.cost == "milliseconds" and self.latency is None and self.units:
+            raise UserError(
+                "pruning.cost is milliseconds: measure the machine that will run the model by python -m "
+                "evaluation.latency TEACHER --out latency.json, and name the table by --pruning.latency"
+            )
         require(self, "pruning.", "be positive", lambda value: 0 < value < math.inf, "lr_masks", "lr_lagrangian")
         require(self, "pruning.", "be at least 0", lambda value: value >= 0, "warmup_steps")
         for unit, rate in self.drop_rates.items():
@@ -62,53 +99,86 @@ def make_prunable(model: Wav2Vec2Model, config: PruningConfig) -> Wav2Vec2Model:
     return masked
 
 
-def check_target(student: Wav2Vec2Model, num_params_before: int, config: PruningConfig) -> None:
-    """Look before training whether the units of the recipe can give its sparsity.
+def make_budget(config: PruningConfig, teacher: Wav2Vec2Model) -> Budget:
+    """What a recipe asks of its pruned model.
+
+    Args:
+        config: of the recipe.
+        teacher: dense.
+
+    Raises:
+        UserError: a latency table that cannot be read or is another teacher's, or a target above the teacher's cost.
+    """
+    cost: Cost = Parameters()
+    if config.cost == "macs":
+        seconds = config.macs_seconds or (MACS_SECONDS if config.target is None else None)
+        cost = MultiplyAccumulates(SUPERB_SAMPLES if seconds is None else [round(seconds * SAMPLE_RATE)])
+    elif config.cost == "milliseconds":
+        assert config.latency is not None
+        table = read_latency(config.latency)
+        table.check(teacher)
+        cost = Milliseconds(table)
+    before = cost(teacher).item()
+    if config.target is None:
+        return Budget.of_share(cost, before, config.target_sparsity)
+    target = parse_target(config.target, config.cost, "pruning.target")
+    if target >= before:
+        raise UserError(
+            f"pruning.target is {config.target}: the teacher has {cost.text(before)}, there is nothing to prune"
+        )
+    return Budget.of_target(cost, before, target)
+
+
+@torch.no_grad()
+def check_budget(student: Wav2Vec2Model, budget: Budget, units: list[str]) -> None:
+    """Look before training whether the units of the recipe can give its budget.
 
     Args:
         student: with masks.
-        num_params_before: parameters of the unpruned model.
-        config: what to prune.
+        budget: of :func:`make_budget`.
+        units: of the recipe.
 
     Raises:
-        UserError: more parameters stay when all of these units are gone.
+        UserError: more stays when all of these units are gone.
     """
-    least = student.get_num_params(lambda mask: torch.zeros(len(mask), dtype=torch.float64)).item()
-    if config.units and (1 - config.target_sparsity) * num_params_before < least:
+    cost, before = budget.cost, budget.before
+    least = cost(student, lambda mask: torch.zeros(len(mask), dtype=torch.float64)).item()
+    if budget.target < least:
         raise UserError(
-            f"pruning.target_sparsity is {config.target_sparsity}: without any {', '.join(config.units)} units "
-            f"{least:,.0f} of {num_params_before:,} parameters stay, a sparsity of {1 - least / num_params_before:.4f}"
+            f"the target is {cost.text(budget.target)}, a sparsity of {budget.sparsity:.4f}: without any "
+            f"{', '.join(units)} units {cost.text(least)} of {cost.text(before)} stay, a sparsity of "
+            f"{budget.sparsity_of(least):.4f}"
         )
 
 
 class Lagrangian(nn.Module):
     """Penalty ``lambda1 (s - t) + lambda2 (s - t)^2`` with learned, maximised multipliers that start at 0.
 
-    s is the expected sparsity against ``num_params_before``; t rises linearly to the target.
+    s is the share of the teacher's cost that the student lacks, as an expectation over its masks; t rises linearly to
+    the budget's.
 
     Args:
-        num_params_before: parameters of the unpruned model.
-        config: the target, the updates until it is reached, and the rates of masks and multipliers.
+        budget: what the student is held to.
+        config: the updates until the target is reached, and the rates of masks and multipliers.
     """
 
-    def __init__(self, num_params_before: int, config: PruningConfig) -> None:
+    def __init__(self, budget: Budget, config: PruningConfig) -> None:
         super().__init__()
-        self.num_params_before, self.config = num_params_before, config
+        self.budget, self.config = budget, config
+        self.cost = budget.cost  # its tables move with the module
         self.lambda1 = nn.Parameter(torch.zeros(()))
         self.lambda2 = nn.Parameter(torch.zeros(()))
 
     def target(self, step: int) -> float:
         """Target sparsity at update ``step`` (0, 1, ...)."""
-        config = self.config
-        if step >= config.warmup_steps:
-            return config.target_sparsity
-        return config.target_sparsity * step / config.warmup_steps
+        target, warmup_steps = self.budget.sparsity, self.config.warmup_steps
+        return target if step >= warmup_steps else target * step / warmup_steps
 
-    def sparsity(self, num_params: Tensor) -> Tensor:
-        """Expected sparsity (float32 scalar) from the expected number of parameters (float64 scalar)."""
-        return (1 - num_params / self.num_params_before).float()
+    def sparsity(self, cost: Tensor) -> Tensor:
+        """Expected sparsity (float32 scalar) from the expected cost (float64 scalar)."""
+        return self.budget.sparsity_of(cost).float()
 
-    def forward(self, num_params: Tensor, step: int) -> Tensor:
-        """Penalty (scalar) at update ``step``."""
-        gap = self.sparsity(num_params) - self.target(step)
+    def forward(self, cost: Tensor, step: int) -> Tensor:
+        """Penalty (scalar) at update ``step``, from the expected cost (float64 scalar)."""
+        gap = self.sparsity(cost) - self.target(step)
         return self.lambda1 * gap + self.lambda2 * gap.square()

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from distillation.budget import Cost, Parameters
 from distillation.errors import UserError, require
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
 from wav2vec2.attention import WavLMSelfAttention
@@ -119,7 +120,7 @@ def build_student(config: StudentConfig, teacher: Wav2Vec2Model) -> Wav2Vec2Mode
         if config.layers is not None:
             return _copied_layers(config.layers, teacher)
         if config.slice is not None:
-            return _uniform_slice(config.slice, teacher)
+            return uniform_slice(teacher, Parameters(), config.slice.num_params)
     except UserError:
         raise
     except ValueError as error:
@@ -232,8 +233,17 @@ def _copied_layers(config: CopiedLayers, teacher: Wav2Vec2Model) -> Wav2Vec2Mode
 
 
 @torch.no_grad()
-def _uniform_slice(config: UniformSlice, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
-    """Keep evenly spaced units: the same share everywhere, FFN units then filled up one by one over the layers."""
+def uniform_slice(teacher: Wav2Vec2Model, cost: Cost, wanted: float) -> Wav2Vec2Model:
+    """Keep evenly spaced units: the same share everywhere, FFN units then filled up one by one over the layers.
+
+    Args:
+        teacher: dense.
+        cost: what the slice is measured by.
+        wanted: most that it may cost.
+
+    Raises:
+        UserError: no slice costs that.
+    """
     masked = add_masks(
         teacher,
         extractor_prune_conv_channels=True,
@@ -249,16 +259,16 @@ def _uniform_slice(config: UniformSlice, teacher: Wav2Vec2Model) -> Wav2Vec2Mode
     def counts(share: float) -> dict[HardConcrete, int]:
         return {mask: max(1, round(share * len(mask))) for mask in masks.values()}
 
-    def size(kept: dict[HardConcrete, int]) -> int:
-        alive = {mask: _evenly_spaced(len(mask), count).double() for mask, count in kept.items()}
-        return int(masked.get_num_params(alive.__getitem__).item())
+    def size(kept: dict[HardConcrete, int]) -> float:
+        alive = {mask: evenly_spaced(len(mask), count).double() for mask, count in kept.items()}
+        return cost(masked, alive.__getitem__).item()
 
-    wanted = config.num_params
     low, high = 0.0, 1.0
-    if not size(counts(low)) <= wanted <= size(counts(high)):
+    least, most = size(counts(low)), size(counts(high))
+    if not least <= wanted <= most:
         raise UserError(
-            f"student.slice.num_params is {wanted:,}: slices of this teacher have {size(counts(low)):,} to "
-            f"{size(counts(high)):,} parameters"
+            f"no uniform slice has {cost.text(wanted)}: those of this teacher have {cost.text(least)} to "
+            f"{cost.text(most)}"
         )
     for _ in range(40):
         middle = (low + high) / 2
@@ -276,11 +286,11 @@ def _uniform_slice(config: UniformSlice, teacher: Wav2Vec2Model) -> Wav2Vec2Mode
     while first < last:  # the most units that fit
         middle_count = (first + last + 1) // 2
         first, last = (middle_count, last) if size(filled(middle_count)) <= wanted else (first, middle_count - 1)
-    survivors: Survivors = {mask: _evenly_spaced(len(mask), count) for mask, count in filled(first).items()}
+    survivors: Survivors = {mask: evenly_spaced(len(mask), count) for mask, count in filled(first).items()}
     return prune(masked, survivors)[0].train()
 
 
-def _evenly_spaced(num_units: int, count: int) -> Tensor:
+def evenly_spaced(num_units: int, count: int) -> Tensor:
     """Bool [num_units], ``count`` of them true."""
     kept = torch.zeros(num_units, dtype=torch.bool)
     kept[torch.arange(count) * num_units // max(1, count)] = True

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from distillation.budget import SUPERB_SAMPLES
 from distillation.commandline import make_parser, parse_arguments
 from distillation.data.batching import MIN_INPUT_FRAMES
 from distillation.errors import UserError, command
@@ -30,13 +31,6 @@ from wav2vec2 import load_model
 from wav2vec2.checkpoint import fingerprint, load_checkpoint, write_text
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
-# The utterances of the SUPERB challenge's profiling protocol, in samples: LibriSpeech test-clean sorted by length,
-# every 82nd from the first on. 224.86 s in all; each runs alone, and the published figures are the sums.
-SUPERB_SAMPLES = (
-    20560, 34560, 38480, 42560, 45600, 48720, 52000, 55120, 59120, 62720, 66400, 71200, 75200, 78640, 82800, 87520,
-    92720, 98560, 104400, 111120, 118480, 125040, 132720, 142640, 154000, 166720, 180880, 197920, 217920, 239280,
-    268160, 326000,
-)  # fmt: skip
 MACS_SECONDS = 10
 MIB = 1024**2
 

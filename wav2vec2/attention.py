@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .counting import count_params
-from .hardconcrete import Alive, Gate, Gates, HardConcrete, Prunable, Pruned, num_live, probability_none, scale, select
+from .hardconcrete import Alive, Gate, Gates, HardConcrete, Prunable, Pruned, live_units, num_live, scale, select
 from .kernels import attend, attention_weights, dropout, linear, traced
 
 HEAD_DROP_RATE = 0.01  # initial probability that a head is dropped (released DPHuBERT)
@@ -193,22 +193,19 @@ class SelfAttention(nn.Module):
             return 0
         num_inputs = 1 if self.reuse else 3  # values; queries and keys
         per_head = (num_inputs + 1) * self.embed_dim * self.head_dim + num_inputs * self.head_dim
-        shared = self._num_shared_params()
-        if source.hard_concrete_for_heads is None:
-            total: Tensor | int = self.num_heads * per_head + shared
-        else:
-            heads = alive(source.hard_concrete_for_heads)
-            total = heads.sum() * per_head + (1 - probability_none(heads)) * shared
-        return self._times_blocks(total, alive, source)
+        heads, exists = self.num_live(alive, source)
+        return heads * per_head + exists * self._num_shared_params()
 
     def _num_shared_params(self) -> int:
         return self.embed_dim
 
-    def _times_blocks(self, total: Tensor | int, alive: Alive, source: SelfAttention) -> Tensor | int:
-        """Multiplied by the probability that no gate drops the whole block or the one that it depends on."""
-        for block in (self,) if source is self else (self, source):
-            total = total * num_live(block.hard_concrete_for_layer, 1, alive)
-        return total
+    def num_live(self, alive: Alive, source: SelfAttention) -> tuple[Tensor | int, Tensor | int]:
+        """Expected number of heads, and the probability that the block exists; ``source`` as for :meth:`pruned`."""
+        heads, exists = live_units(source.hard_concrete_for_heads, self.num_heads, alive)
+        for block in (self,) if source is self else (self, source):  # a gate of either drops all of them
+            gate = num_live(block.hard_concrete_for_layer, 1, alive)
+            heads, exists = heads * gate, exists * gate
+        return heads, exists
 
     def num_macs(self, frames: Tensor, alive: Alive, source: SelfAttention, position_bias: bool) -> Tensor | int:
         """Expected multiply-accumulates of ``frames`` [B]; ``position_bias`` where the model has WavLM's."""
@@ -218,19 +215,11 @@ class SelfAttention(nn.Module):
         if position_bias:
             per_frame += self._num_position_macs()
         per_head = int(frames.sum()) * per_frame + int(frames.square().sum()) * per_pair
-        total = per_head * num_live(source.hard_concrete_for_heads, self.num_heads, alive)
-        return self._times_blocks(total, alive, source)
+        return per_head * self.num_live(alive, source)[0]
 
     def _num_position_macs(self) -> int:
         """Of one head and one frame, for gating the position bias."""
         return 0
-
-    def probability_alive(self, alive: Alive) -> Tensor | int:
-        """P(the block exists)."""
-        result: Tensor | int = int(self.num_heads > 0)
-        if self.hard_concrete_for_heads is not None:
-            result = 1 - probability_none(alive(self.hard_concrete_for_heads))
-        return result * num_live(self.hard_concrete_for_layer, 1, alive)
 
 
 @dataclass(frozen=True)

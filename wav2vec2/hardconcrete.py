@@ -124,6 +124,14 @@ def num_live(mask: HardConcrete | None, num_units: int, alive: Alive) -> Tensor 
     return units.sum() + probability_none(units) if mask.min_live else units.sum()
 
 
+def live_units(mask: HardConcrete | None, num_units: int, alive: Alive) -> tuple[Tensor | int, Tensor | int]:
+    """Expected number of live units of a block that may lose all of them, and the probability that any lives."""
+    if mask is None:
+        return num_units, int(num_units > 0)
+    units = alive(mask)
+    return units.sum(), 1 - probability_none(units)
+
+
 def sample(log_alpha: Tensor) -> Tensor:
     """One training sample of the gates [n] in [0, 1], exactly 0 with probability 1 - P(gate > 0)."""
     noise = torch.empty_like(log_alpha).uniform_(EPS, 1 - EPS)

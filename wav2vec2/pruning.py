@@ -1,13 +1,15 @@
 """Make the smaller dense model that a masked model already is in eval."""
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .hardconcrete import HardConcrete, Pruned, draw_gates, eval_survivors
-from .inputs import describe
+from .hardconcrete import Alive, HardConcrete, Pruned, draw_gates, eval_survivors
+from .inputs import check_index, describe
 from .model import Wav2Vec2Model, wav2vec2_model
 
 Survivors = dict[HardConcrete, Tensor]
@@ -71,9 +73,24 @@ def eval_rule(model: Wav2Vec2Model) -> Survivors:
     return {mask: eval_survivors(mask.log_alpha) for mask in model.masks().values()}
 
 
+def survivors_for_size(model: Wav2Vec2Model, num_params: int, multiple_of: int = 1) -> Survivors:
+    """Survivors that give the pruned model ``num_params`` parameters, to within one unit and never more.
+
+    Raises:
+        ValueError: as :func:`survivors_for_cost`.
+    """
+    return survivors_for_cost(model, model.get_num_params, num_params, multiple_of, "{:,.0f} parameters".format)
+
+
 @torch.no_grad()
-def survivors_for_size(model: Wav2Vec2Model, num_params: int) -> Survivors:
-    """Survivors that give the pruned model the wanted size, to within one unit, and never a larger one.
+def survivors_for_cost(
+    model: Wav2Vec2Model,
+    cost: Callable[[Alive], Tensor],
+    budget: float,
+    multiple_of: int = 1,
+    text: Callable[[float], str] = "{:,.10g}".format,
+) -> Survivors:
+    """Survivors that give the pruned model the wanted cost, to within one unit, and never a larger one.
 
     Whole-block masks follow the published rule; all other units are ranked by their probability of being alive, over
     all masks together. The highest are kept; where a large one (a head) would overshoot, smaller ones that rank below
@@ -81,52 +98,62 @@ def survivors_for_size(model: Wav2Vec2Model, num_params: int) -> Survivors:
 
     Args:
         model: masked.
-        num_params: wanted parameters of the pruned model.
+        cost: of a choice of units, scalar; it does not fall when a unit is added.
+        budget: most that the pruned model may cost.
+        multiple_of: conv channels and FFN units are kept by so many, those that rank next to each other in their mask
+            together; a mask keeps a multiple of it, or all of its units.
+        text: a cost with its unit, for messages.
 
     Raises:
-        ValueError: no choice of units comes near that size, or the model has no masks.
+        ValueError: no choice of units comes near that cost, the model has no masks, or no such multiple.
     """
-    survivors = eval_rule(model)
-    blocks = {mask for name, mask in model.masks().items() if name.endswith("_for_layer")}
-    units = [mask for mask in survivors if mask not in blocks] or list(survivors)
-    if not units:
+    check_index("multiple_of", multiple_of, 1, math.inf, "must be at least 1")
+    kept = eval_rule(model)
+    masks = {mask: name for name, mask in model.masks().items()}
+    blocks = {mask for mask, name in masks.items() if name.endswith("_for_layer")}
+    ranked = [mask for mask in kept if mask not in blocks] or list(kept)
+    if not ranked:
         raise ValueError("the model has no masks, there is nothing to rank")
-    rank = torch.cat([mask.log_alpha for mask in units]).cpu()  # rises with the probability of being alive
-    order = rank.argsort(stable=True, descending=True)
-    sizes = [len(mask) for mask in units]
 
-    def choose(chosen: Tensor) -> Survivors:
-        return {**survivors, **dict(zip(units, chosen.split(sizes)))}
+    def spent() -> float:
+        return cost(lambda mask: kept[mask].to(mask.log_alpha.device, torch.float64)).item()
 
-    def size(chosen: Tensor) -> int:
-        choice = choose(chosen)
-        return int(model.get_num_params(lambda mask: choice[mask].to(mask.log_alpha.device, torch.float64)).item())
-
-    def first(count: int) -> Tensor:
-        chosen = torch.zeros(len(rank), dtype=torch.bool)
-        chosen[order[:count]] = True
-        return chosen
-
-    low, high = 0, len(rank)
-    if not size(first(low)) <= num_params <= size(first(high)):
+    steps: list[tuple[float, int, Tensor]] = []  # rank, which mask, units
+    for i, mask in enumerate(ranked):
+        together = 1 if masks[mask].endswith(("_for_heads", "_for_layer")) else multiple_of
+        log_alpha = mask.log_alpha.detach().cpu()  # rises with the probability of being alive
+        groups = list(log_alpha.argsort(stable=True, descending=True).split(together))
+        if len(groups) > 1 and len(groups[-1]) < together:
+            groups = groups[:-1]
+        kept[mask] = torch.ones(len(mask), dtype=torch.bool)
+        steps += [(log_alpha[group].double().mean().item(), i, group) for group in groups]
+    most = spent()
+    for mask in ranked:
+        kept[mask] = torch.zeros(len(mask), dtype=torch.bool)
+    steps.sort(key=lambda step: -step[0])  # stable
+    for i, mask in enumerate(ranked):
+        if mask.min_live:
+            first = next(step for step in steps if step[1] == i)
+            kept[mask][first[2]] = True
+            steps.remove(first)
+    least = spent()
+    if not least <= budget <= most:
         raise ValueError(
-            f"no choice of units gives {num_params:,} parameters: pruning everything leaves {size(first(low)):,}, "
-            f"nothing {size(first(high)):,}"
+            f"no choice of units gives {text(budget)}: pruning everything leaves {text(least)}, nothing {text(most)}"
         )
-    while low < high:  # the largest count that does not exceed the size
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if size(first(middle)) <= num_params else (low, middle - 1)
-    chosen = first(low)
-    group = torch.repeat_interleave(torch.arange(len(units)), torch.tensor(sizes))
-    too_large: set[int] = set()  # masks whose units no longer fit
-    for unit in order[low:].tolist():
-        mask = int(group[unit])
-        if mask in too_large:
-            continue
-        chosen[unit] = True
-        if size(chosen) > num_params:
-            chosen[unit] = False
-            too_large.add(mask)
-            if len(too_large) == len(units):
-                break
-    return choose(chosen)
+    # Down the ranking, as many as fit: tried by ever more while they do, by one where they do not.
+    too_large: set[int] = set()  # masks whose next units no longer fit
+    at, count = 0, 1
+    while at < len(steps) and len(too_large) < len(ranked):
+        tried = [step for step in steps[at : at + count] if step[1] not in too_large]
+        for _, i, units in tried:
+            kept[ranked[i]][units] = True
+        if tried and spent() > budget:
+            for _, i, units in tried:
+                kept[ranked[i]][units] = False
+            if count > 1:
+                count = max(1, count // 4)
+                continue
+            too_large.add(tried[0][1])
+        at, count = at + count, 2 * count
+    return kept

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import LAYER_DROP_RATE, AttentionMap, SelfAttention, WavLMSelfAttention
 from .counting import count_params
 from .feature_extractor import FeatureProjection, valid_frames
-from .hardconcrete import Alive, Gates, HardConcrete, Prunable, Pruned, num_live, probability_none, scale, select, touch
+from .hardconcrete import Alive, Gates, HardConcrete, Prunable, Pruned, live_units, num_live, scale, select, touch
 from .kernels import Dropout, linear, wide_conv1d
 from .passes import HiddenStates, PassOptions, ScaleGradient, layer_scales
 
@@ -128,19 +128,18 @@ class FeedForward(nn.Module):
     def num_params(self, alive: Alive) -> Tensor | int:
         """Expected parameters: the output bias exists while any unit does."""
         width = self.intermediate_dense.in_features
-        if self.hard_concrete_for_intermediate is None:
-            total: Tensor | int = self.intermediate_dense.out_features * (2 * width + 1) + width
-        else:
-            units = alive(self.hard_concrete_for_intermediate)
-            total = units.sum() * (2 * width + 1) + (1 - probability_none(units)) * width
-        return total * num_live(self.hard_concrete_for_layer, 1, alive)
+        units, exists = self.num_live(alive)
+        return units * (2 * width + 1) + exists * width
 
     def num_macs(self, frames: Tensor, alive: Alive) -> Tensor | int:
         """Expected multiply-accumulates of ``frames`` [B]."""
-        first = self.intermediate_dense
-        num_units = num_live(self.hard_concrete_for_intermediate, first.out_features, alive)
-        per_unit = int(frames.sum()) * 2 * first.in_features
-        return per_unit * num_units * num_live(self.hard_concrete_for_layer, 1, alive)
+        return int(frames.sum()) * 2 * self.intermediate_dense.in_features * self.num_live(alive)[0]
+
+    def num_live(self, alive: Alive) -> tuple[Tensor | int, Tensor | int]:
+        """Expected number of units, and the probability that the block exists."""
+        units, exists = live_units(self.hard_concrete_for_intermediate, self.intermediate_dense.out_features, alive)
+        gate = num_live(self.hard_concrete_for_layer, 1, alive)
+        return units * gate, exists * gate
 
 
 class EncoderLayer(nn.Module):
@@ -378,7 +377,7 @@ class Transformer(nn.Module):
         for layer, source in zip(self.layers, self.attention_sources()):
             total = total + layer.num_params(alive, source)
             if layer.attention is not None and layer.attention is source:  # a block that reuses never outlives it
-                none_alive = none_alive * (1 - layer.attention.probability_alive(alive))
+                none_alive = none_alive * (1 - layer.attention.num_live(alive, source)[1])
         source = self.position_block()
         if source is not None and source.rel_attn_embed is not None:
             total = total + source.rel_attn_embed.weight.numel() * (1 - none_alive)

@@ -67,7 +67,7 @@ class TrainingStep:
         """
         penalty = torch.zeros((), device=waveforms.device)
         if self.lagrangian is not None:
-            penalty = self.lagrangian(self.student.get_num_params(), update)
+            penalty = self.lagrangian(self.lagrangian.cost(self.student), update)
         if not len(waveforms):  # the other ranks wait for a gradient of everything
             return StepLoss(penalty + 0 * sum(p.sum() for p in self.trained.parameters() if p.requires_grad), None)
         found = self.objectives(self.teacher, self.student, waveforms, lengths)

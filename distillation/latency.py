@@ -1,0 +1,232 @@
+"""What each block of a model takes on a machine, as a function of its live units: the table of evaluation.latency.
+
+A table is a JSON file of plain numbers, so that one measured elsewhere, by whatever runs the model there, does as well:
+
+    {"model": "teacher.pth", "config": {...}, "seconds": 10.0, "fixed": 1.9,
+     "conv": [{"inputs": [1], "units": [32, 128, 512], "ms": [[0.4, 1.1, 4.2]]}, ...],
+     "projection": {"units": [32, 128, 512], "ms": [0.1, 0.2, 0.5]},
+     "attention": [{"layers": [0, 1, ...], "units": [1, 4, 12], "ms": [0.9, 3.0, 8.1]}, ...],
+     "feed_forward": [{"layers": [0, 1, ...], "units": [64, 1024, 3072], "ms": [0.5, 4.4, 12.8]}, ...]}
+
+``config`` is the flat one of the model, ``fixed`` what runs whatever is pruned, all times are milliseconds. Between the
+sizes that were measured, times are straight lines; on surfaces over input and output channels, in both directions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distillation.errors import UserError
+from wav2vec2 import Wav2Vec2Model
+from wav2vec2.architecture import architecture
+from wav2vec2.hardconcrete import Alive, alive_probabilities
+
+MAX_TABLE_BYTES = 10_000_000
+MEASURE = "measure this one: python -m evaluation.latency TEACHER --out latency.json"
+# of the flat config: what decides about times besides how many units there are
+FRAME = (
+    "extractor_mode", "extractor_conv_bias", "encoder_embed_dim", "encoder_use_projection",
+    "encoder_projection_layer_norm", "encoder_pos_conv_kernel", "encoder_pos_conv_groups", "encoder_time_reduction",
+    "encoder_num_layers", "encoder_layer_norm_first", "encoder_head_dim", "encoder_total_num_heads",
+    "encoder_num_buckets", "encoder_reuse_attention", "encoder_reuse_softmax",
+)  # fmt: skip
+
+
+def read_latency(path: Path) -> LatencyTable:
+    """The table in a file.
+
+    Raises:
+        UserError: no such file, or another kind.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such latency table; make it with python -m evaluation.latency TEACHER --out {path}"
+        )
+    if path.stat().st_size > MAX_TABLE_BYTES:
+        raise UserError(f"{path}: too large for a latency table")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    return LatencyTable(content, path)
+
+
+def interpolate(units: Tensor, ms: Tensor, at: Tensor | float) -> Tensor:
+    """Straight lines between what was measured and beyond it, never negative; differentiable in ``at``.
+
+    Args:
+        units: [K] ascending.
+        ms: [..., K] at these.
+        at: a number of units, scalar.
+
+    Returns:
+        [...].
+    """
+    if len(units) == 1:
+        return ms[..., 0]
+    at = torch.as_tensor(at, dtype=units.dtype, device=units.device)
+    cell = (units[1:-1] <= at).sum()
+    ends = torch.stack([cell, cell + 1])  # to index with a scalar would wait for a GPU
+    low, high = units.index_select(0, ends).unbind()
+    first, last = ms.index_select(-1, ends).unbind(-1)
+    return (first + (last - first) * (at - low) / (high - low)).clamp(min=0)
+
+
+class Curve(nn.Module):
+    """Times over a number of units.
+
+    Args:
+        entry: of the table, ``{"units": [K], "ms": [K]}``.
+        from_zero: begin at 0 units, by the line through the first two sizes.
+    """
+
+    units: Tensor
+    ms: Tensor
+
+    def __init__(self, entry: Any, from_zero: bool = False) -> None:
+        super().__init__()
+        units, ms = _numbers(entry["units"]), _numbers(entry["ms"])
+        _check(units, ms)
+        if from_zero:
+            base = interpolate(units, ms, 0).minimum(ms[0])
+            units, ms = (
+                torch.cat([first[None], rest]) for first, rest in ((torch.zeros_like(base), units), (base, ms))
+            )
+        self.register_buffer("units", units, persistent=False)
+        self.register_buffer("ms", ms, persistent=False)
+
+    def forward(self, units: Tensor | float) -> Tensor:
+        """Milliseconds of a number of units."""
+        return interpolate(self.units, self.ms, units)
+
+    def expected(self, units: Tensor | float, exists: Tensor | float) -> Tensor:
+        """Milliseconds of a block with an expected number of units that exists with a probability.
+
+        What the curve has at 0 units is what the block takes as soon as it has one.
+        """
+        return self(units) - self.ms[0] + exists * self.ms[0]
+
+
+class Surface(nn.Module):
+    """Times over input and output channels.
+
+    Args:
+        entry: of the table, ``{"inputs": [I], "units": [K], "ms": [I][K]}``.
+    """
+
+    inputs: Tensor
+    units: Tensor
+    ms: Tensor
+
+    def __init__(self, entry: Any) -> None:
+        super().__init__()
+        inputs, units, ms = (_numbers(entry[key]) for key in ("inputs", "units", "ms"))
+        _check(units, ms)
+        _check(inputs, ms.t())
+        self.register_buffer("inputs", inputs, persistent=False)
+        self.register_buffer("units", units, persistent=False)
+        self.register_buffer("ms", ms, persistent=False)
+
+    def forward(self, num_in: Tensor | float, num_out: Tensor | float) -> Tensor:
+        """Milliseconds of a convolution with so many input and output channels."""
+        return interpolate(self.units, interpolate(self.inputs, self.ms.t(), num_in), num_out)
+
+
+def _numbers(values: Any) -> Tensor:
+    numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
+    if not numbers.isfinite().all() or (numbers < 0).any():
+        raise ValueError
+    return numbers
+
+
+def _check(units: Tensor, ms: Tensor) -> None:
+    """Raises ValueError, unless there is a time for every size, and sizes ascend."""
+    if units.dim() != 1 or not len(units) or ms.shape[-1] != len(units) or (units.diff() <= 0).any():
+        raise ValueError
+
+
+def _by_layer(entries: Any) -> nn.ModuleDict:
+    """Curves by the layers that they hold for."""
+    found: dict[str, nn.Module] = {}
+    for entry in entries:
+        curve = Curve(entry, from_zero=True)
+        found |= {str(int(layer)): curve for layer in entry["layers"]}
+    return nn.ModuleDict(found)
+
+
+class LatencyTable(nn.Module):
+    """Milliseconds of a model, from those of its blocks.
+
+    Args:
+        content: of the file.
+        source: the file, for messages.
+
+    Raises:
+        UserError: it is none.
+    """
+
+    def __init__(self, content: Any, source: object) -> None:
+        super().__init__()
+        self.content, self.source = content, source
+        try:
+            self.config: dict[str, Any] = dict(content["config"])
+            self.seconds, self.fixed = _numbers([content["seconds"], content["fixed"]]).tolist()
+            self.conv = nn.ModuleList([Surface(entry) for entry in content["conv"]])
+            self.projection = Curve(content["projection"])
+            self.attention = _by_layer(content["attention"])
+            self.feed_forward = _by_layer(content["feed_forward"])
+            shapes = architecture(self.config)
+            complete = len(self.conv) == len(shapes.conv) and all(
+                str(layer) in blocks or not units
+                for blocks, layers in ((self.attention, shapes.heads), (self.feed_forward, shapes.interm))
+                for layer, units in enumerate(layers)
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            complete = False
+        if not complete:
+            raise UserError(f"{source}: not a latency table, or damaged; {MEASURE}")
+
+    def check(self, model: Wav2Vec2Model) -> None:
+        """Look whether the blocks of a model are those that were measured, or have fewer units.
+
+        Raises:
+            UserError: they are not.
+        """
+        own, other = self.config, model.config
+        differ = [f"{key} {own.get(key)}, not {other.get(key)}" for key in FRAME if own.get(key) != other.get(key)]
+        strides = [[list(layer[1:]) for layer in config["extractor_conv_layer_config"]] for config in (own, other)]
+        if strides[0] != strides[1]:
+            differ.append("other kernels or strides")
+        if not differ:
+            measured, found = architecture(own), architecture(other)
+            for what in ("conv", "heads", "interm"):
+                sizes, wanted = getattr(measured, what), getattr(found, what)
+                if any(n > most for n, most in zip(wanted, sizes)):
+                    differ.append(f"{what} of {sizes}, not {wanted}")
+        if differ:
+            raise UserError(f"{self.source} is of another model ({'; '.join(differ)}): {MEASURE}")
+
+    def forward(self, model: Wav2Vec2Model, alive: Alive | None = None) -> Tensor:
+        """Expected milliseconds as a float64 scalar, differentiable in every ``log_alpha``.
+
+        At 0/1 masks it is what the table says of the pruned model. In between the straight lines are taken at the
+        expected numbers of units, and what a block takes by itself counts with the probability that it exists.
+        """
+        alive = alive or alive_probabilities(model.masks().values())
+        channels = model.feature_extractor.num_live(alive)
+        attention, feed_forward = cast(dict[str, Curve], self.attention), cast(dict[str, Curve], self.feed_forward)
+        total = self.projection(channels[-1]) + self.fixed
+        for surface, num_in, num_out in zip(self.conv, [1, *channels], channels):
+            total = total + surface(num_in, num_out)
+        transformer = model.encoder.transformer
+        for i, (layer, source) in enumerate(zip(transformer.layers, transformer.attention_sources())):
+            if layer.attention is not None and source is not None and layer.attention.num_heads:
+                total = total + attention[str(i)].expected(*layer.attention.num_live(alive, source))
+            if layer.feed_forward is not None:
+                total = total + feed_forward[str(i)].expected(*layer.feed_forward.num_live(alive))
+        return total

@@ -1,0 +1,208 @@
+"""What the blocks of a model take on a machine, at many sizes: measured in whole models, each block where it stands."""
+
+import contextlib
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from distillation.journal import Journal
+from distillation.sparsity import PruningConfig, make_prunable
+from distillation.students import evenly_spaced
+from wav2vec2 import Wav2Vec2Model, prune
+from wav2vec2.architecture import Architecture, architecture
+from wav2vec2.feature_extractor import SAMPLE_RATE
+from wav2vec2.pruning import Survivors
+
+NUM_LEVELS = 5  # sizes of a conv layer; a prime, so that designs() meets every pair of neighbours' sizes
+CONV_SHARES = (1 / 16, 1 / 4, 1 / 2, 3 / 4, 1)
+FFN_SHARES = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)
+MOST_HEADS = 8  # more are not all measured
+NUM_CHECKS = 20
+RUNS = 2  # timed of each visit, after one that warms up; the faster counts
+WHOLE = "whole"  # the name of the time of the whole model, beside those of its blocks
+Sizes = dict[str, int]  # units by mask
+
+
+def levels(num_units: int, shares: Sequence[float], multiple_of: int) -> list[int]:
+    """Sizes to measure, ascending: odd ones, as pruning leaves them, unless it is to keep multiples."""
+    found = []
+    for share in shares:
+        size = round(share * num_units)
+        if share < 1 and multiple_of == 1:
+            size -= (size > 16) and 1 - size % 2
+        elif share < 1:
+            size -= size % multiple_of
+        found.append(min(num_units, max(multiple_of, size)))
+    return found
+
+
+def designs(masked: Wav2Vec2Model, multiple_of: int) -> list[Sizes]:
+    """Sizes of the models that the table is made from: every pair of sizes of neighbouring conv layers is among them.
+
+    Layer i has the level a + i b modulo a prime in model (a, b), so for two neighbours all pairs come about.
+    """
+    found = []
+    masks = masked.masks()
+    for number in range(NUM_LEVELS**2):
+        a, b = divmod(number, NUM_LEVELS)
+        sizes = {}
+        for name, mask in masks.items():
+            layer = int(name.split("layers.")[1].split(".")[0])
+            if name.startswith("feature_extractor"):
+                sizes[name] = levels(len(mask), CONV_SHARES, multiple_of)[(a + layer * b) % NUM_LEVELS]
+            elif name.endswith("heads"):
+                count = min(len(mask), MOST_HEADS)
+                sizes[name] = round(1 + (number + layer) % count * (len(mask) - 1) / max(1, count - 1))
+            else:
+                sizes[name] = levels(len(mask), FFN_SHARES, multiple_of)[(number + 2 * layer) % len(FFN_SHARES)]
+        found.append(sizes)
+    return found
+
+
+def at_random(masked: Wav2Vec2Model, multiple_of: int, seed: int) -> Sizes:
+    """Sizes of a model that the table was not made from; blocks without a unit are among them."""
+    chance, sizes = random.Random(seed), {}
+    for name, mask in masked.masks().items():
+        n = len(mask)
+        if name.endswith("heads"):
+            sizes[name] = chance.randint(0, n)
+        else:
+            least = n // 8 if name.startswith("feature_extractor") else 0
+            size = chance.randint(max(least, 1), n)
+            sizes[name] = max(min(n, multiple_of), size - size % multiple_of)
+    return sizes
+
+
+def with_masks(model: Wav2Vec2Model) -> Wav2Vec2Model:
+    """The same network with masks over channels, heads and FFN units."""
+    return make_prunable(model, PruningConfig()).eval()
+
+
+def survivors(masked: Wav2Vec2Model, sizes: Sizes) -> Survivors:
+    """So many units of every mask."""
+    return {mask: evenly_spaced(len(mask), sizes[name]) for name, mask in masked.masks().items()}
+
+
+def cut(masked: Wav2Vec2Model, sizes: Sizes) -> Wav2Vec2Model:
+    """The dense model of these sizes."""
+    return prune(masked, survivors(masked, sizes))[0]
+
+
+class Watch:
+    """Milliseconds of a forward pass and of its blocks, each where it stands.
+
+    Args:
+        model: dense, in eval mode.
+        blocks: whether to look at the blocks, or at the whole alone.
+    """
+
+    def __init__(self, model: Wav2Vec2Model, blocks: bool) -> None:
+        self.model, self.blocks = model, blocks_of(model) if blocks else {}
+        self.on_gpu = model.feature_extractor.dummy_weight.is_cuda
+        self.marks: dict[str, list[Any]] = {}
+
+    def _mark(self, name: str) -> None:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.setdefault(name, []).append(event)
+        else:
+            self.marks.setdefault(name, []).append(time.perf_counter())
+
+    @torch.inference_mode()
+    def __call__(self, waveforms: Tensor) -> dict[str, float]:
+        """Run once."""
+        self.marks = {}
+        with contextlib.ExitStack() as stack:
+            for name, block in self.blocks.items():
+                stack.callback(block.register_forward_pre_hook(lambda *_, name=name: self._mark(name)).remove)
+                stack.callback(block.register_forward_hook(lambda *_, name=name: self._mark(name)).remove)
+            self._mark(WHOLE)
+            self.model.extract_features(waveforms)
+            self._mark(WHOLE)
+        for name, after in itertools.pairwise(
+            list(self.marks)
+        ):  # what a convolution frees when it is done is its own, too
+            if name.startswith("conv."):
+                self.marks[name][1] = self.marks[after][0]
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            return {name: begin.elapsed_time(end) for name, (begin, end) in self.marks.items()}
+        return {name: 1000 * (end - begin) for name, (begin, end) in self.marks.items()}
+
+
+def blocks_of(model: Wav2Vec2Model) -> dict[str, nn.Module]:
+    """What has a time of its own in the table."""
+    found: dict[str, nn.Module] = {f"conv.{i}": layer for i, layer in enumerate(model.feature_extractor.conv_layers)}
+    found["projection"] = model.encoder.feature_projection
+    for i, layer in enumerate(model.encoder.transformer.layers):
+        for name in ("attention", "feed_forward"):
+            block = getattr(layer, name)
+            if block is not None:
+                found[f"{name}.{i}"] = block
+    return found
+
+
+@dataclass
+class Sample:
+    """What a model of some sizes takes.
+
+    Attributes:
+        sizes: units by mask.
+        found: units by layer.
+        ms: medians over the visits, of the whole and of the blocks where they were timed.
+    """
+
+    sizes: Sizes
+    found: Architecture
+    ms: dict[str, float]
+
+
+def visit(masked: Wav2Vec2Model, sizes: Sizes, blocks: bool, device: str, seconds: float) -> dict[str, float]:
+    """Build a model, warm it up, and time it."""
+    model = cut(masked, sizes).to(device)
+    generator = torch.Generator().manual_seed(0)
+    waveforms = torch.randn(1, round(seconds * SAMPLE_RATE), generator=generator).to(device)
+    watch = Watch(model, blocks)
+    watch(waveforms)
+    return min((watch(waveforms) for _ in range(RUNS)), key=lambda run: run[WHOLE])
+
+
+def measure(
+    model: Wav2Vec2Model, device: str, seconds: float, rounds: int, multiple_of: int, known: Journal | dict[str, Any]
+) -> tuple[list[Sample], list[Sample]]:
+    """Times of the models that the table is made from, and of those that it is tried on; the first of these is whole.
+
+    Args:
+        model: dense; stays on the CPU.
+        device: to measure on.
+        seconds: of audio, one utterance.
+        rounds: visits to each model.
+        multiple_of: of the sizes.
+        known: keeps the visits, and spares those that it has.
+    """
+    masked = with_masks(model)
+    whole = {name: len(mask) for name, mask in masked.masks().items()}
+    plans = [(sizes, True) for sizes in designs(masked, multiple_of)]
+    plans += [(sizes, False) for sizes in (whole, *(at_random(masked, multiple_of, i) for i in range(NUM_CHECKS)))]
+    visits = [(i, number) for number in range(rounds)
+              for i in random.Random(number).sample(range(len(plans)), len(plans))]  # fmt: skip
+    for i, number in tqdm(visits, desc="latency", unit="run", dynamic_ncols=True):
+        key = f"model {i}, visit {number}"
+        if key not in known:
+            known[key] = visit(masked, plans[i][0], plans[i][1], device, seconds)
+    samples = []
+    for i, (sizes, _) in enumerate(plans):
+        times = [known[f"model {i}, visit {number}"] for number in range(rounds)]
+        ms = {name: statistics.median(visit[name] for visit in times) for name in times[0]}
+        samples.append(Sample(sizes, architecture(cut(masked, sizes).config), ms))
+    designed = NUM_LEVELS**2
+    return samples[:designed], samples[designed:]

@@ -34,7 +34,7 @@ def main() -> None:
     identity = step_1_identity(recipe, content, None if recipe.student_ckpt is None else start)
     student = make_prunable(start, recipe.pruning)
     if recipe.pruning.units:
-        check_budget(student, make_budget(recipe.pruning, teacher), recipe.pruning.units)
+        check_budget(student, make_budget(recipe.pruning, teacher), recipe.pruning)
     with run_lock(recipe.exp_dir, owner=is_first_process()):
         run = open_run(recipe.exp_dir, identity, recipe.continue_with_changes)
         optim = run.resolve(recipe.optim, data.updates_of)

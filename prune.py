@@ -77,6 +77,8 @@ def run(distilled_ckpt: Path, out: Path | None, wanted: Wanted) -> None:
     budget, multiple_of = wanted.budget(trained), wanted.multiple_of
     if multiple_of is None:
         multiple_of = 1 if wanted.faithful else pruning_setting(distilled.recipe, "multiple_of", 1)
+    if multiple_of < 1:
+        raise UserError(f"--multiple_of {multiple_of}: it must be at least 1")
     if wanted.faithful and multiple_of != 1:
         raise UserError("--faithful keeps the rule per layer: leave --multiple_of out")
     cost = budget.cost
@@ -118,7 +120,7 @@ def main() -> None:
     parser.add_argument("--faithful", action="store_true", help="Keep the released system's rounding per layer.")
     parser.add_argument("--target_sparsity", type=float | None, help="Share of the teacher's cost to remove.")
     parser.add_argument(
-        "--target", type=str | None, help="What is to stay instead, with its unit: 23.6M, 500GMACs, 35ms."
+        "--target", type=str | None, help="What is to stay instead, in the run's measure: 23.6M, 9GMACs, 35ms."
     )
     parser.add_argument("--multiple_of", type=int | None, help="Keep multiples of the FFN units and conv channels: 8.")
     parser.add_argument("--unfinished", action="store_true", help="Prune a run of step 1 before its end.")

@@ -187,10 +187,10 @@ def parse_target(text: str, cost: str, name: str) -> float:
     Raises:
         UserError: no such number, or a unit that is missing or another cost's.
     """
-    found = re.fullmatch(r"\s*(\d[\d,_]*(?:\.\d+)?)\s*([kMGT]?)\s*(params|parameters|MACs|ms|)\s*", text)
+    found = re.fullmatch(r" *(\d[\d,_]*(?:\.\d+)?) *([kMGT]?) *(params|parameters|MACs|ms|) *", text)
     number = float(re.sub("[,_]", "", found[1])) if found else 0.0
     if found is None or number <= 0 or (found[3] == "ms" and found[2]):
-        raise UserError(f"{name} is {text}: write a number with its unit, such as {EXAMPLES}")
+        raise UserError(f"{name} is {text!r}: write a number with its unit, such as {EXAMPLES}")
     of = {"params": "params", "parameters": "params", "MACs": "macs", "ms": "milliseconds", "": None}[found[3]]
     if of is None and (cost != Parameters.name or not found[2]):
         raise UserError(f"{name} is {text}, and its unit is missing: write {EXAMPLES}")

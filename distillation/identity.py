@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from distillation.budget import Milliseconds
+from distillation.budget import Milliseconds, MultiplyAccumulates
 from distillation.config import Recipe, flat_settings
 from distillation.data.manifest import Manifest
 from distillation.errors import UserError
@@ -78,8 +78,11 @@ def step_1_identity(recipe: Recipe, content: Settings, start: Wav2Vec2Model | No
     settings = flat_settings(recipe)
     if not recipe.pruning.units:
         settings = {k: v for k, v in settings.items() if not k.startswith("pruning.") or k == "pruning.units"}
-    elif recipe.pruning.target is not None:
-        settings["pruning.target_sparsity"] = None
+    else:
+        if recipe.pruning.target is not None:
+            settings["pruning.target_sparsity"] = None
+        if recipe.pruning.cost != MultiplyAccumulates.name:
+            settings["pruning.macs_seconds"] = None
     if start is not None:
         settings = {k: v for k, v in settings.items() if not k.startswith("student.")}
     content = content | {STUDENT: None if start is None else fingerprint(start)} | _latency_table(recipe)

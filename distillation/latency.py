@@ -90,9 +90,11 @@ class Curve(nn.Module):
 
     def __init__(self, entry: Any, from_zero: bool = False) -> None:
         super().__init__()
-        units, ms = _numbers(entry["units"]), _numbers(entry["ms"])
+        units, ms = _numbers(entry["units"], 1), _numbers(entry["ms"], 1)
         _check(units, ms)
-        if from_zero:
+        if not units[-1] > 0:
+            raise ValueError
+        if from_zero and units[0] > 0:
             base = interpolate(units, ms, 0).minimum(ms[0])
             units, ms = (
                 torch.cat([first[None], rest]) for first, rest in ((torch.zeros_like(base), units), (base, ms))
@@ -125,7 +127,7 @@ class Surface(nn.Module):
 
     def __init__(self, entry: Any) -> None:
         super().__init__()
-        inputs, units, ms = (_numbers(entry[key]) for key in ("inputs", "units", "ms"))
+        inputs, units, ms = _numbers(entry["inputs"], 1), _numbers(entry["units"], 1), _numbers(entry["ms"], 2)
         _check(units, ms)
         _check(inputs, ms.t())
         self.register_buffer("inputs", inputs, persistent=False)
@@ -137,16 +139,20 @@ class Surface(nn.Module):
         return interpolate(self.units, interpolate(self.inputs, self.ms.t(), num_in), num_out)
 
 
-def _numbers(values: Any) -> Tensor:
-    numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
-    if not numbers.isfinite().all() or (numbers < 0).any():
+def _numbers(values: Any, dims: int) -> Tensor:
+    """Float64 with so many dimensions, none negative; ValueError or TypeError for anything else."""
+    try:
+        numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
+    except (OverflowError, RuntimeError):
+        raise ValueError from None
+    if numbers.dim() != dims or not numbers.isfinite().all() or (numbers < 0).any():
         raise ValueError
     return numbers
 
 
 def _check(units: Tensor, ms: Tensor) -> None:
     """Raises ValueError, unless there is a time for every size, and sizes ascend."""
-    if units.dim() != 1 or not len(units) or ms.shape[-1] != len(units) or (units.diff() <= 0).any():
+    if not len(units) or ms.shape[-1] != len(units) or (units.diff() <= 0).any():
         raise ValueError
 
 
@@ -175,7 +181,7 @@ class LatencyTable(nn.Module):
         self.content, self.source = content, source
         try:
             self.config: dict[str, Any] = dict(content["config"])
-            self.seconds, self.fixed = _numbers([content["seconds"], content["fixed"]]).tolist()
+            self.seconds, self.fixed = _numbers([content["seconds"], content["fixed"]], 1).tolist()
             self.conv = nn.ModuleList([Surface(entry) for entry in content["conv"]])
             self.projection = Curve(content["projection"])
             self.attention = _by_layer(content["attention"])

@@ -287,7 +287,7 @@ def _check_models(plan: Plan) -> None:
         plan.sizes = before, count_params(student) - sum(map(len, student.masks().values())), heads.num_params()
     if recipe.pruning.units:
         plan.budget = make_budget(recipe.pruning, teacher)
-        check_budget(student, plan.budget, recipe.pruning.units)
+        check_budget(student, plan.budget, recipe.pruning)
 
 
 def save_recipe(plan: Plan) -> None:

@@ -22,6 +22,7 @@ from distillation.latency import read_latency
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import add_masks
 from wav2vec2.feature_extractor import SAMPLE_RATE
+from wav2vec2.hardconcrete import HardConcrete
 
 MACS_SECONDS = 10.0  # of the utterance whose multiply-accumulates a share is of
 
@@ -44,7 +45,7 @@ class PruningConfig:
     """What the budget is of: parameters, multiply-accumulates, or time on the machine of a latency table."""
     target_sparsity: float = 0.75
     """Share of the teacher's cost to remove, in [0, 1)."""
-    target: str | None = None
+    target: str | int | float | None = None
     """What is to stay instead, with its unit: 23.6M (parameters), 500GMACs or 35ms; target_sparsity is then not
     used."""
     macs_seconds: float | None = None
@@ -74,8 +75,9 @@ class PruningConfig:
             raise UserError(f"pruning.units is {self.units}: name each unit once")
         require(self, "pruning.", "lie in [0, 1)", lambda value: 0 <= value < 1, "target_sparsity")
         require(self, "pruning.", "be at least 1", lambda value: value >= 1, "multiple_of")
-        require(self, "pruning.", "be a positive number", lambda value: 0 < value < math.inf, "macs_seconds")
+        require(self, "pruning.", "lie in [0.1, 86400]", lambda value: 0.1 <= value <= 86400, "macs_seconds")
         if self.target is not None:
+            self.target = str(self.target)
             parse_target(self.target, self.cost, "pruning.target")
         if self.cost == "milliseconds" and self.latency is None and self.units:
             raise UserError(
@@ -119,9 +121,11 @@ def make_budget(config: PruningConfig, teacher: Wav2Vec2Model) -> Budget:
         table.check(teacher)
         cost = Milliseconds(table)
     before = cost(teacher).item()
+    if not before > 0:
+        raise UserError(f"{config.latency}: by this table the teacher takes no time")
     if config.target is None:
         return Budget.of_share(cost, before, config.target_sparsity)
-    target = parse_target(config.target, config.cost, "pruning.target")
+    target = parse_target(str(config.target), config.cost, "pruning.target")
     if target >= before:
         raise UserError(
             f"pruning.target is {config.target}: the teacher has {cost.text(before)}, there is nothing to prune"
@@ -130,23 +134,29 @@ def make_budget(config: PruningConfig, teacher: Wav2Vec2Model) -> Budget:
 
 
 @torch.no_grad()
-def check_budget(student: Wav2Vec2Model, budget: Budget, units: list[str]) -> None:
+def check_budget(student: Wav2Vec2Model, budget: Budget, config: PruningConfig) -> None:
     """Look before training whether the units of the recipe can give its budget.
 
     Args:
         student: with masks.
         budget: of :func:`make_budget`.
-        units: of the recipe.
+        config: of the recipe.
 
     Raises:
         UserError: more stays when all of these units are gone.
     """
     cost, before = budget.cost, budget.before
-    least = cost(student, lambda mask: torch.zeros(len(mask), dtype=torch.float64)).item()
+
+    def fewest(mask: HardConcrete) -> Tensor:
+        kept = torch.zeros(len(mask), dtype=torch.float64)
+        kept[: config.multiple_of if mask.min_live else 0] = 1
+        return kept
+
+    least = cost(student, fewest).item()
     if budget.target < least:
         raise UserError(
             f"the target is {cost.text(budget.target)}, a sparsity of {budget.sparsity:.4f}: without any "
-            f"{', '.join(units)} units {cost.text(least)} of {cost.text(before)} stay, a sparsity of "
+            f"{', '.join(config.units)} units {cost.text(least)} of {cost.text(before)} stay, a sparsity of "
             f"{budget.sparsity_of(least):.4f}"
         )
 

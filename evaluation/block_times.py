@@ -68,7 +68,7 @@ def designs(masked: Wav2Vec2Model, multiple_of: int) -> list[Sizes]:
 
 
 def at_random(masked: Wav2Vec2Model, multiple_of: int, seed: int) -> Sizes:
-    """Sizes of a model that the table was not made from; blocks without a unit are among them."""
+    """Sizes of a model that the table was not made from; attention blocks without a head are among them."""
     chance, sizes = random.Random(seed), {}
     for name, mask in masked.masks().items():
         n = len(mask)

@@ -9,7 +9,15 @@ from typing import Any, Literal
 
 from distillation.config import Recipe, flat_settings
 from distillation.training.record import Record, Settings, differences
-from evaluation.report_data import Effort, Page, compare_with_teacher, made_with, measure_models, set_teacher
+from evaluation.report_data import (
+    Effort,
+    Page,
+    compare_with_teacher,
+    made_with,
+    measure_models,
+    predict_latency,
+    set_teacher,
+)
 from evaluation.subjects import TEACHER, HashedFile, Step, Subject
 from wav2vec2.checkpoint import fingerprint, load_checkpoint
 
@@ -37,6 +45,7 @@ class Comparison(Page):
     groups: list[Group] = field(default_factory=list)
     quality: Literal["loss", "distance"] | None = None  # what is comparable; the distance is 1 - cosine over all layers
     one_objective: bool = False  # of all runs
+    costs: list[str] = field(default_factory=list)  # what the runs were pruned by
     steps: dict[str, list[Step]] = field(default_factory=dict)  # by run, with CURVES alone
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # those that differ: name -> run -> value
 
@@ -76,6 +85,7 @@ def compare(subjects: Sequence[Subject], files: list[HashedFile], effort: Effort
     page.settings = differing({subject.name: subject.settings for subject in subjects if subject.settings})
     objectives = {_as_text(flat_settings(recipe.objective)) for recipe in recipes.values()}
     page.one_objective = len(objectives) == 1 and len(recipes) == len(page.runs)
+    page.costs = list(dict.fromkeys(subject.pruning.cost for subject in subjects if subject.pruning is not None))
     for subject in subjects:
         if subject.is_run:
             page.steps[subject.name] = [
@@ -93,6 +103,11 @@ def compare(subjects: Sequence[Subject], files: list[HashedFile], effort: Effort
         page.models = measure_models({**teachers, **students}, effort)
         for model in page.models:
             model.stage = stages.get(model.name)
+        tables = [subject.latency for subject in subjects if subject.latency is not None]
+        if tables and all(table.content == tables[0].content for table in tables):
+            predict_latency(page, tables[0], {**teachers, **students})
+        elif tables:
+            page.notes.append("The runs have different latency tables: no milliseconds by them.")
         for recipe, group in gathered:
             members = {name: students[name] for name in group.members}
             set_teacher(page, group.teacher, members)
@@ -140,7 +155,7 @@ def _fits(path: Path, wanted: Settings) -> bool:
 
 
 def _choose_quality(page: Comparison) -> None:
-    """What is drawn against size, with a word on what cannot be compared."""
+    """What is drawn against costs, with a word on what cannot be compared."""
     compared = {name for group in page.groups for name in group.members}
     held_out = [model for model in page.models if model.name in compared and model.held_out is not None]
     if len(page.groups) == 1 and compared.issuperset(page.runs) and any(m.loss is not None for m in held_out):
@@ -156,7 +171,7 @@ def _choose_quality(page: Comparison) -> None:
         if len({group.data for group in page.groups}) > 1:
             page.notes.append("The distances are not all computed on the same audio.")
     if page.groups and page.quality is None:
-        page.notes.append("No quality against size: no model has a loss or a distance to the teacher.")
+        page.notes.append("No quality against cost: no model has a loss or a distance to the teacher.")
     without = [name for name in page.students if name not in compared]
     if page.groups and without:
         page.notes.append(

@@ -4,11 +4,11 @@ What the page says is chosen and formatted here; its markup is compare.html.jinj
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from evaluation.compare_data import Comparison
-from evaluation.report_page import MINUS, UNITS, layer_charts, millions, outline_of, table_rows
+from evaluation.report_page import COSTS, DEVICES, MINUS, UNITS, layer_charts, millions, outline_of, table_rows
 from evaluation.subjects import ONE_STEP, STEP_1, STEP_2, Curve
 from evaluation.svg import TEMPLATES, Series, bar_chart, line_chart
 
@@ -49,27 +49,35 @@ def _summary(page: Comparison) -> str:
 
 
 def _quality(page: Comparison, colors: dict[str, int | None]) -> list[str]:
-    """Charts of what the models are worth against their size: the loss and its terms, or the distance."""
-    sizes = {model.name: model.cost.num_params / 1e6 for model in page.models}
+    """Charts of what the models are worth: the loss or the distance against every cost, loss terms against size."""
 
-    def chart(title: str, values: dict[str, float | None], unit: str) -> str:
-        known = {name: value for name, value in values.items() if value is not None}
-        reach = max(sizes[name] for name in colors if page.quality_of(name) is not None)
-        dots = [Series(name, [(sizes[name], value)], colors[name]) for name, value in known.items()]
-        family = sorted((sizes[name], known[name]) for name in page.runs if name in known)
+    def chart(title: str, values: Mapping[str, float | None], unit: str, x_label: str) -> str:
+        at = costs[x_label]
+        known = {name: value for name, value in values.items() if value is not None and name in at}
+        reach = max((at[name] for name in at if page.quality_of(name) is not None), default=None)
+        dots = [Series(name, [(at[name], value)], colors[name]) for name, value in known.items()]
+        family = sorted((at[name], known[name]) for name in page.runs if name in known)
         joined = [Series("", family, color=None)] if page.one_objective and len(family) > 1 else []
-        return line_chart(title, joined + dots, x_label="parameters, M", unit=unit, x_reach=reach, legend=False)
+        return line_chart(title, joined + dots, x_label=x_label, unit=unit, x_reach=reach, legend=False)
 
     if page.quality is None:
         return []
+    size = "parameters, M"
+    costs = {size: {model.name: model.cost.num_params / 1e6 for model in page.models}}
+    costs["GMACs, 10 s"] = {model.name: model.cost.macs_10s / 1e9 for model in page.models}
+    for device, label in DEVICES:
+        speeds = {model.name: model.speed(device) for model in page.models}
+        costs[f"{label} milliseconds, 10 s"] = {name: s.milliseconds for name, s in speeds.items() if s is not None}
+    costs[f"milliseconds by {page.latency}"] = {m.name: m.table_ms for m in page.models if m.table_ms is not None}
     title = "Held-out loss" if page.quality == "loss" else f"1 {MINUS} cosine similarity, mean over layers"
-    charts = [chart(title, {model.name: page.quality_of(model.name) for model in page.models}, "lower is better")]
+    quality = {model.name: page.quality_of(model.name) for model in page.models}
+    charts = [chart(title, quality, "lower is better", x_label) for x_label in costs]
     if page.quality == "loss":
         held_out = {model.name: model.held_out for model in page.models if model.held_out is not None}
         for term in dict.fromkeys(term for distance in held_out.values() for term in distance.terms):
             values = {name: distance.terms.get(term) for name, distance in held_out.items()}
-            charts.append(chart(f"Loss term {term}", values, "unweighted"))
-    return charts
+            charts.append(chart(f"Loss term {term}", values, "unweighted", size))
+    return [chart for chart in charts if chart]
 
 
 def _architecture(page: Comparison, colors: dict[str, int | None]) -> list[tuple[str, list[str]]]:
@@ -92,6 +100,7 @@ def _architecture(page: Comparison, colors: dict[str, int | None]) -> list[tuple
 def _training(page: Comparison, colors: dict[str, int | None]) -> list[tuple[str, list[str]]]:
     """Per training step the charts of all runs that have it."""
     found = []
+    of = f"the teacher's {COSTS[page.costs[0]][0]}" if len(page.costs) == 1 else "each run's own cost"
     for name in (STEP_1, STEP_2, ONE_STEP):
         curves = {run: step.curves for run, steps in page.steps.items() for step in steps if step.name == name}
 
@@ -103,7 +112,8 @@ def _training(page: Comparison, colors: dict[str, int | None]) -> list[tuple[str
             line_chart("Distillation loss", lines("valid/distill", markers=True), x_label="update", unit="held out",
                        legend=False),
             line_chart("Sparsity", lines("sparsity/target", dashed=True) + lines("sparsity/expected"),
-                       x_label="update", unit="dashed: its target", from_zero=True, legend=False),
+                       x_label="update", unit=f"share of {of}; dashed: its target", from_zero=True,
+                       legend=False),
         ]  # fmt: skip
         if any(charts):
             found.append((name, [chart for chart in charts if chart]))

@@ -44,6 +44,10 @@ class Speed:
     batch: int  # utterances
     real_time_factor: float  # computing seconds per second of audio, all utterances together
     peak_bytes: int | None  # weights and activations; None where the system does not tell
+    milliseconds: float = field(init=False)  # of all utterances together
+
+    def __post_init__(self) -> None:
+        self.milliseconds = 1000 * self.real_time_factor * self.seconds * self.batch
 
 
 @dataclass

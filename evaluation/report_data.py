@@ -15,9 +15,11 @@ import torch
 
 from distillation.config import Recipe
 from distillation.errors import UserError
+from distillation.latency import LatencyTable
+from distillation.sparsity import PruningConfig, make_budget
 from evaluation.cost import Cost, Speed, measure
 from evaluation.held_out import Distance, HeldOut, evaluate, floor_of
-from evaluation.subjects import STEP_1, TEACHER, HashedFile, Step, Subject
+from evaluation.subjects import TEACHER, HashedFile, Step, Subject
 from evaluation.tables import format_table
 from wav2vec2 import prune
 from wav2vec2.architecture import Architecture, architecture
@@ -56,6 +58,7 @@ class ModelReport:
     teacher: str | None = None  # name of the model that it is compared with
     sparsity: float | None = None  # share of the teacher's parameters that it lacks
     held_out: Distance | None = None
+    table_ms: float | None = None  # milliseconds by the latency table of the page
 
     @property
     def loss(self) -> float | None:
@@ -68,6 +71,19 @@ class ModelReport:
 
 
 @dataclass
+class BudgetReport:
+    """What a run was pruned to, and what came out: numbers of the cost, in parameters, MACs or milliseconds."""
+
+    cost: str
+    before: float  # of the teacher
+    target: float
+    sparsity: float
+    reached: float  # of the last model
+    unit: str  # for people
+    text: str
+
+
+@dataclass
 class Page:
     """What the pages about one argument and about several have in common."""
 
@@ -77,6 +93,7 @@ class Page:
     files: list[HashedFile] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: versions())
     notes: list[str] = field(default_factory=list)  # what is missing, and why
+    latency: str | None = None  # the table that predicts milliseconds, and their utterance
     incomplete: bool = False  # audio could not be read: worth another try with the same files
 
     def model(self, name: str | None) -> ModelReport | None:
@@ -94,6 +111,7 @@ class Report(Page):
 
     held_out_data: str | None = None
     target_sparsity: float | None = None
+    budget: BudgetReport | None = None
     steps: list[Step] = field(default_factory=list)
     config: str | None = None  # resolved YAML
 
@@ -142,11 +160,15 @@ def collect(subject: Subject, files: list[HashedFile], effort: Effort) -> Report
         notes=list(subject.notes), steps=subject.steps, config=subject.config,
     )  # fmt: skip
     recipe, teacher = subject.recipe, subject.teacher
-    if recipe is not None and subject.steps[0].name == STEP_1:
-        report.target_sparsity = recipe.pruning.target_sparsity
+    if subject.pruning is not None and subject.pruning.target is None:
+        report.target_sparsity = subject.pruning.target_sparsity
     with subject.students() as students:
         known = {TEACHER: teacher} if teacher is not None else {}
         report.models = measure_models({**known, **students}, effort)
+        if subject.latency is not None:
+            predict_latency(report, subject.latency, {**known, **students})
+        if subject.pruning is not None and teacher is not None:
+            _set_budget(report, subject.pruning, teacher, list(students.values())[-1])
         if recipe is not None and teacher is not None:
             set_teacher(report, TEACHER, students)
             held_out = compare_with_teacher(report, recipe, (TEACHER, teacher), students, effort)
@@ -165,6 +187,52 @@ def measure_models(paths: Mapping[str, Path], effort: Effort) -> list[ModelRepor
         found = prune(model)[1] if model.masks() else model.config
         models.append(ModelReport(cost.name, cost, architecture(found)))
     return models
+
+
+def predict_latency(page: Page, table: LatencyTable, paths: Mapping[str, Path]) -> None:
+    """Fill in what a latency table says of all models; a note names those that it is not of.
+
+    Args:
+        page: has all models.
+        table: of the recipe.
+        paths: model files by name.
+    """
+    name = Path(str(table.source)).name
+    failed: dict[str, UserError] = {}
+    for entry in page.models:
+        model = load_checkpoint(paths[entry.name]).model
+        try:
+            table.check(model)
+        except UserError as error:
+            failed[entry.name] = error
+        else:
+            with torch.inference_mode():
+                entry.table_ms = table(model).item()
+                page.latency = f"{name}, {table.seconds:g} s"
+    if failed:
+        page.notes.append(f"No milliseconds by {name} for {', '.join(failed)}: {next(iter(failed.values()))}.")
+
+
+def _set_budget(report: Report, pruning: PruningConfig, teacher: Path, result: Path) -> None:
+    """Say what the last model was to cost, and what it does."""
+    entry = report.model(TEACHER)
+    assert entry is not None
+    if pruning.cost == "milliseconds" and entry.table_ms is None:
+        return  # there is a note on the table
+    with torch.inference_mode():
+        try:
+            budget = make_budget(pruning, load_checkpoint(teacher).model)
+        except UserError as error:
+            report.notes.append(f"No budget: {error}.")
+            return
+        reached = budget.cost(load_checkpoint(result).model).item()
+    cost, before, target = budget.cost, budget.before, budget.target
+    report.target_sparsity = budget.sparsity
+    text = (
+        f"Budget: {cost.text(target)} of the teacher's {cost.text(before)}, a sparsity of {budget.sparsity:.4g}; "
+        f"reached: {cost.text(reached)}"
+    )
+    report.budget = BudgetReport(cost.name, before, target, budget.sparsity, reached, cost.unit, text)
 
 
 def set_teacher(page: Page, teacher: str, students: Mapping[str, Path]) -> None:
@@ -221,10 +289,15 @@ def closing_table(models: Sequence[ModelReport]) -> str:
             f"{model.cost.num_params:,}",
             f"{model.cost.macs_10s / 1e9:.2f}",
             "-" if model.loss is None else f"{model.loss:.4f}",
-            "-" if cpu is None else f"{cpu.real_time_factor:.4f}",
+            "-" if cpu is None else format_ms(cpu.milliseconds),
         ])  # fmt: skip
-    header = ["model", "parameters", "GMACs (10 s)", "held-out loss", "CPU real-time factor"]
+    header = ["model", "parameters", "GMACs (10 s)", "held-out loss", "CPU milliseconds (10 s)"]
     return format_table(header, rows)
+
+
+def format_ms(value: float) -> str:
+    """Milliseconds, about four digits."""
+    return f"{value:,.1f}" if value >= 100 else f"{value:.2f}"
 
 
 def versions() -> dict[str, str]:

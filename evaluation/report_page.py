@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from evaluation.cost import MIB
-from evaluation.report_data import ModelReport, Page, Report
+from evaluation.report_data import BudgetReport, ModelReport, Page, Report, format_ms
 from evaluation.subjects import FINAL, PRUNED, Step
 from evaluation.svg import TEMPLATES, Series, bar_chart, line_chart
 from wav2vec2.architecture import Architecture
@@ -21,6 +21,12 @@ UNITS = (
     ("Attention heads", "heads", "Transformer layer"),
     ("Feed-forward units", "interm", "Transformer layer"),
 )
+COSTS = {
+    "params": ("parameters", "parameters, M", 1e6),
+    "macs": ("multiply-accumulates", "GMACs", 1e9),
+    "milliseconds": ("milliseconds", "ms", 1.0),
+}  # name in recipes -> (in words, unit of its chart, how many make one)
+DEVICES = (("cpu", "CPU"), ("cuda", "GPU"))
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -37,7 +43,7 @@ def render(report: Report) -> str:
         architecture=architecture,
         outlined=outlined,
         layers=_layers(report),
-        training=[(step, charts) for step in report.steps if (charts := _curves(step))],
+        training=[(step, charts) for step in report.steps if (charts := _curves(step, report.budget))],
     )
 
 
@@ -49,7 +55,8 @@ def _summary(report: Report) -> str:
     how = {PRUNED: " by distillation and pruning, without the final distillation",
            FINAL: " by joint distillation and pruning, followed by a final distillation"}.get(result.name)  # fmt: skip
     done = "compressed" if how else "distilled"
-    return f"{millions(teacher.cost.num_params)} parameters {done} to {size}{how or ''}."
+    budget = "" if report.budget is None else f" {report.budget.text}."
+    return f"{millions(teacher.cost.num_params)} parameters {done} to {size}{how or ''}.{budget}"
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
@@ -59,7 +66,7 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     if teacher is None:
         tiles = [("parameters", millions(cost.num_params)), ("MACs for 10 s of audio", f"{cost.macs_10s / 1e9:.2f} G")]
         if speed is not None:
-            tiles.append(("CPU real-time factor", _factor(speed.real_time_factor)))
+            tiles.append(("CPU milliseconds, 10 s", format_ms(speed.milliseconds)))
             if speed.peak_bytes is not None:
                 tiles.append(("memory for 10 s of audio", f"{speed.peak_bytes / MIB:.0f} MiB"))
         return tiles
@@ -67,7 +74,7 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
              ("multiply-accumulates", _change(cost.macs_10s, teacher.cost.macs_10s))]  # fmt: skip
     before = teacher.speed("cpu")
     if speed is not None and before is not None:
-        tiles.append(("speed on the CPU", f"{before.real_time_factor / speed.real_time_factor:.1f}{TIMES}"))
+        tiles.append(("CPU milliseconds, 10 s", _change(speed.milliseconds, before.milliseconds)))
     if result.loss is not None:
         best = "" if teacher.loss is None else f" (teacher {_signed(teacher.loss, 3)})"
         tiles.append((f"held-out loss{best}", _signed(result.loss, 3)))
@@ -106,19 +113,23 @@ def table_rows(page: Page, sparsity: bool = False) -> list[Row]:
     def term(name: str) -> Value:
         return lambda model: model.held_out.terms.get(name) if model.held_out else None
 
+    def faster(now: float, before: float) -> str:
+        return f"{before / now:.1f}{TIMES} faster"
+
     def mib(num_bytes: float) -> str:
         return f"{num_bytes / MIB:.1f}"
 
     row("Parameters", lambda m: m.cost.num_params, "{:,}".format, none if sparsity else _change)
     if sparsity:
-        row("Sparsity against the teacher", lambda m: m.sparsity, lambda share: percent(100 * share))
+        row("Sparsity (parameters)", lambda m: m.sparsity, lambda share: percent(100 * share))
     row("Distillation heads", lambda m: m.cost.num_head_params or None, "{:,}".format)
     row("Weights in memory, MiB", lambda m: m.cost.loaded_bytes, mib)
     row("GMACs, 10 s", lambda m: m.cost.macs_10s / 1e9, "{:.2f}".format, _change)
     row("GMACs, SUPERB protocol", lambda m: m.cost.macs_superb / 1e9, "{:.1f}".format, _change)
-    for device, label in (("cpu", "CPU"), ("cuda", "GPU")):
-        row(f"{label} real-time factor", speed(device, "real_time_factor"), _factor,
-            lambda now, before: f"{before / now:.1f}{TIMES} faster")  # fmt: skip
+    for device, label in DEVICES:
+        row(f"{label} milliseconds, 10 s", speed(device, "milliseconds"), format_ms, faster)
+    row(f"Milliseconds by {page.latency}", lambda m: m.table_ms, format_ms, faster)
+    for device, label in DEVICES:
         row(f"{label} peak memory, MiB", speed(device, "peak_bytes"), mib)
     row("Held-out loss", lambda m: m.loss, _signed)
     for name in dict.fromkeys(name for m in page.models if m.held_out for name in m.held_out.terms):
@@ -175,8 +186,13 @@ def layer_charts(models: Sequence[ModelReport], colors: Mapping[str, int | None]
     return [chart for chart in charts if chart]
 
 
-def _curves(step: Step) -> list[str]:
-    """Charts of the metrics that the step has."""
+def _curves(step: Step, budget: BudgetReport | None) -> list[str]:
+    """Charts of the metrics that the step has.
+
+    Args:
+        step: of training.
+        budget: of the run, where it is known.
+    """
     curves = step.curves
 
     def line(column: str, name: str, **style: Any) -> list[Series]:
@@ -195,22 +211,26 @@ def _curves(step: Step) -> list[str]:
     rate_lines = [Series(", ".join(groups), curves[first], color=i) for i, (first, groups) in enumerate(rates.items())]
     loss = line("train/distill", "train") + line("valid/distill", "held out", color=1, markers=True)
     sparsity = line("sparsity/expected", "expected") + line("sparsity/target", "target", color=1, dashed=True)
+    cost = next((name for name in COSTS if f"cost/{name}" in curves), "params")  # older runs have no such column
+    what, unit, scale = COSTS[cost]
+    costs = [Series("expected", [(step, value / scale) for step, value in curves.get(f"cost/{cost}", [])])]
+    if budget is not None and budget.cost == cost and costs[0].points:
+        target = [(step, budget.before * (1 - share) / scale) for step, share in curves.get("sparsity/target", [])]
+        costs.append(Series("target", target, color=1, dashed=True))
+        unit = unit if cost == "params" else budget.unit
     lambdas = line("lagrangian/lambda1", "\u03bb1") + line("lagrangian/lambda2", "\u03bb2", color=1)
     speed = line("speed/audio_seconds_per_second", "")
     chart = partial(line_chart, x_label="update")
     charts = (
         chart("Distillation loss", loss),
         chart("Loss terms", terms, unit="unweighted"),
-        chart("Sparsity", sparsity, from_zero=True),
+        chart("Sparsity", sparsity, unit=f"share of the teacher's {what} that is gone", from_zero=True),
+        chart("Expected cost", costs, unit=unit, from_zero=True),
         chart("Lagrange multipliers", lambdas),
         chart("Learning rates", rate_lines, log=True),
         chart("Throughput", speed, unit="seconds of audio per second", from_zero=True),
     )
     return [chart for chart in charts if chart]
-
-
-def _factor(value: float) -> str:
-    return f"{value:.4f}" if value >= 1e-3 else f"{value:.6f}"
 
 
 def millions(count: int) -> str:

@@ -12,8 +12,9 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,6 +23,8 @@ from distillation.config import Recipe, flat_settings, parse_recipe
 from distillation.data.manifest import read_tsv
 from distillation.distilled import read_distilled
 from distillation.errors import UserError
+from distillation.latency import LatencyTable, read_latency
+from distillation.sparsity import PruningConfig
 from distillation.training.record import RUN, Record, Settings
 from wav2vec2 import prune, save_model
 from wav2vec2.checkpoint import CheckpointError, fingerprint, load_checkpoint
@@ -68,6 +71,8 @@ class Subject:
         recipe: what the config says; None where it cannot be read.
         settings: of both steps by dotted name, those that were changed in the middle of a run with their changes.
         teacher: that the run was trained with; None where it is not there.
+        pruning: what the run was pruned by, and to what prune.py was told to; None where it was not pruned.
+        latency: table that the recipe names; None where there is none, or it is another now.
         steps: curves of a run.
         tables: files that the steps were read from.
         notes: what is missing, and why.
@@ -81,6 +86,8 @@ class Subject:
     recipe: Recipe | None = None
     settings: Settings = field(default_factory=dict)
     teacher: Path | None = None
+    pruning: PruningConfig | None = None
+    latency: LatencyTable | None = None
     steps: list[Step] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -95,6 +102,8 @@ class Subject:
         if self.recipe is not None:
             data = self.recipe.data
             found |= {name: data.tsv_dir / name for name in (data.train, data.valid) if (data.tsv_dir / name).is_file()}
+        if self.pruning is not None and self.pruning.latency is not None and self.pruning.latency.is_file():
+            found[identity.LATENCY] = self.pruning.latency
         own = (self.path / "config.yaml", *self.tables)
         return found | {str(path.relative_to(self.path)): path for path in own}
 
@@ -174,7 +183,9 @@ def _look_at_run(name: str, run: Path) -> Subject:
         found.models[MASKED if prunes else STUDENT] = run / "ckpts" / "last.ckpt"
     else:
         raise UserError(f"{run}: no model in it yet (ckpts/last.ckpt, pruned.pth or final.pth)")
-    _check_stages(found, step_2)
+    told = _check_stages(found, step_2)
+    if prunes and found.recipe is not None:
+        _look_at_budget(found, found.recipe.pruning, told, {} if step_1 is None else step_1.settings)
     return found
 
 
@@ -199,18 +210,41 @@ def _compare_content(run: Subject, recipe: Recipe, record: Record | None) -> Non
             run.notes.append(f"{recipe.data.valid} holds other utterances now than {run.name} was validated on.")
 
 
-def _check_stages(run: Subject, step_2: Record | None) -> None:
-    """Say what prune.py was told, and where it was run again and step 2 was not."""
+def _check_stages(run: Subject, step_2: Record | None) -> dict[str, Any]:
+    """What prune.py was told; say so, and where it was run again and step 2 was not."""
     if PRUNED not in run.models:
-        return
+        return {}
     pruned = load_checkpoint(run.models[PRUNED])
     entry = pruned.extra.get(RUN)
     told = entry.get(identity.PRUNED) if isinstance(entry, dict) else None
-    if isinstance(told, dict):
-        run.settings |= {name: value for name, value in told.items() if value is not False}
+    told = told if isinstance(told, dict) else {}
+    run.settings |= {name: value for name, value in told.items() if value is not False}
     student = None if step_2 is None else step_2.settings.get(identity.STUDENT)
     if FINAL in run.models and student not in (None, fingerprint(pruned.model, pruned.heads)):
         run.notes.append(f"final.pth of {run.name} was not made of its pruned.pth, which prune.py has written anew.")
+    return told
+
+
+def _look_at_budget(run: Subject, pruning: PruningConfig, told: dict[str, Any], trained: Settings) -> None:
+    """Find what the run was pruned to, and its latency table unless the file holds another now than in training."""
+    target, share = told.get("pruning.target"), told.get("pruning.target_sparsity")
+    run.pruning, path = pruning, pruning.latency
+    try:
+        if isinstance(target, str):
+            run.pruning = replace(pruning, target=target)
+        elif isinstance(share, float):
+            run.pruning = replace(pruning, target=None, target_sparsity=share)
+        if path is None:
+            return
+        table = read_latency(path)
+    except UserError as error:
+        run.notes.append(f"{error}. Left out of {run.name}: what depends on it.")
+        return
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if trained.get(identity.LATENCY, digest) != digest:
+        run.notes.append(f"{path} is another latency table now than {run.name} had: it is not used.")
+        return
+    run.latency = table
 
 
 def _save_student(last: Path, out: Path) -> None:

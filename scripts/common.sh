@@ -97,11 +97,11 @@ from_caller() {
     local word flag="" value
     FLAGS=()
     for word in "$@"; do
-        case $word in --teacher_id=* | --teacher_ckpt=* | --student_ckpt=* | --config=*)
+        case $word in --teacher_id=* | --teacher_ckpt=* | --student_ckpt=* | --config=* | --pruning.latency=*)
             flag=${word%%=*} value=${word#*=}
             [ ! -e "$CALLER_DIR/$value" ] || word=$flag=$(from_here "$value") ;;
         esac
-        case $flag in --teacher_id | --teacher_ckpt | --student_ckpt | --config)
+        case $flag in --teacher_id | --teacher_ckpt | --student_ckpt | --config | --pruning.latency)
             [ ! -e "$CALLER_DIR/$word" ] || word=$(from_here "$word") ;;
         esac
         FLAGS+=("$word")

@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 
+from distillation.budget import SUPERB_SAMPLES
 from distillation.build import starting_student
 from distillation.config import parse_recipe, recipe_chain
 from distillation.objectives import Objectives
 from distillation.optimisation import lr_factor, param_groups
 from distillation.students import StudentConfig, ThinStudent, backbone_params, build_student
-from evaluation.cost import SUPERB_SAMPLES
 from tests.helpers import ROOT
 from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE

@@ -15,8 +15,12 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers import ROOT, assert_same_run, copy_lists, metrics, run_here, weights
+from distillation.budget import Budget
+from tests.configs import first_layers
+from tests.helpers import ROOT, assert_same_run, assert_same_tensors, copy_lists, metrics, run_here, weights
+from tests.latency import write_latency
 from wav2vec2 import load_model, save_model
+from wav2vec2.architecture import architecture
 from wav2vec2.checkpoint import load_checkpoint
 
 
@@ -231,6 +235,78 @@ def test_prune_waits_for_the_end_of_step_1(server, script_error, tiny_flags, tmp
     assert "pruned.pth was made by another recipe: updates of step 1 5 -> 12" in message
 
 
+def multiples(path: Path, multiple_of: int) -> bool:
+    found = architecture(load_model(path).config)
+    return all(n % multiple_of == 0 for n in [*found.conv, *found.interm])
+
+
+@pytest.mark.parametrize("cost", ["macs", "milliseconds"])
+def test_other_budgets(cost, server, script_error, tiny_flags, tiny_config, tmp_path):
+    """Through all stages; a run that was killed is one that never was, and what makes a budget cannot change in it."""
+    table, exp = write_latency(tmp_path / "latency.json", tiny_config), tmp_path / "killed"
+    asked = {
+        "macs": ["--pruning.target", "7MMACs", "--pruning.macs_seconds", 3],
+        "milliseconds": ["--pruning.latency", table, "--pruning.target", "45ms", "--pruning.multiple_of", 4],
+    }[cost]
+    flags = [*tiny_flags, "--pruning.cost", cost, *asked, "--optim.max_steps", 4, "--final.max_steps", 1,
+             "--trainer.log_every", 1, "--trainer.checkpoint_every", 1]  # fmt: skip
+    server.run("distill.py", *flags, "--exp_dir", exp, fault=["kill", "update", 2], code=-signal.SIGKILL)
+    run = server.run("distill.py", *flags, "--exp_dir", exp)
+    target = {"macs": "0.007 GMACs (3 s)", "milliseconds": "45 ms"}[cost]
+    assert f"budget: {target} of the teacher's" in run.stderr and f"; target {target}, 0." in run.stdout
+    assert re.search(rf"cost=[\d.]+ {re.escape(target.partition(' ')[2])}", run.stderr)
+    server.run("distill.py", *flags, "--exp_dir", tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", exp)
+    last, pruned = exp / "ckpts/last.ckpt", exp / "pruned.pth"
+    budget = Budget.read(torch.load(last, weights_only=True)["budget"], last)
+    row = metrics(exp)[-1]
+    assert budget.sparsity_of(float(row[f"cost/{cost}"])) == pytest.approx(float(row["sparsity/expected"]), abs=1e-6)
+
+    for changes, named in (
+        (["--pruning.cost", "params", "--pruning.target", "null"], f"pruning.cost {cost} -> params"),
+        (["--pruning.multiple_of", 8], f"pruning.multiple_of {4 if cost == 'milliseconds' else 1} -> 8"),
+    ):
+        message = script_error("distill.py", *flags, *changes, "--exp_dir", exp, "--continue_with_changes")
+        assert named in message and "cannot change in the middle of a run" in message
+    if cost == "milliseconds":
+        write_latency(table, tiny_config, factor=1.01)
+        message = script_error("distill.py", *flags, "--exp_dir", exp, "--continue_with_changes")
+        assert "latency table " in message and "cannot change in the middle of a run" in message
+        write_latency(table, first_layers(tiny_config, 3))
+        message = script_error("distill.py", *flags, "--exp_dir", tmp_path / "none")
+        assert "latency.json is of another model (encoder_num_layers 3, not 4)" in message
+        table.unlink()  # a checkpoint has what prune.py needs
+
+    run_here("prune.py", "--distilled_ckpt", last)
+    found = budget.cost(load_model(pruned)).item()
+    assert 0.97 * budget.target < found <= budget.target and multiples(pruned, 4) == (cost == "milliseconds")
+    others = {"--target": {"macs": "6MMACs", "milliseconds": "40ms"}[cost], "--multiple_of": 3}
+    run_here("prune.py", "--distilled_ckpt", last, "--out", tmp_path / "other.pth", *sum(others.items(), ()))
+    found = budget.cost(load_model(tmp_path / "other.pth")).item()
+    wanted = {"macs": 6e6, "milliseconds": 40}[cost]
+    assert 0.97 * wanted < found <= wanted and multiples(tmp_path / "other.pth", 3)
+    run_here("prune.py", "--distilled_ckpt", last, "--out", tmp_path / "multiples.pth", "--multiple_of", 2)
+    final = ["final_distill.py", *flags, "--exp_dir", exp / "final", "--student_ckpt"]
+    message = script_error(*final, tmp_path / "multiples.pth")
+    assert f"was made by another recipe: pruning.multiple_of 2 -> {4 if cost == 'milliseconds' else 1}; run" in message
+    assert f"pruning.target {others['--target']} -> " in script_error(*final, tmp_path / "other.pth")
+    server.run(*final, pruned)
+    assert budget.cost(load_model(exp / "final/final.pth")) == budget.cost(load_model(pruned))
+
+
+def test_checkpoints_of_older_versions_are_pruned(reference, tmp_path):
+    """They say how many parameters the teacher has, and their recipe which share of these goes."""
+    content = torch.load(reference / "ckpts/last.ckpt", weights_only=True)
+    content["num_params_before"] = int(content.pop("budget")["before"])
+    recipe = yaml.safe_load(content["recipe"])
+    for name in ("cost", "target", "macs_seconds", "latency", "multiple_of"):
+        del recipe["pruning"][name]
+    (tmp_path / "ckpts").mkdir()
+    torch.save({**content, "recipe": yaml.safe_dump(recipe)}, tmp_path / "ckpts/last.ckpt")
+    run_here("prune.py", "--distilled_ckpt", tmp_path / "ckpts/last.ckpt")
+    assert_same_tensors(weights(tmp_path / "pruned.pth"), weights(reference / "pruned.pth"))
+
+
 def test_no_step_2(reference, script, tiny_flags, tmp_path):
     script("prune.py", "--distilled_ckpt", reference / "ckpts/last.ckpt", "--out", tmp_path / "pruned.pth")
     script("final_distill.py", *tiny_flags, "--final", "null", "--student_ckpt", tmp_path / "pruned.pth",
@@ -251,6 +327,19 @@ def test_no_step_2(reference, script, tiny_flags, tmp_path):
         (["--pruning.target_sparsity", -0.1], "target_sparsity is -0.1"),
         (["--pruning.nothing", 1], "--pruning.nothing"),
         (["--pruning.units", "[head]", "--pruning.target_sparsity", 0.75], "without any head units"),
+        (["--pruning.target", "0.2k"], "the target is 200 parameters, a sparsity of 0.9909: without any conv, head"),
+        (["--pruning.target", "30k"], "pruning.target is 30k: the teacher has 21,948 parameters, there is nothing to"),
+        (["--pruning.target", 500], "pruning.target is 500, and its unit is missing: write 23.6M (parameters), 500GM"),
+        (["--pruning.target", "35ms"], "pruning.cost is params: set --pruning.cost milliseconds"),
+        (["--pruning.cost", "macs", "--pruning.target", "1TMACs"], "the teacher has 1.666 GMACs (SUPERB), there is"),
+        (["--pruning.cost", "macs", "--pruning.target_sparsity", 0.999], "units 0.001001 GMACs (10 s) of 0.07419 GM"),
+        # each convolution keeps one multiple: with 12 channels of 12 nothing is left to give
+        (
+            ["--pruning.units", "[conv]", "--pruning.target_sparsity", 0.05, "--pruning.multiple_of", 12],
+            "any conv units",
+        ),
+        (["--pruning.cost", "milliseconds"], "name the table by --pruning.latency"),
+        (["--pruning.cost", "milliseconds", "--pruning.latency", "none.json"], "none.json: no such latency table"),
         (["--optim.clip", 0], "clip is 0.0: it must be positive, or null for no clipping"),
         (["--objective.layer_to_layer.l1", 0, "--objective.layer_to_layer.cos", 0], "every weight of the"),
         (["--trainer.accelerator", "gpu"], "asks for a GPU"),
@@ -292,6 +381,17 @@ def test_prune_refuses(script_error, reference, teacher_path, tmp_path):
     last, out = reference / "ckpts/last.ckpt", tmp_path / "x.pth"
     message = script_error("prune.py", "--distilled_ckpt", last, "--out", out, "--target_sparsity", 0.999)
     assert "no choice of units" in message and not out.exists()
+    for flags, said in (
+        (["--target", "500"], "--target is 500, and its unit is missing"),
+        (["--target", "35ms"], "--target is 35ms, and pruning.cost is params"),
+        (["--target", "300 params"], "no choice of units gives 300 parameters: pruning everything leaves "),
+        (["--target", "30k"], "no choice of units gives 30,000 parameters"),
+        (["--target", "15k", "--target_sparsity", 0.3], "--target and --target_sparsity are two ways to say one thing"),
+        (["--target_sparsity", 1], "--target_sparsity 1.0: it must lie in [0, 1)"),
+        (["--faithful", "--multiple_of", 8], "--faithful keeps the rule per layer: leave --multiple_of out"),
+        (["--multiple_of", 0], "--multiple_of 0: it must be at least 1"),
+    ):
+        assert said in script_error("prune.py", "--distilled_ckpt", last, "--out", out, *flags) and not out.exists()
     (tmp_path / "cut.ckpt").write_bytes(last.read_bytes()[:5000])
     assert "truncated" in script_error("prune.py", "--distilled_ckpt", tmp_path / "cut.ckpt")
 

@@ -101,7 +101,7 @@ def survivors_for_cost(
         cost: of a choice of units, scalar; it does not fall when a unit is added.
         budget: most that the pruned model may cost.
         multiple_of: conv channels and FFN units are kept by so many, those that rank next to each other in their mask
-            together; a mask keeps a multiple of it, or all of its units.
+            together; a mask keeps a multiple of it, or all or none of fewer units.
         text: a cost with its unit, for messages.
 
     Raises:

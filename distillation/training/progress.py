@@ -134,9 +134,9 @@ class Progress(SavingBar):
             module.log_training()
             row = metrics_table(trainer).row(self.step)
             shown = {k.split("/")[1]: f"{float(row[k]):.4f}" for k in SHOWN if k in row}
-            if module.step.lagrangian is not None:
-                cost = module.step.lagrangian.cost
-                shown["cost"] = cost.text(float(row[f"cost/{cost.name}"]))
+            for name in row:  # only the first process has one
+                if name.startswith("cost/") and module.step.lagrangian is not None:
+                    shown["cost"] = module.step.lagrangian.cost.text(float(row[name]))
             self.bar.set_postfix(shown, refresh=False)
             self._compare_readers(row)
 

@@ -27,6 +27,7 @@ def test_published_settings():
     pruning = recipe.pruning
     assert (pruning.target_sparsity, pruning.warmup_steps, pruning.lr_masks, pruning.lr_lagrangian) == (
         0.75, 5000, 0.02, 0.02)  # fmt: skip
+    assert (pruning.cost, pruning.target, pruning.latency, pruning.multiple_of) == ("params", None, None, 1)
     assert pruning.units == ["conv", "head", "interm"] and not pruning.drop_rates and not pruning.constant_lr
     data = recipe.data
     assert (data.min_frames, data.max_frames, data.num_buckets, data.seconds_per_batch) == (32000, 250000, 1000, 160)
@@ -82,6 +83,11 @@ def test_chain(tmp_path):
         ("base: [1]", "base is"),
         ("pruning: {units: [neuron]}", "unknown unit 'neuron', choose from conv"),
         ("objective: {layer_to_layer: {layer: [1]}}", "layer_to_layer.layer: no such setting; there are .*layers"),
+        ("pruning: {target: 500}", "pruning.target is 500, and its unit is missing: write 23.6M"),
+        ("pruning: {target: 35ms}", "pruning.target is 35ms, and pruning.cost is params: set --pruning.cost"),
+        ("pruning: {cost: time}", "recipe.yaml: pruning.cost is time: it must be one of params, macs, milliseconds$"),
+        ("pruning: {cost: milliseconds}", "pruning.cost is milliseconds: measure the machine that will"),
+        ("pruning: {multiple_of: 0}", "pruning.multiple_of is 0: it must be at least 1"),
         ("pruning: null", "recipe.yaml: pruning is None: a mapping of settings is needed; for no pruning"),
         ("optim: 3", "recipe.yaml: optim is 3: a mapping of settings is needed"),
         ("seed: -1", "seed is -1"),

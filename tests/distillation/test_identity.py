@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -16,6 +17,7 @@ from distillation.config import Recipe, flat_settings, parse_recipe
 from distillation.data.manifest import Manifest
 from distillation.errors import UserError
 from distillation.identity import (
+    LATENCY,
     PRUNED,
     STEP_1,
     STEP_2,
@@ -29,6 +31,7 @@ from distillation.training.record import RUN, Identity, Kinds, Record, differenc
 from distillation.training.standing import Standing
 from finetuning.config import KINDS, FinetuneConfig, FinetuneRun
 from tests.configs import TINY
+from tests.latency import write_latency
 from wav2vec2 import wav2vec2_model
 from wav2vec2.checkpoint import Checkpoint
 
@@ -52,7 +55,8 @@ RECIPE = {
         student.thin.reuse_attention student.thin.dropout student.thin.input_dropout
         student.layers.layers student.layers.norms student.layers.ffn_dropout student.layers.input_dropout
         student.slice.num_params
-        pruning.units pruning.target_sparsity pruning.warmup_steps pruning.drop_rates optim.decays""",
+        pruning.units pruning.cost pruning.target_sparsity pruning.target pruning.macs_seconds pruning.multiple_of
+        pruning.warmup_steps pruning.drop_rates optim.decays""",
     ("elsewhere", "identity", "identity"): "final.decays",
     ("rates", "elsewhere", "rates"): """
         pruning.lr_masks pruning.lr_lagrangian pruning.constant_lr optim.max_steps optim.max_epochs optim.lr
@@ -68,7 +72,7 @@ RECIPE = {
     # names of files and folders, whose content counts, and what is only checked or asked for
     ("elsewhere", "elsewhere", "elsewhere"): """
         base teacher_ckpt teacher_id teacher_layers teacher_width student_ckpt exp_dir data.tsv_dir data.train
-        data.valid continue_with_changes""",
+        data.valid pruning.latency continue_with_changes""",
 }  # fmt: skip
 FINETUNE = {
     "identity": "case seconds_per_batch train_extractor seed",
@@ -176,7 +180,15 @@ def test_what_a_run_is_cannot_change(verdicts, flags):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--pruning.target_sparsity", 0.3], ["--pruning.units", "[head]"], ["--student.slice", "{num_params: 9}"]]
+    "flags",
+    [
+        ["--pruning.target_sparsity", 0.3],
+        ["--pruning.target", "20k"],
+        ["--pruning.cost", "macs"],
+        ["--pruning.multiple_of", 8],
+        ["--pruning.units", "[head]"],
+        ["--student.slice", "{num_params: 9}"],
+    ],
 )
 def test_step_2_takes_the_student_of_its_recipe(verdicts, flags):
     first, student, second = verdicts(*flags)
@@ -238,6 +250,37 @@ def test_content_counts_wherever_it_lies(lists, model):
     for before, after in ((started, described), (described, started)):
         with pytest.raises(UserError, match="student model cannot change"):
             Record.start(before).go_on(after, 3, Path("E/ckpts/last.ckpt"), True)
+
+
+def test_the_content_of_a_latency_table_counts_where_it_is_used(lists, model, tmp_path):
+    def identity(name: str, *flags: object) -> Identity:
+        recipe = recipe_of("--pruning.latency", tmp_path / name, *flags)
+        return step_1_identity(recipe, content_of(recipe, model, lists))
+
+    milliseconds = ["--pruning.cost", "milliseconds"]
+    write_latency(tmp_path / "a.json", TINY)
+    shutil.copy(tmp_path / "a.json", tmp_path / "moved.json")
+    write_latency(tmp_path / "b.json", TINY, factor=1.01)
+    record = Record.start(identity("a.json", *milliseconds))
+    assert record.go_on(identity("moved.json", *milliseconds), 3, Path("last.ckpt"), False) is record
+    with pytest.raises(UserError, match=f"{LATENCY} .* cannot change in the middle of a run"):
+        record.go_on(identity("b.json", *milliseconds), 3, Path("last.ckpt"), True)
+    assert record.go_on(identity("gone.json", *milliseconds), 3, Path("last.ckpt"), False) is record, "nor after step 1"
+    for flags in ([], [*milliseconds, "--pruning.units", "[]"]):
+        assert identity("a.json", *flags).settings == identity("b.json", *flags).settings
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--pruning.target", "20k", "--pruning.target_sparsity"],  # a share beside a target
+        ["--pruning.macs_seconds"],  # of what is not counted
+    ],
+)
+def test_settings_of_budgets_that_are_not_used_do_not_count(lists, model, flags):
+    recipes = [recipe_of(*flags, value) for value in (0.3, 0.4)]
+    first, second = (step_1_identity(recipe, content_of(recipe, model, lists)).settings for recipe in recipes)
+    assert first == second
 
 
 def test_lengths_in_epochs_count_as_epochs(lists, model):

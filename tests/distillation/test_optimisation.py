@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from distillation.budget import Budget, Parameters
 from distillation.errors import UserError
 from distillation.optimisation import OptimConfig, lr_factor, param_groups
 from distillation.sparsity import Lagrangian, PruningConfig, make_prunable
@@ -52,7 +53,8 @@ def never(epochs: int) -> int:
 
 def test_groups(tiny_config):
     student = make_prunable(wav2vec2_model(**tiny_config), PruningConfig())
-    module = nn.ModuleDict({"student": student, "lagrangian": Lagrangian(1, PruningConfig(lr_masks=0.05))})
+    budget = Budget.of_share(Parameters(), 1, 0.5)
+    module = nn.ModuleDict({"student": student, "lagrangian": Lagrangian(budget, PruningConfig(lr_masks=0.05))})
     groups = {
         group["name"]: group
         for group in param_groups(module, module["lagrangian"], OptimConfig(lr=1e-3, weight_decay=0.01))

@@ -14,12 +14,13 @@ from distillation import machine, plan
 from distillation.config import parse_recipe
 from distillation.data.conversion import COPIES
 from distillation.deriving import matched_layers
-from distillation.errors import Problems
+from distillation.errors import Problems, UserError
 from distillation.identity import step_1_identity
 from distillation.plan import answers, make_plan, read_words, save_recipe
 from distillation.training.record import Record
-from tests.configs import TINY
+from tests.configs import TINY, first_layers
 from tests.helpers import HF_SIZE, ROOT, write_noise
+from tests.latency import write_latency
 from wav2vec2 import save_model, wav2vec2_model
 
 BASE = ROOT / "conf" / "dphubert_base.yaml"
@@ -184,6 +185,34 @@ def test_all_problems_at_once(teacher, tmp_path):
     wrong = ["--pruning.target_sparsity", "0.999", "--optim.max_steps", "10"]
     assert "parameters stay" in problems(tmp_path / "none", "--adapt", *words[:4], *wrong)[-1]
     assert not (tmp_path / "exp").exists() and not (tmp_path / "data").exists(), "nothing is made"
+
+
+def test_budgets_are_looked_at(audio, tmp_path):
+    """Each wrong one is one line, before anything runs."""
+    torch.manual_seed(0)
+    path = tmp_path / "teacher.pth"
+    save_model(path, wav2vec2_model(**TINY))
+    write_latency(tmp_path / "latency.json", TINY)
+    write_latency(tmp_path / "other.json", first_layers(TINY, 3))
+    words = [audio, "--adapt", "--config", BASE, "--teacher_ckpt", path, "--pruning.cost"]
+    made = read_words(
+        [*map(str, words), "milliseconds", "--pruning.latency", "latency.json", "--pruning.target", "40ms"]
+    )
+    assert made.budget.cost.text(made.budget.target) == "40 ms" and "--pruning.latency" in made.words
+    for flags, said in (
+        (["macs", "--pruning.target", "1TMACs"], "the teacher has 1.666 GMACs (SUPERB), there is nothing to prune"),
+        (["macs", "--pruning.target_sparsity", 0.999], "without any conv, head, interm units 0.001001 GMACs (10 s) of"),
+        (["milliseconds", "--pruning.latency", "other.json"], "other.json is of another model (encoder_num_layers 3"),
+        (["milliseconds", "--pruning.latency", "none.json"], "none.json: no such latency table; make it with python"),
+    ):
+        (message,) = problems(*words, *flags)
+        assert said in message
+    for flags, said in (
+        (["macs", "--pruning.target", 500], "pruning.target is 500, and its unit is missing"),
+        (["milliseconds"], "pruning.cost is milliseconds: measure the machine that will run the model by python -m"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_words([str(word) for word in [*words, *flags]])
 
 
 def test_lists_of_other_audio(teacher, librispeech, audio):

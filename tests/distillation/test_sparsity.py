@@ -1,4 +1,4 @@
-"""The augmented Lagrangian and the masks of a recipe, by hand."""
+"""The augmented Lagrangian, the masks and the budget of a recipe, by hand."""
 
 from __future__ import annotations
 
@@ -7,21 +7,40 @@ import math
 import pytest
 import torch
 
+from distillation.budget import SUPERB_SAMPLES, Budget, Parameters
 from distillation.errors import UserError
-from distillation.sparsity import UNITS, Lagrangian, PruningConfig, check_target, make_prunable
+from distillation.latency import read_latency
+from distillation.sparsity import UNITS, Lagrangian, PruningConfig, check_budget, make_budget, make_prunable
+from tests.configs import first_layers
+from tests.latency import costs_of, write_latency
 from wav2vec2 import prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.hardconcrete import alive_probability
 
 
+@pytest.fixture(scope="module")
+def teacher(tiny_config):
+    torch.manual_seed(0)
+    return wav2vec2_model(**tiny_config)
+
+
+@pytest.fixture(scope="module")
+def latency(tiny_config, tmp_path_factory):
+    return write_latency(tmp_path_factory.mktemp("tables") / "latency.json", tiny_config)
+
+
+def lagrangian_of(sparsity: float, warmup_steps: int) -> Lagrangian:
+    return Lagrangian(Budget.of_share(Parameters(), 1000, sparsity), PruningConfig(warmup_steps=warmup_steps))
+
+
 def test_target_ramp():
-    lagrangian = Lagrangian(1000, PruningConfig(target_sparsity=0.75, warmup_steps=5000))
+    lagrangian = lagrangian_of(0.75, warmup_steps=5000)
     assert [lagrangian.target(step) for step in (0, 1, 2500, 5000, 50000)] == [0, 0.75 / 5000, 0.375, 0.75, 0.75]
-    assert Lagrangian(1000, PruningConfig(target_sparsity=0.6, warmup_steps=0)).target(0) == 0.6
+    assert lagrangian_of(0.6, warmup_steps=0).target(0) == 0.6
 
 
 def test_penalty_and_gradients():
-    lagrangian = Lagrangian(1000, PruningConfig(target_sparsity=0.5, warmup_steps=10))
+    lagrangian = lagrangian_of(0.5, warmup_steps=10)
     with torch.no_grad():
         lagrangian.lambda1.fill_(2.0)
         lagrangian.lambda2.fill_(3.0)
@@ -37,12 +56,28 @@ def test_penalty_and_gradients():
 
 def test_lambda_moves_against_a_positive_gap():
     """Too little sparsity is a negative gap; maximising makes lambda1 negative, which pushes the sparsity up."""
-    lagrangian = Lagrangian(1000, PruningConfig(target_sparsity=0.5, warmup_steps=0))
+    lagrangian = lagrangian_of(0.5, warmup_steps=0)
     optimizer = torch.optim.AdamW([{"params": lagrangian.parameters(), "maximize": True}], lr=0.02, weight_decay=0.0)
     lagrangian(torch.tensor(900.0), 0).backward()
     optimizer.step()
     assert lagrangian.lambda1.item() == pytest.approx(-0.02, abs=1e-6)
     assert lagrangian.lambda2.item() == pytest.approx(0.02, abs=1e-6)
+
+
+@pytest.mark.parametrize("cost", ["params", "macs", "milliseconds"])
+def test_masks_of_every_cost_reach_their_target(teacher, tiny_config, cost):
+    """By the penalty alone."""
+    cost, config = costs_of(tiny_config)[cost], PruningConfig(warmup_steps=100)
+    student = make_prunable(teacher, config)
+    lagrangian = Lagrangian(Budget.of_share(cost, cost(teacher).item(), 0.5), config)
+    masks = [mask.log_alpha for mask in student.masks().values()]
+    groups = [{"params": masks}, {"params": lagrangian.parameters(), "maximize": True}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)
+    for step in range(300):
+        optimizer.zero_grad()
+        lagrangian(cost(student), step).backward()
+        optimizer.step()
+    assert lagrangian.sparsity(cost(student)).item() == pytest.approx(0.5, abs=0.01)
 
 
 def test_published_start(tiny_config):
@@ -84,6 +119,8 @@ def test_masks_keep_the_weights(tiny_config):
     "settings",
     [{"units": ["neuron"]}, {"units": ["head", "head"]}, {"target_sparsity": 1.0}, {"target_sparsity": -0.1},
      {"drop_rates": {"head": 0.0}}, {"drop_rates": {"layer": 0.1}}, {"warmup_steps": -1},
+     {"multiple_of": 0}, {"macs_seconds": 0.0}, {"macs_seconds": math.inf}, {"macs_seconds": math.nan},
+     {"cost": "milliseconds"}, {"target": "35ms"}, {"target": "500"}, {"cost": "macs", "target": "23.6M"},
      {"lr_masks": -1.0}, {"lr_masks": math.nan}, {"lr_lagrangian": 0.0}, {"lr_lagrangian": math.inf}],
 )  # fmt: skip
 def test_bad_settings(settings):
@@ -91,17 +128,64 @@ def test_bad_settings(settings):
         PruningConfig(**settings)
 
 
-def test_a_target_that_the_units_cannot_give(tiny_config):
-    config = PruningConfig(units=["head"], target_sparsity=0.75)
-    model = wav2vec2_model(**tiny_config)
-    before = sum(p.numel() for p in model.parameters())
-    student = make_prunable(model, config)
-    with pytest.raises(UserError, match=r"is 0\.75: without any head units [\d,]+ of [\d,]+ parameters stay"):
-        check_target(student, before, config)
+# Budgets
+
+
+def test_budgets_of_recipes(teacher, latency):
+    before = sum(p.numel() for p in teacher.parameters())
+    budget = make_budget(PruningConfig(target_sparsity=0.7), teacher)
+    assert (budget.cost.name, budget.before) == ("params", before)
+    assert (budget.target, budget.sparsity) == (round(0.3 * before), 0.7)
+    budget = make_budget(PruningConfig(target="12.5k", target_sparsity=0.7), teacher)
+    assert (budget.target, budget.sparsity) == (12500, 1 - 12500 / before)
+
+    macs = teacher.get_num_macs(160_000).item()  # a share is one of 10 s, an absolute number one of what is published
+    budget = make_budget(PruningConfig(cost="macs", target_sparsity=0.7), teacher)
+    assert (budget.before, budget.target) == (macs, pytest.approx(0.3 * macs)) and budget.cost.samples == (160_000,)
+    budget = make_budget(PruningConfig(cost="macs", target="0.9GMACs"), teacher)
+    assert (budget.before, budget.target) == (teacher.get_num_macs(SUPERB_SAMPLES).item(), 9e8)
+    assert budget.cost.text(budget.target) == "0.9 GMACs (SUPERB)"
+    budget = make_budget(PruningConfig(cost="macs", target="5MMACs", macs_seconds=2.5), teacher)
+    assert (budget.before, budget.cost.samples) == (teacher.get_num_macs(40_000).item(), (40_000,))
+    assert budget.cost.text(budget.target) == "0.005 GMACs (2.5 s)"
+
+    budget = make_budget(PruningConfig(cost="milliseconds", latency=latency, target="40ms"), teacher)
+    table = read_latency(latency)
+    assert (budget.before, budget.target) == (table(teacher).item(), 40) and budget.cost.text(40) == "40 ms"
+
+
+def test_targets_above_the_teacher(teacher, latency):
+    for settings, has in (
+        ({"target": "1M"}, r"21,948 parameters"),
+        ({"cost": "macs", "target": "1TMACs"}, r"1\.666 GMACs \(SUPERB\)"),
+        ({"cost": "milliseconds", "latency": latency, "target": "200ms"}, r"66\.18 ms"),
+    ):
+        with pytest.raises(UserError, match=rf"is {settings['target']}: the teacher has {has}, there is nothing to"):
+            make_budget(PruningConfig(**settings), teacher)
+
+
+def test_latency_tables_that_do_not_belong(teacher, tiny_config, tmp_path):
+    def refused() -> str:
+        with pytest.raises(UserError) as error:
+            make_budget(PruningConfig(cost="milliseconds", latency=tmp_path / "latency.json"), teacher)
+        assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path / "latency.json"))
+        return str(error.value)
+
+    assert "no such latency table; make it with python -m evaluation.latency TEACHER" in refused()
+    write_latency(tmp_path / "latency.json", first_layers(tiny_config, 3))
+    assert "is of another model (encoder_num_layers 3, not 4)" in refused()
+
+
+@pytest.mark.parametrize("cost", ["params", "macs", "milliseconds"])
+def test_a_target_that_the_units_cannot_give(teacher, latency, cost):
+    config = PruningConfig(units=["head"], cost=cost, target_sparsity=0.85, latency=latency)
+    student, budget = make_prunable(teacher, config), make_budget(config, teacher)
+    unit = {"params": "parameters", "macs": r"GMACs \(10 s\)", "milliseconds": "ms"}[cost]
+    with pytest.raises(UserError, match=rf"0\.8500: without any head units [\d,.]+ {unit} of [\d,.]+ {unit} stay"):
+        check_budget(student, budget, config)
     for mask in student.masks().values():
         torch.nn.init.constant_(mask.log_alpha, -30.0)
-    gone = 1 - sum(p.numel() for p in prune(student)[0].parameters()) / before
-    check_target(student, before, PruningConfig(units=["head"], target_sparsity=gone - 1e-9))
+    gone = budget.sparsity_of(budget.cost(prune(student)[0]).item())
+    check_budget(student, Budget.of_share(budget.cost, budget.before, gone - 1e-9), config)
     with pytest.raises(UserError):
-        check_target(student, before, PruningConfig(units=["head"], target_sparsity=gone + 1e-6))
-    check_target(model, before, PruningConfig(units=[]))  # nothing is to be pruned
+        check_budget(student, Budget.of_share(budget.cost, budget.before, gone + 1e-4), config)

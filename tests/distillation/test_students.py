@@ -178,7 +178,7 @@ def test_a_slice_keeps_weights_of_the_teacher(teacher):
 
 @pytest.mark.parametrize("wanted", [10, 10**9])
 def test_slices_that_cannot_be(teacher, wanted):
-    with pytest.raises(UserError, match=f"student.slice.num_params is {wanted:,}: slices of this teacher have"):
+    with pytest.raises(UserError, match=f"no uniform slice has {wanted:,} parameters: those of this teacher have"):
         build_student(StudentConfig(slice=UniformSlice(wanted)), teacher)
 
 

@@ -42,6 +42,11 @@ def test_a_list_that_the_setting_takes_is_one_value():
     assert list(found) == ["E/units=head", "E/units=conv_head"]
     found = runs("--objective.layer_to_layer.layers", "[[[0],[6]],[[0],[3,6]]]", "--optim.betas", "[0.9,0.98]")
     assert len(found) == 2
+    targets = ["--pruning.cost", "macs", "--pruning.target", "[500 GMACs,1.2TMACs]"]
+    assert list(runs(*targets, "--pruning.multiple_of", "[1,8]")) == [
+        "E/target=500_GMACs,multiple_of=1", "E/target=500_GMACs,multiple_of=8", "E/target=1.2TMACs,multiple_of=1",
+        "E/target=1.2TMACs,multiple_of=8",
+    ]  # fmt: skip
     assert list(runs("--teacher_id", "[org/a,org/b]")) == ["E/teacher_id=org_a", "E/teacher_id=org_b"]
 
 
@@ -56,7 +61,9 @@ def test_a_list_that_the_setting_takes_is_one_value():
         (["--seed", "[1,2]", "--seed", "[3,4]"], "give one list of values for a setting"),
         (["--exp_dir", "[a,b]"], "and none for the folder"),
         (["--pruning.target_sparsity", "[0.5,1.5]"], "pruning.target_sparsity is 1.5"),
-        (["--pruning.target", "[0.5,0.6]"], "--pruning.target: no such setting; there are units"),
+        (["--pruning.goal", "[0.5,0.6]"], "--pruning.goal: no such setting; there are units"),
+        (["--pruning.target", "[0.5,0.6]"], "pruning.target is 0.5, and its unit is missing"),
+        (["--pruning.target", "[20k,35ms]"], "pruning.target is 35ms, and pruning.cost is params"),
         (["--seed", "[1,2]", "x"], "x: a flag is needed here"),
     ],
 )

@@ -55,6 +55,20 @@ def keep_step_1(run: Path) -> Path:
     return run
 
 
+def log_cost(run: Path, name: str, values: Sequence[float]) -> None:
+    """Have the metrics of step 1 say what the masked model is expected to cost.
+
+    Args:
+        run: folder.
+        name: of the cost.
+        values: one per row of updates.
+    """
+    header, *rows = CSV.splitlines()
+    left = list(values)
+    rows = [f"{row},{left.pop(0) if row.endswith(',,') else ''}" for row in rows]
+    (run / "metrics.csv").write_text("\n".join([f"{header},cost/{name}", *rows]) + "\n")
+
+
 class Page(HTMLParser):
     """Fails on unbalanced tags; collects headings and anything that a browser would fetch or run."""
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from distillation.config import flat_settings, parse_recipe, save_resolved
+from distillation.latency import read_latency
 from evaluation import report_data, subjects
 from evaluation.compare_data import Comparison, compare, differing
 from evaluation.compare_page import render
@@ -18,6 +19,7 @@ from evaluation.subjects import hash_files, look_at
 from tests.configs import TINY, first_layers
 from tests.evaluation.pages import check_page, keep_step_1, write_run
 from tests.helpers import run_here
+from tests.latency import write_latency
 from wav2vec2 import load_model, save_model, wav2vec2_model
 from wav2vec2.checkpoint import fingerprint, load_checkpoint
 
@@ -69,12 +71,38 @@ def test_two_runs_and_a_model(run, other, teacher_path, monkeypatch):
     assert set(page.steps["other"][0].curves) == {"train/distill", "valid/distill", "sparsity/expected",
                                                   "sparsity/target"}  # fmt: skip
     headings = check_page(text := render(page))
-    assert headings == ["Side by side", "Quality against size", "Distance to the teacher, layer by layer",
+    assert headings == ["Side by side", "Quality against cost", "Distance to the teacher, layer by layer",
                         "Architecture", "Training", "Settings that differ", "Versions and files"]  # fmt: skip
     for name in ("teacher", "a run", "other"):
-        assert f"<title>{name}, {page.model(name).cost.num_params / 1e6:g}: " in text, "every point says what it is"
+        cost, loss = page.model(name).cost, f"{page.quality_of(name):.4g}"
+        for at in (cost.num_params / 1e6, cost.macs_10s / 1e9, cost.speed[0].milliseconds):
+            assert f"<title>{name}, {at:g}: {loss}</title>" in text, "every point says what it is"
+    for x_label, count in (("parameters, M", 1 + 3), ("GMACs, 10 s", 1), ("CPU milliseconds, 10 s", 1)):
+        assert text.count(f">{x_label}</text>") == count, "the loss against every cost, its three terms against one"
+    assert "share of the teacher&#39;s parameters; dashed" in text and "milliseconds by" not in text
     rows = closing_table(page.models).splitlines()[2:]
     assert [row.split("  ")[0] for row in rows] == ["teacher", "a run", "other", "bare"]
+
+
+def test_budgets_of_other_costs(run, other, tiny_flags, tmp_path):
+    table = write_latency(tmp_path / "latency.json", TINY)
+    resave(run, tiny_flags, "--pruning.cost", "milliseconds", "--pruning.latency", table)
+    resave(other, tiny_flags, "--pruning.cost", "macs", "--pruning.target", "0.02GMACs", "--pruning.macs_seconds", 5)
+    effort = Effort(1, ["cpu"], 1)
+    page = gather(run, other, effort=effort)
+    assert page.costs == ["milliseconds", "macs"] and page.latency == "latency.json, 1 s" and page.notes == []
+    assert page.settings["pruning.cost"] == {"a run": "milliseconds", "other": "macs"}
+    assert page.settings["pruning.target"] == {"a run": None, "other": "0.02GMACs"}
+    found = read_latency(table)
+    assert page.model("other").table_ms == pytest.approx(found(load_model(other / "pruned.pth")).item())
+    check_page(text := render(page))
+    assert "share of each run&#39;s own cost; dashed" in text
+    assert text.count(">milliseconds by latency.json, 1 s</text>") == 1 and "Milliseconds by latency.json, 1 s" in text
+    another = write_latency(tmp_path / "another.json", TINY, 2.0)
+    resave(other, tiny_flags, "--pruning.cost", "milliseconds", "--pruning.latency", another)
+    page = gather(run, other, effort=effort)
+    assert page.notes == ["The runs have different latency tables: no milliseconds by them."]
+    assert page.latency is None and page.costs == ["milliseconds"]
 
 
 def test_numbers_are_those_of_the_reports_alone(run, other):
@@ -110,7 +138,7 @@ def test_losses_that_mean_other_things_are_not_compared(run, other, tiny_flags, 
     )
     assert any("not comparable" in note and "a run; other" in note for note in page.notes)
     assert any("same audio" in note for note in page.notes) == flags[0].startswith("--data")
-    assert "Quality against size" in check_page(render(page))
+    assert "Quality against cost" in check_page(render(page))
 
 
 def test_two_teachers(run, other, tiny_flags, teacher_path, tmp_path):

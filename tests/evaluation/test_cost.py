@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from distillation.budget import SUPERB_SAMPLES
 from evaluation import cost
-from evaluation.cost import SUPERB_SAMPLES, cost_of_file, format_costs, name_files
+from evaluation.cost import cost_of_file, format_costs, name_files
 from evaluation.peak_memory import peak_memory
 from wav2vec2 import prune, save_model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
@@ -77,7 +78,11 @@ def test_command(server, teacher_path, tmp_path):
     for model in found["models"]:
         assert f"{model['num_params']:,}" in result.stdout
         assert [(s["seconds"], s["batch"]) for s in model["speed"]] == [(0.5, 2), (1.0, 2)]
-        assert all(s["real_time_factor"] > 0 for s in model["speed"])
+        for s in model["speed"]:
+            assert (
+                s["milliseconds"] == pytest.approx(2000 * s["seconds"] * s["real_time_factor"])
+                and s["milliseconds"] > 0
+            )
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -13,19 +14,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from distillation.config import parse_recipe, save_resolved
 from distillation.data.manifest import read_tsv
 from distillation.errors import UserError
+from distillation.latency import read_latency
 from docs import two_steps
 from evaluation import report_data
+from evaluation.cost import Speed
 from evaluation.held_out import compare_layers
-from evaluation.report_data import Effort, Report, closing_table, collect, to_json
+from evaluation.report_data import Effort, Report, closing_table, collect, format_ms, to_json
 from evaluation.report_page import render
 from evaluation.subjects import MAX_POINTS, hash_files, look_at, read_curves, thinned
 from evaluation.svg import Series, bar_chart, line_chart, nice_axis
-from tests.evaluation.pages import CSV_STEP_2, check_page
+from tests.configs import TINY
+from tests.evaluation.pages import CSV_STEP_2, check_page, keep_step_1, log_cost
 from tests.helpers import run_here
+from tests.latency import write_latency
 from wav2vec2 import load_model, prune, save_model
 from wav2vec2.architecture import architecture
 from wav2vec2.checkpoint import CheckpointError
@@ -56,7 +62,9 @@ def test_finished_run(run, teacher_path):
         "teacher", "pruned", "final", "train100.tsv", "valid.tsv", "config.yaml", "metrics.csv", "final/metrics.csv"
     }  # fmt: skip
     assert [step.name for step in report.steps] == ["Step 1: distillation and pruning", "Step 2: distillation"]
-    headings = check_page(render(report))
+    headings = check_page(page := render(report))
+    assert "share of the teacher&#39;s parameters that is gone" in page and "Expected cost" not in page
+    assert "Milliseconds by" not in page and report.latency is None
     assert headings == ["Before and after", "Architecture", "Distance to the teacher, layer by layer", "Training",
                         "Configuration", "Versions and files"]  # fmt: skip
 
@@ -73,10 +81,17 @@ def test_fewer_seconds_take_fewer_utterances(run):
 
 
 def test_closing_table(run):
-    header, _, *rows = closing_table(gather(run).models).splitlines()
-    assert header.split("  ")[0] == "model" and "held-out loss" in header and "CPU real-time factor" in header
+    report = gather(run)
+    header, _, *rows = closing_table(report.models).splitlines()
+    assert header.split("  ")[0] == "model" and "held-out loss" in header and "CPU milliseconds (10 s)" in header
     assert [row.split()[0] for row in rows] == ["teacher", "pruned", "final"]
     assert rows[2].split()[3] == "-1.0000"
+    assert [row.split()[4] for row in rows] == [format_ms(m.cost.speed[0].milliseconds) for m in report.models]
+
+
+def test_milliseconds_by_hand():
+    assert Speed("cpu", 10, 2, 0.00123, None).milliseconds == pytest.approx(24.6)
+    assert [format_ms(ms) for ms in (0.1234, 34.567, 1234.56)] == ["0.12", "34.57", "1,234.6"]
 
 
 def test_step_1_only(run, student):
@@ -111,11 +126,101 @@ def test_fixed_student(run):
     assert check_page(page)[0] == "Before and after"
 
 
+def prune_by(run: Path, **settings: object) -> None:
+    """Change how the recipe of the run prunes."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["pruning"] |= settings
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_budget_in_parameters(run):
+    report = gather(run, seconds=1)
+    before, after = report.models[0].cost.num_params, report.models[2].cost.num_params
+    budget = report.budget
+    assert (budget.cost, budget.before, budget.reached) == ("params", before, after)
+    assert budget.target == round(0.7 * before) and report.target_sparsity == budget.sparsity == 0.3
+    log_cost(run, "params", [0.98 * before, 0.95 * before])
+    prune_by(run, target="20k")
+    page = render(gather(run, seconds=1))
+    assert f"Budget: 20,000 parameters of the teacher&#39;s {before:,} parameters, a sparsity of " in page
+    assert f"; reached: {after:,} parameters." in page
+    assert "<b>Expected cost</b> <span>parameters, M</span>" in page
+    drawing = page[page.index("<b>Expected cost</b>") :].split("</svg>")[0]
+    assert drawing.count("<polyline") == 2, "expected and target"
+
+
+@pytest.mark.parametrize("target, of", [(None, "10 s"), ("0.05GMACs", "SUPERB")])
+def test_budget_in_macs(run, target, of):
+    keep_step_1(run)
+    log_cost(run, "macs", [3e7, 2e7])
+    prune_by(run, cost="macs", target=target)
+    report = gather(run, seconds=1)
+    teacher, pruned = (getattr(model.cost, f"macs_{'10s' if of == '10 s' else 'superb'}") for model in report.models)
+    assert (round(report.budget.before), round(report.budget.reached)) == (teacher, pruned)
+    assert report.target_sparsity == pytest.approx(1 - report.budget.target / teacher)
+    assert report.budget.target == pytest.approx(0.7 * teacher if of == "10 s" else 5e7)
+    page = render(report)
+    check_page(page)
+    assert f"GMACs ({of}), a sparsity of " in page and f"<b>Expected cost</b> <span>GMACs ({of})</span>" in page
+    assert "share of the teacher&#39;s multiply-accumulates that is gone" in page
+
+
+def test_budget_in_milliseconds(run, tmp_path):
+    table = write_latency(tmp_path / "latency.json", TINY)
+    log_cost(run, "milliseconds", [30.5, 20.5])
+    prune_by(run, cost="milliseconds", latency=str(table))
+    report = gather(run, seconds=1)
+    assert report.notes == [] and report.latency == "latency.json, 1 s"
+    assert "latency table" in {file.role for file in report.files}
+    teacher, pruned, final = (model.table_ms for model in report.models)
+    assert pruned == pytest.approx(read_latency(table)(load_model(run / "pruned.pth")).item())
+    assert pruned < 0.8 * teacher and final == report.budget.reached == report.budget.before == teacher
+    assert report.budget.target == pytest.approx(0.7 * teacher)
+    page = render(report)
+    check_page(page)
+    assert "Milliseconds by latency.json, 1 s" in page and format_ms(pruned) in page and "<span>ms</span>" in page
+    assert f"Budget: {0.7 * teacher:,.4g} ms of the teacher&#39;s {teacher:,.4g} ms, a sparsity of 0.3" in page
+    assert json.loads(to_json(report))["budget"]["cost"] == "milliseconds"
+
+    content = torch.load(run / "pruned.pth", weights_only=True)
+    for told, target in (
+        ({"pruning.target": "5ms", "pruning.target_sparsity": None}, 5),
+        ({"pruning.target": None, "pruning.target_sparsity": 0.9}, 0.1 * teacher),
+    ):
+        torch.save(content | {"run": {"pruned": told}}, run / "pruned.pth")
+        assert gather(run, seconds=1).budget.target == pytest.approx(target), "of prune.py"
+
+
+def test_latency_table_that_does_not_fit(run, tmp_path):
+    keep_step_1(run)
+    table = write_latency(tmp_path / "latency.json", TINY | {"encoder_head_dim": 7})
+    prune_by(run, cost="milliseconds", latency=str(table))
+
+    def note() -> str:
+        report = gather(run, seconds=1)
+        assert report.budget is report.latency is None and {model.table_ms for model in report.models} == {None}
+        page = render(report)
+        assert report.target_sparsity == 0.3 and "Milliseconds by" not in page
+        check_page(page)
+        (found,) = report.notes
+        return found
+
+    assert re.search("by latency.json for teacher, pruned: .* is of another model", note())
+    table.write_text("{}")
+    assert "not a latency table" in note()
+    table.unlink()
+    assert f"{table}: no such latency table" in note()
+    write_latency(table, TINY)
+    (run / "history.yaml").write_text(f"- update: 0\n  settings: {{latency table: {'0' * 64}}}\n")
+    assert f"{table} is another latency table now than a run had" in note()
+
+
 def test_without_teacher_or_data_there_is_still_a_report(run, teacher_path, tiny_flags):
     flags = [str(word) for word in tiny_flags]
     save_resolved(parse_recipe([*flags, "--teacher_ckpt", "gone.pth"])[1], run)
     report = gather(run)
     assert [m.name for m in report.models] == ["pruned", "final"] and "gone.pth" in report.notes[0]
+    assert report.budget is None and report.target_sparsity == 0.3
     assert "gone.pth" in render(report)
     save_resolved(parse_recipe([*flags, "--data.valid", "gone.tsv"])[1], run)
     report = gather(run)

@@ -1,4 +1,4 @@
-"""Multiply-accumulates in closed form against torch's counter and the published total."""
+"""Multiply-accumulates in closed form against torch's counter and the published total; of masks: test_counting.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wav2vec2 import prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
-from wav2vec2.hardconcrete import sample
 
 
 def num_macs(model, lengths: int | list[int]) -> int:
@@ -66,30 +65,6 @@ def test_hubert_base_against_the_published_total():
     assert spread == pytest.approx(4.8, abs=0.1)
     shorter, longer = (length + round(sign * spread * 16_000) for sign in (-1, 1))
     assert num_macs(model, [shorter, longer] * 16) == pytest.approx(1669e9, rel=0.005)
-
-
-@pytest.mark.parametrize("architecture", ["hubert_base", "wavlm_large"])
-def test_certain_masks_count_what_pruning_leaves(tiny, flags, architecture):
-    model = tiny(architecture, tuple(flags))
-    for density in (0.0, 0.2, 0.7, 1.0):
-        for mask in model.masks().values():
-            mask.log_alpha.data = torch.where(torch.rand(len(mask)) < density, 60.0, -60.0)
-        assert num_macs(model, 2000) == num_macs(prune(model)[0], 2000)
-
-
-def test_expectation_is_the_mean_over_samples_and_differentiable(tiny, flags):
-    model = tiny("wavlm_base", tuple(flags))
-    masks = list(model.masks().values())
-    expected = model.get_num_macs(2000)
-    expected.backward()
-    assert all((mask.log_alpha.grad > 0).all() for mask in masks)
-    flat = torch.cat([mask.log_alpha.detach() for mask in masks])
-    counts = []
-    for _ in range(600):
-        drawn = (sample(flat) > 0).double().split([len(mask) for mask in masks])
-        counts.append(model.get_num_macs(2000, dict(zip(masks, drawn)).__getitem__))
-    counts = torch.stack(counts)
-    assert abs((counts.mean() - expected).item()) < 4 * counts.std().item() / 600**0.5
 
 
 def test_a_clip_too_short_for_a_frame_costs_only_its_convolutions(tiny):

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 
+from tests.latency import costs_of
 from wav2vec2 import CheckpointError, load_model, prune, save_model, wav2vec2_model
 from wav2vec2.attention import AttentionMap
 from wav2vec2.checkpoint import load_checkpoint
@@ -81,6 +82,7 @@ def test_padded_rows_equal_the_rows_alone(tiny, architecture, changes):
 @pytest.mark.parametrize(("architecture", "changes"), LONG_CASES)
 def test_the_masked_model_is_the_pruned_model(tiny, architecture, changes):
     model = tiny(architecture, UNITS, **changes)
+    costs = costs_of(model.config)
     waveforms, lengths = torch.randn(2, 500), torch.tensor([500, 333])
     for trial in range(12):
         certain = trial % 2 == 1
@@ -94,24 +96,24 @@ def test_the_masked_model_is_the_pruned_model(tiny, architecture, changes):
         if certain:
             num_params = sum(p.numel() for p in pruned.parameters())
             assert model.get_num_params().item() == pytest.approx(num_params, abs=1e-6)
-            assert model.get_num_macs([500, 333]).round() == pruned.get_num_macs([500, 333])
+            for name, cost in costs.items():
+                assert cost(model).item() == pytest.approx(cost(pruned).item(), rel=1e-12), name
 
 
 @pytest.mark.parametrize(("architecture", "changes"), LONG_CASES)
-def test_expected_count_is_the_mean_over_samples(tiny, architecture, changes):
+def test_expected_costs_are_means_over_samples(tiny, architecture, changes):
     model = tiny(architecture, UNITS, **changes)
     masks = list(model.masks().values())
     for mask in masks:
         mask.log_alpha.data -= 2.0
     alive = [torch.sigmoid(mask.log_alpha.detach().double() + 1.6) for mask in masks]
-    expected = model.get_num_params(dict(zip(masks, alive)).__getitem__)
-    counts = torch.stack(
-        [
-            model.get_num_params(dict(zip(masks, [torch.bernoulli(p) for p in alive])).__getitem__)
-            for _ in range(400)
-        ]
-    )  # fmt: skip
-    assert abs(counts.mean() - expected) < 4 * counts.std() / 400**0.5
+    costs = [costs_of(model.config)[name] for name in ("params", "macs")]
+
+    def found(units: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([cost(model, dict(zip(masks, units)).__getitem__) for cost in costs])
+
+    counts = torch.stack([found([torch.bernoulli(p) for p in alive]) for _ in range(400)])
+    assert ((counts.mean(0) - found(alive)).abs() < 4 * counts.std(0) / 400**0.5).all()
 
 
 @pytest.mark.parametrize(("architecture", "changes"), CASES)

@@ -1,0 +1,195 @@
+"""The demo's teacher pruned to half of its parameters, of its MACs, and of its milliseconds: what each budget leaves.
+
+    scripts/demo.sh demo_out                            # once: the corpus and the tiny teacher
+    python -m benchmarks.budgets --demo demo_out        # then 40 minutes on two cores; run again to resume
+
+Every run is the demo recipe with another pruning.cost, and half of the audio in an update. The latency table is of
+one CPU thread of this machine and 10 s of audio. Prints what models cost, what is left of each kind of unit and
+mini-SUPERB's words with intervals over speakers and seeds; writes budgets.json and budgets.svg.
+"""
+
+import logging
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from benchmarks.compare_methods import ROOT, train
+from benchmarks.minisuperb.evaluate import Row, measured, scores, start
+from benchmarks.plots import write
+from distillation.commandline import command_of
+from distillation.errors import UserError
+from distillation.latency import read_latency
+from distillation.stopping import keeping, run_child
+from evaluation.cost import MACS_SECONDS
+from evaluation.tables import machine, markdown_table
+from evaluation.timing import in_turns
+from wav2vec2 import Wav2Vec2Model, load_model
+from wav2vec2.architecture import architecture
+from wav2vec2.counting import count_params
+from wav2vec2.feature_extractor import SAMPLE_RATE
+
+BUDGETS = {"params": "parameters", "macs": "MACs", "milliseconds": "milliseconds"}  # pruning.cost -> of the row
+KINDS = {"conv": "conv channels", "heads": "heads", "interm": "FFN units"}
+SPARSITY = 0.5
+ROUNDS = 9  # of timing
+PROBE_STEPS = 600
+
+
+@dataclass
+class Result:
+    """One finished run.
+
+    Attributes:
+        budget: name of its cost; None for the teacher.
+        seed: of the run.
+        params: counted.
+        macs: of 10 s.
+        predicted: milliseconds by the table.
+        ms: measured, in turns with all others.
+        units: per kind, by layer.
+        words: mini-SUPERB's counts by speaker, of all tasks.
+    """
+
+    budget: str | None
+    seed: int
+    params: int
+    macs: float
+    predicted: float
+    ms: float
+    units: dict[str, list[int]]
+    words: dict[str, Any]
+
+
+def recipe_of(demo: Path, table: Path, budget: str, seed: int, steps: int) -> dict[str, Any]:
+    """The demo recipe with another budget, of any length."""
+    recipe: dict[str, Any] = {
+        "teacher_ckpt": str(demo / "teacher.pth"),
+        "seed": seed,
+        "data": {"tsv_dir": str(demo / "data"), "seconds_per_batch": 10.0},
+        "pruning": {
+            "cost": budget,
+            "latency": str(table),
+            "target_sparsity": SPARSITY,
+            "lr_lagrangian": 0.03,  # twice the demo's: the multipliers forget sooner what the ramp has taught them
+        },
+    }
+    if steps != 700:  # a try of the benchmark itself
+        first = round(5 / 7 * steps)
+        recipe["pruning"]["warmup_steps"] = round(0.6 * first)
+        recipe["optim"] = {"max_steps": first, "warmup_steps": max(1, first // 10)}
+        recipe["final"] = {"max_steps": steps - first, "warmup_steps": 1}
+    return recipe
+
+
+def times_of(models: dict[Any, Wav2Vec2Model]) -> dict[Any, float]:
+    """Milliseconds of 10 s on one thread, all models in turns."""
+    torch.set_num_threads(1)
+    waveforms = torch.randn(1, MACS_SECONDS * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        seconds = in_turns(
+            {key: partial(model.extract_features, waveforms) for key, model in models.items()}, ROUNDS, "ms"
+        )
+    return {key: 1000 * value for key, value in seconds.items()}
+
+
+def format_results(results: list[Result]) -> str:
+    """Two tables: costs and words, and what is left of each kind of unit."""
+    teacher = results[0]
+    reference = Row("teacher", teacher.params, [teacher.words])
+    costs, units = [], []
+    for name in (None, *BUDGETS):
+        runs = [result for result in results if result.budget == name]
+        title = "teacher" if name is None else f"half the {BUDGETS[name]}"
+
+        def cell(field: str, scale: float, digits: str, runs: list[Result] = runs) -> str:
+            value = statistics.mean(getattr(run, field) for run in runs)
+            share = value / getattr(teacher, field)
+            return f"{value / scale:{digits}}" + ("" if runs[0] is teacher else f" ({share:.0%})")
+
+        point, low, high = scores(Row(title, 0, [run.words for run in runs]), reference)["words"]
+        costs.append([title, cell("params", 1, ",.0f"), cell("macs", 1e9, ".3f"), cell("predicted", 1, ".1f"),
+                      cell("ms", 1, ".1f"), f"{point:.1f} [{low:.1f}, {high:.1f}]"])  # fmt: skip
+        if name is not None:
+            shares = {kind: [sum(run.units[kind]) / sum(teacher.units[kind]) for run in runs] for kind in KINDS}
+            units.append(
+                [title, *(f"{statistics.mean(s):.0%} ({min(s):.0%} to {max(s):.0%})" for s in shares.values())]
+            )
+    header = ["budget", "parameters", "GMACs, 10 s", "ms by the table", "ms measured", "words per frame, %"]
+    return f"{markdown_table(header, costs)}\n\n{markdown_table(['left of', *KINDS.values()], units)}"
+
+
+def draw(results: list[Result]) -> Figure:
+    """Units per layer, means over seeds, one colour per budget; the teacher in grey."""
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    for axis, (kind, title) in zip(figure.subplots(1, len(KINDS)), KINDS.items()):
+        whole = results[0].units[kind]
+        layers = np.arange(1, len(whole) + 1)
+        axis.bar(layers, whole, 0.86, color="0.9")
+        for i, (name, label) in enumerate(BUDGETS.items()):
+            runs = [result.units[kind] for result in results if result.budget == name]
+            axis.bar(layers + 0.27 * (i - 1), np.mean(runs, axis=0), 0.25, color=f"C{i}", label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("conv layer" if kind == "conv" else "Transformer layer")
+        axis.set_xticks(layers)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", title="half of the", fontsize=9)
+    return figure
+
+
+def run(demo: Path = Path("demo_out"), out: Path | None = None, seeds: int = 3, steps: int = 700) -> None:
+    """Train, measure, print and plot.
+
+    Args:
+        demo: folder that scripts/demo.sh has left: teacher.pth, its corpus and data/.
+        out: folder of the runs; DEMO/budgets by default.
+        seeds: runs per budget.
+        steps: updates per run, both steps together.
+
+    Raises:
+        Stopped: a signal asked for it.
+        UserError: a setting or a file that does not fit.
+    """
+    if seeds < 1 or steps < 10:
+        raise UserError("at least one seed and 10 updates are needed")
+    demo = demo.resolve()
+    out = demo / "budgets" if out is None else out.resolve()
+    _, data = start(demo, demo / "minisuperb", "teacher.pth", "data/valid.tsv")
+    table = out / "latency.json"
+    logging.getLogger("distillation.data.loaders").setLevel(logging.WARNING)
+    with keeping(f"what is finished, and the run that was training, is in {out}"):
+        if not table.is_file():
+            command = [sys.executable, "-m", "evaluation.latency", str(demo / "teacher.pth"), "--out", str(table)]
+            if run_child([*command, "--threads", "1"], cwd=ROOT):
+                raise UserError(f"{table}: could not be measured")
+        files: dict[tuple[str | None, int], Path] = {(None, 0): demo / "teacher.pth"}
+        runs = [(name, seed) for seed in range(1, seeds + 1) for name in BUDGETS]
+        for name, seed in tqdm(runs, desc="budgets", unit="run", dynamic_ncols=True):
+            exp = out / name / f"seed{seed}"
+            files[name, seed] = train(exp, recipe_of(demo, table, name, seed, steps))
+        probed = {key: measured(path, data, PROBE_STEPS)[1]
+                  for key, path in tqdm(files.items(), desc="probing", unit="model")}  # fmt: skip
+    models = {key: load_model(path) for key, path in files.items()}
+    times, predicted = times_of(models), read_latency(table)
+    results = [
+        Result(
+            *key, count_params(model), model.get_num_macs(MACS_SECONDS * SAMPLE_RATE).item(), predicted(model).item(),
+            times[key], {kind: getattr(architecture(model.config), kind) for kind in KINDS}, probed[key],
+        )
+        for key, model in models.items()
+    ]  # fmt: skip
+    written = write(out, "budgets", [asdict(result) for result in results], draw(results))
+    print(f"{seeds} seeds, {steps} updates; {machine()}\n\n{format_results(results)}\n\n-> {written}")
+
+
+main = command_of(run, __doc__)
+
+if __name__ == "__main__":
+    main()

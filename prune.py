@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distillation.budget import Budget, Parameters, parse_target
+from distillation.budget import BUDGET, Budget, Parameters, parse_target
 from distillation.commandline import make_parser, parse_arguments
 from distillation.distilled import pruning_setting, read_distilled
 from distillation.errors import UserError, command
@@ -81,6 +81,8 @@ def run(distilled_ckpt: Path, out: Path | None, wanted: Wanted) -> None:
         raise UserError(f"--multiple_of {multiple_of}: it must be at least 1")
     if wanted.faithful and multiple_of != 1:
         raise UserError("--faithful keeps the rule per layer: leave --multiple_of out")
+    if wanted.faithful and budget != trained:
+        raise UserError("--faithful keeps the rule per layer: leave --target and --target_sparsity out")
     cost = budget.cost
 
     model, config = prune(student)
@@ -99,11 +101,11 @@ def run(distilled_ckpt: Path, out: Path | None, wanted: Wanted) -> None:
         try:
             survivors = survivors_for_cost(student, partial(cost, student), budget.target, multiple_of, cost.text)
         except ValueError as error:
-            raise UserError(f"{distilled_ckpt}: {error}; set another --target_sparsity, or --faithful") from None
+            raise UserError(f"{distilled_ckpt}: {error}; set another --target, or --faithful") from None
         model, config = prune(student, survivors)
         logger.info("kept the highest-ranked units that give the target; --faithful keeps the rule's")
     told = {**wanted.told(), "pruning.multiple_of": multiple_of, FAITHFUL: wanted.faithful}
-    entry = None if distilled.run is None else {**distilled.run, PRUNED: told}
+    entry = None if distilled.run is None else {**distilled.run, PRUNED: told, BUDGET: budget.state()}
     save_result(out, model, distilled.heads, entry)
     print(format_architecture(distilled.config, config))
     found = cost(model).item()

@@ -29,6 +29,7 @@ from distillation.latency import LatencyTable, read_latency
 from distillation.sparsity import PruningConfig, make_prunable
 from distillation.stopping import keeping, run_child
 from evaluation.conditions import conditions
+from evaluation.latency import errors_of
 from evaluation.tables import machine, markdown_table
 from evaluation.timing import in_turns
 from wav2vec2 import Wav2Vec2Model, load_model, prune, save_model, wav2vec2_model
@@ -166,6 +167,9 @@ def run(
             if run_child([*command, "--threads", str(threads), "--device", device], cwd=ROOT):
                 raise UserError(f"{file}: could not be measured")
         table, teacher = read_latency(file), load_model(path)
+        made = table.content["device"], table.content["measured"]["threads"]
+        if made != (device, threads):
+            raise UserError(f"{file}: measured with --device {made[0]} --threads {made[1]}: use another --out")
         of = conditions(device=device, rounds=rounds, table=table.content)
         known = Journal(out / "times.jsonl", of, "times")
         cost, params = Milliseconds(table), Parameters()
@@ -184,7 +188,7 @@ def run(
             )  # fmt: skip
     asked, multiples = ([Timed(**row) for row in known[name]["models"]] for name in ("asked", "multiples"))
     check = table.content["check"]
-    errors = [abs(predicted / measured - 1) for predicted, measured in check[1:]]
+    errors = errors_of(check[1:])
     content = {"check": check, **{name: known[name] for name in ("asked", "multiples")}}
     written = write(out, "times", json.loads(json.dumps(content)), draw(check, asked))
     print(f"{table.content['measured']['cpu']}, {threads} thread(s), {table.seconds:g} s of audio; {machine()}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ SUPERB_SAMPLES = (
     92720, 98560, 104400, 111120, 118480, 125040, 132720, 142640, 154000, 166720, 180880, 197920, 217920, 239280,
     268160, 326000,
 )  # fmt: skip
+MACS_SECONDS = 10  # of the utterance whose multiply-accumulates are counted where nothing else is said
 BUDGET = "budget"  # entry of checkpoints
 EXAMPLES = "23.6M (parameters), 500GMACs or 35ms"
+NUMBER = r"(?:[0-9]{1,3}(?:[,_][0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"
 PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -118,6 +121,7 @@ def cost_from_state(state: dict[str, Any], source: object) -> Cost:
     if (
         kind == MultiplyAccumulates.name
         and isinstance(samples, list)
+        and samples
         and all(type(n) is int and n > 0 for n in samples)
     ):
         return MultiplyAccumulates(samples)
@@ -162,8 +166,11 @@ class Budget:
         """
         try:
             before, target, sparsity = (float(state[key]) for key in ("before", "target", "sparsity"))
+            valid = 0 < target <= before < math.inf and sparsity < 1
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{source}: damaged, its budget cannot be read") from None
+            valid = False
+        if not valid:
+            raise UserError(f"{source}: damaged, its budget cannot be read")
         return cls(cost_from_state(state, source), before, target, sparsity)
 
     def state(self) -> dict[str, Any]:
@@ -187,7 +194,7 @@ def parse_target(text: str, cost: str, name: str) -> float:
     Raises:
         UserError: no such number, or a unit that is missing or another cost's.
     """
-    found = re.fullmatch(r" *(\d[\d,_]*(?:\.\d+)?) *([kMGT]?) *(params|parameters|MACs|ms|) *", text)
+    found = re.fullmatch(rf" *({NUMBER}) *([kMGT]?) *(params|parameters|MACs|ms|) *", text)
     number = float(re.sub("[,_]", "", found[1])) if found else 0.0
     if found is None or number <= 0 or (found[3] == "ms" and found[2]):
         raise UserError(f"{name} is {text!r}: write a number with its unit, such as {EXAMPLES}")

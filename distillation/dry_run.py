@@ -92,11 +92,13 @@ def print_plan(plan: Plan) -> None:
         table["measured"] = f"a micro-batch takes {first.seconds:.3g} s{ends}"
     if budget is not None:
         table["budget"] = f"{budget.cost.text(budget.target)} of {budget.cost.text(budget.before)}"
-    final = start if budget is None else count_params(small) if small is not None else None
+    final: int | None = start
+    about = ""
     if budget is not None and isinstance(budget.cost, Parameters):
         final = round(budget.target)
+    elif budget is not None:
+        final, about = None if small is None else count_params(small), "about "
     if final is not None:
-        about = "" if budget is None or isinstance(budget.cost, Parameters) else "about "
         share = f", {final / before:.1%} of the teacher's" if pruning.units else ""
         megabytes = 4 * (final + heads) / 1e6
         table["result"] = f"{about}{final / 1e6:.2f} M parameters{share}, {megabytes:.1f} MB with the heads"

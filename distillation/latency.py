@@ -10,6 +10,7 @@ A table is a JSON file of plain numbers, so that one measured elsewhere, by what
 
 ``config`` is the flat one of the model, ``fixed`` what runs whatever is pruned, all times are milliseconds. Between the
 sizes that were measured, times are straight lines; on surfaces over input and output channels, in both directions.
+More units must not take less.
 """
 
 from __future__ import annotations
@@ -56,25 +57,35 @@ def read_latency(path: Path) -> LatencyTable:
     return LatencyTable(content, path)
 
 
-def interpolate(units: Tensor, ms: Tensor, at: Tensor | float) -> Tensor:
-    """Straight lines between what was measured and beyond it, never negative; differentiable in ``at``.
+class Axis(nn.Module):
+    """Sizes that times were measured at; straight lines between them and beyond.
 
     Args:
         units: [K] ascending.
-        ms: [..., K] at these.
-        at: a number of units, scalar.
-
-    Returns:
-        [...].
     """
-    if len(units) == 1:
-        return ms[..., 0]
-    at = torch.as_tensor(at, dtype=units.dtype, device=units.device)
-    cell = (units[1:-1] <= at).sum()
-    ends = torch.stack([cell, cell + 1])  # to index with a scalar would wait for a GPU
-    low, high = units.index_select(0, ends).unbind()
-    first, last = ms.index_select(-1, ends).unbind(-1)
-    return (first + (last - first) * (at - low) / (high - low)).clamp(min=0)
+
+    units: Tensor
+
+    def __init__(self, units: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("units", units, persistent=False)
+        self.sizes: list[float] = units.tolist()  # for numbers of units that the host knows
+
+    def interpolate(self, ms: Tensor, at: Tensor | float) -> Tensor:
+        """From ``ms`` [..., K] to [...], at a number of units; never negative, differentiable in ``at``.
+
+        Nothing here waits for a GPU.
+        """
+        if len(self.sizes) == 1:
+            return ms[..., 0]
+        if isinstance(at, Tensor):
+            cell = (self.units[1:-1] <= at).sum()
+            ends = torch.stack([cell, cell + 1])  # to index with a scalar would wait
+            (low, high), (first, last) = self.units.index_select(0, ends), ms.index_select(-1, ends).unbind(-1)
+        else:
+            i = sum(size <= at for size in self.sizes[1:-1])
+            low, high, first, last = self.sizes[i], self.sizes[i + 1], ms[..., i], ms[..., i + 1]
+        return (first + (last - first) * ((at - low) / (high - low))).clamp(min=0)
 
 
 class Curve(nn.Module):
@@ -85,7 +96,6 @@ class Curve(nn.Module):
         from_zero: begin at 0 units, by the line through the first two sizes.
     """
 
-    units: Tensor
     ms: Tensor
 
     def __init__(self, entry: Any, from_zero: bool = False) -> None:
@@ -95,16 +105,16 @@ class Curve(nn.Module):
         if not units[-1] > 0:
             raise ValueError
         if from_zero and units[0] > 0:
-            base = interpolate(units, ms, 0).minimum(ms[0])
+            base = Axis(units).interpolate(ms, 0)
             units, ms = (
                 torch.cat([first[None], rest]) for first, rest in ((torch.zeros_like(base), units), (base, ms))
             )
-        self.register_buffer("units", units, persistent=False)
+        self.axis = Axis(units)
         self.register_buffer("ms", ms, persistent=False)
 
     def forward(self, units: Tensor | float) -> Tensor:
         """Milliseconds of a number of units."""
-        return interpolate(self.units, self.ms, units)
+        return self.axis.interpolate(self.ms, units)
 
     def expected(self, units: Tensor | float, exists: Tensor | float) -> Tensor:
         """Milliseconds of a block with an expected number of units that exists with a probability.
@@ -121,8 +131,6 @@ class Surface(nn.Module):
         entry: of the table, ``{"inputs": [I], "units": [K], "ms": [I][K]}``.
     """
 
-    inputs: Tensor
-    units: Tensor
     ms: Tensor
 
     def __init__(self, entry: Any) -> None:
@@ -130,13 +138,12 @@ class Surface(nn.Module):
         inputs, units, ms = _numbers(entry["inputs"], 1), _numbers(entry["units"], 1), _numbers(entry["ms"], 2)
         _check(units, ms)
         _check(inputs, ms.t())
-        self.register_buffer("inputs", inputs, persistent=False)
-        self.register_buffer("units", units, persistent=False)
+        self.inputs, self.units = Axis(inputs), Axis(units)
         self.register_buffer("ms", ms, persistent=False)
 
     def forward(self, num_in: Tensor | float, num_out: Tensor | float) -> Tensor:
         """Milliseconds of a convolution with so many input and output channels."""
-        return interpolate(self.units, interpolate(self.inputs, self.ms.t(), num_in), num_out)
+        return self.units.interpolate(self.inputs.interpolate(self.ms.t(), num_in), num_out)
 
 
 def _numbers(values: Any, dims: int) -> Tensor:
@@ -151,8 +158,8 @@ def _numbers(values: Any, dims: int) -> Tensor:
 
 
 def _check(units: Tensor, ms: Tensor) -> None:
-    """Raises ValueError, unless there is a time for every size, and sizes ascend."""
-    if not len(units) or ms.shape[-1] != len(units) or (units.diff() <= 0).any():
+    """Raises ValueError, unless sizes ascend, and there is a time for every one that does not fall."""
+    if not len(units) or ms.shape[-1] != len(units) or (units.diff() <= 0).any() or (ms.diff(dim=-1) < 0).any():
         raise ValueError
 
 
@@ -195,7 +202,9 @@ class LatencyTable(nn.Module):
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             complete = False
         if not complete:
-            raise UserError(f"{source}: not a latency table, or damaged; {MEASURE}")
+            raise UserError(
+                f"{source}: not a latency table, damaged, or with times that fall where units are added; {MEASURE}"
+            )
 
     def check(self, model: Wav2Vec2Model) -> None:
         """Look whether the blocks of a model are those that were measured, or have fewer units.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distillation.budget import (
+    MACS_SECONDS,
     SUPERB_SAMPLES,
     Budget,
     Cost,
@@ -23,8 +24,6 @@ from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import add_masks
 from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.hardconcrete import HardConcrete
-
-MACS_SECONDS = 10.0  # of the utterance whose multiply-accumulates a share is of
 
 UNITS = {
     "conv": ("extractor_prune_conv_channels", ".hard_concrete"),
@@ -46,8 +45,8 @@ class PruningConfig:
     target_sparsity: float = 0.75
     """Share of the teacher's cost to remove, in [0, 1)."""
     target: str | int | float | None = None
-    """What is to stay instead, with its unit: 23.6M (parameters), 500GMACs or 35ms; target_sparsity is then not
-    used."""
+    """What is to stay instead, with its unit: 23.6M (parameters), 500GMACs or 35ms (of the table's utterance);
+    target_sparsity is then not used."""
     macs_seconds: float | None = None
     """Length in seconds of the utterance whose multiply-accumulates are counted; null for 10 where a share is asked
     for, and for the 32 utterances of the SUPERB protocol, whose sum is published, where a target is."""
@@ -57,7 +56,7 @@ class PruningConfig:
     """Multiple that prune.py keeps of the FFN units and conv channels of each layer: 8, 16 or 32 suit many
     processors."""
     warmup_steps: int = 5000
-    """Updates over which the target rises from 0 to target_sparsity."""
+    """Updates over which the target rises from a sparsity of 0 to that of the budget."""
     lr_masks: float = 2e-2
     """Peak learning rate of log_alpha."""
     lr_lagrangian: float = 2e-2
@@ -143,7 +142,7 @@ def check_budget(student: Wav2Vec2Model, budget: Budget, config: PruningConfig) 
         config: of the recipe.
 
     Raises:
-        UserError: more stays when all of these units are gone.
+        UserError: more stays when all of these units are gone, or the student has no more than that to begin with.
     """
     cost, before = budget.cost, budget.before
 
@@ -152,6 +151,12 @@ def check_budget(student: Wav2Vec2Model, budget: Budget, config: PruningConfig) 
         kept[: config.multiple_of if mask.min_live else 0] = 1
         return kept
 
+    most = cost(student, lambda mask: torch.ones(len(mask), dtype=torch.float64)).item()
+    if budget.target > most:
+        raise UserError(
+            f"the target is {cost.text(budget.target)}, a sparsity of {budget.sparsity:.4f}: the student has "
+            f"{cost.text(most)} before it is pruned, there is nothing to prune"
+        )
     least = cost(student, fewest).item()
     if budget.target < least:
         raise UserError(

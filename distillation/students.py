@@ -121,8 +121,8 @@ def build_student(config: StudentConfig, teacher: Wav2Vec2Model) -> Wav2Vec2Mode
             return _copied_layers(config.layers, teacher)
         if config.slice is not None:
             return uniform_slice(teacher, Parameters(), config.slice.num_params)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"student.slice: {error}") if config.slice is not None else error from None
     except ValueError as error:
         raise UserError(f"student: {error}") from None
     return copy.deepcopy(teacher).requires_grad_(True)

@@ -36,10 +36,10 @@ def levels(num_units: int, shares: Sequence[float], multiple_of: int) -> list[in
     found = []
     for share in shares:
         size = round(share * num_units)
-        if share < 1 and multiple_of == 1:
-            size -= (size > 16) and 1 - size % 2
-        elif share < 1:
+        if share < 1 and multiple_of > 1:
             size -= size % multiple_of
+        elif share < 1 and size > 16 and size % 2 == 0:
+            size -= 1
         found.append(min(num_units, max(multiple_of, size)))
     return found
 
@@ -68,16 +68,18 @@ def designs(masked: Wav2Vec2Model, multiple_of: int) -> list[Sizes]:
 
 
 def at_random(masked: Wav2Vec2Model, multiple_of: int, seed: int) -> Sizes:
-    """Sizes of a model that the table was not made from; attention blocks without a head are among them."""
+    """Sizes of a model that the table was not made from, a small one for seed 0 to a large one for the last seed.
+
+    Every layer has its own share of units; blocks without any are among them.
+    """
     chance, sizes = random.Random(seed), {}
+    share = (seed % NUM_CHECKS + 0.5) / NUM_CHECKS
     for name, mask in masked.masks().items():
         n = len(mask)
-        if name.endswith("heads"):
-            sizes[name] = chance.randint(0, n)
-        else:
-            least = n // 8 if name.startswith("feature_extractor") else 0
-            size = chance.randint(max(least, 1), n)
-            sizes[name] = max(min(n, multiple_of), size - size % multiple_of)
+        size = round(n * min(1.0, max(0.0, share + chance.uniform(-0.25, 0.25))))
+        if not name.endswith("heads") and size < n:
+            size -= size % multiple_of
+        sizes[name] = max(size, min(n, multiple_of)) if name.startswith("feature_extractor") else size
     return sizes
 
 

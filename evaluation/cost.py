@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from distillation.budget import SUPERB_SAMPLES
+from distillation.budget import MACS_SECONDS, SUPERB_SAMPLES
 from distillation.commandline import make_parser, parse_arguments
 from distillation.data.batching import MIN_INPUT_FRAMES
 from distillation.errors import UserError, command
@@ -31,7 +31,6 @@ from wav2vec2 import load_model
 from wav2vec2.checkpoint import fingerprint, load_checkpoint, write_text
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
-MACS_SECONDS = 10
 MIB = 1024**2
 
 

@@ -139,9 +139,10 @@ def describe(content: dict[str, Any]) -> str:
     whole, *others = content["check"]
     errors = errors_of(others)
     rows.append(["the whole model", f"{whole[1]:.2f}", f"predicted {whole[0]:.2f}"])
+    least, most = (choose(ms for _, ms in others) for choose in (min, max))
     return (
-        format_table(["block", "ms", ""], rows) + f"\n\n{len(others)} other models of random sizes: predictions are "
-        f"{statistics.median(errors):.1%} off (median), at most {max(errors):.1%}"
+        f"{format_table(['block', 'ms', ''], rows)}\n\n{len(others)} other models of {least:.4g} to {most:.4g} ms: "
+        f"predictions are {statistics.median(errors):.1%} off (median), at most {max(errors):.1%}"
     )
 
 

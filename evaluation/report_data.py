@@ -168,7 +168,7 @@ def collect(subject: Subject, files: list[HashedFile], effort: Effort) -> Report
         if subject.latency is not None:
             predict_latency(report, subject.latency, {**known, **students})
         if subject.pruning is not None and teacher is not None:
-            _set_budget(report, subject.pruning, teacher, list(students.values())[-1])
+            _set_budget(report, subject, subject.pruning, teacher, list(students.values())[-1])
         if recipe is not None and teacher is not None:
             set_teacher(report, TEACHER, students)
             held_out = compare_with_teacher(report, recipe, (TEACHER, teacher), students, effort)
@@ -213,15 +213,15 @@ def predict_latency(page: Page, table: LatencyTable, paths: Mapping[str, Path]) 
         page.notes.append(f"No milliseconds by {name} for {', '.join(failed)}: {next(iter(failed.values()))}.")
 
 
-def _set_budget(report: Report, pruning: PruningConfig, teacher: Path, result: Path) -> None:
+def _set_budget(report: Report, subject: Subject, pruning: PruningConfig, teacher: Path, result: Path) -> None:
     """Say what the last model was to cost, and what it does."""
-    entry = report.model(TEACHER)
+    entry, budget = report.model(TEACHER), subject.budget
     assert entry is not None
-    if pruning.cost == "milliseconds" and entry.table_ms is None:
+    if budget is None and pruning.cost == "milliseconds" and entry.table_ms is None:
         return  # there is a note on the table
     with torch.inference_mode():
         try:
-            budget = make_budget(pruning, load_checkpoint(teacher).model)
+            budget = budget or make_budget(pruning, load_checkpoint(teacher).model)
         except UserError as error:
             report.notes.append(f"No budget: {error}.")
             return

@@ -12,13 +12,13 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from distillation import identity
+from distillation.budget import BUDGET, Budget
 from distillation.config import Recipe, flat_settings, parse_recipe
 from distillation.data.manifest import read_tsv
 from distillation.distilled import read_distilled
@@ -71,7 +71,8 @@ class Subject:
         recipe: what the config says; None where it cannot be read.
         settings: of both steps by dotted name, those that were changed in the middle of a run with their changes.
         teacher: that the run was trained with; None where it is not there.
-        pruning: what the run was pruned by, and to what prune.py was told to; None where it was not pruned.
+        pruning: settings of the recipe; None where nothing is pruned.
+        budget: what prune.py met; None before it has run, and where an older version of it has.
         latency: table that the recipe names; None where there is none, or it is another now.
         steps: curves of a run.
         tables: files that the steps were read from.
@@ -87,6 +88,7 @@ class Subject:
     settings: Settings = field(default_factory=dict)
     teacher: Path | None = None
     pruning: PruningConfig | None = None
+    budget: Budget | None = None
     latency: LatencyTable | None = None
     steps: list[Step] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
@@ -183,9 +185,11 @@ def _look_at_run(name: str, run: Path) -> Subject:
         found.models[MASKED if prunes else STUDENT] = run / "ckpts" / "last.ckpt"
     else:
         raise UserError(f"{run}: no model in it yet (ckpts/last.ckpt, pruned.pth or final.pth)")
-    told = _check_stages(found, step_2)
+    _check_stages(found, step_2)
     if prunes and found.recipe is not None:
-        _look_at_budget(found, found.recipe.pruning, told, {} if step_1 is None else step_1.settings)
+        found.pruning = found.recipe.pruning
+        if found.pruning.latency is not None:
+            _look_at_latency(found, found.pruning.latency, {} if step_1 is None else step_1.settings)
     return found
 
 
@@ -210,32 +214,25 @@ def _compare_content(run: Subject, recipe: Recipe, record: Record | None) -> Non
             run.notes.append(f"{recipe.data.valid} holds other utterances now than {run.name} was validated on.")
 
 
-def _check_stages(run: Subject, step_2: Record | None) -> dict[str, Any]:
-    """What prune.py was told; say so, and where it was run again and step 2 was not."""
+def _check_stages(run: Subject, step_2: Record | None) -> None:
+    """Say what prune.py was told and what it was to meet, and where it was run again and step 2 was not."""
     if PRUNED not in run.models:
-        return {}
+        return
     pruned = load_checkpoint(run.models[PRUNED])
     entry = pruned.extra.get(RUN)
     told = entry.get(identity.PRUNED) if isinstance(entry, dict) else None
-    told = told if isinstance(told, dict) else {}
-    run.settings |= {name: value for name, value in told.items() if value is not False}
+    if isinstance(told, dict):
+        run.settings |= {name: value for name, value in told.items() if value is not False}
+    if isinstance(entry, dict) and BUDGET in entry:
+        run.budget = Budget.read(entry[BUDGET], run.models[PRUNED])
     student = None if step_2 is None else step_2.settings.get(identity.STUDENT)
     if FINAL in run.models and student not in (None, fingerprint(pruned.model, pruned.heads)):
         run.notes.append(f"final.pth of {run.name} was not made of its pruned.pth, which prune.py has written anew.")
-    return told
 
 
-def _look_at_budget(run: Subject, pruning: PruningConfig, told: dict[str, Any], trained: Settings) -> None:
-    """Find what the run was pruned to, and its latency table unless the file holds another now than in training."""
-    target, share = told.get("pruning.target"), told.get("pruning.target_sparsity")
-    run.pruning, path = pruning, pruning.latency
+def _look_at_latency(run: Subject, path: Path, trained: Settings) -> None:
+    """Find the latency table of the recipe, unless the file holds another now than in training."""
     try:
-        if isinstance(target, str):
-            run.pruning = replace(pruning, target=target)
-        elif isinstance(share, float):
-            run.pruning = replace(pruning, target=None, target_sparsity=share)
-        if path is None:
-            return
         table = read_latency(path)
     except UserError as error:
         run.notes.append(f"{error}. Left out of {run.name}: what depends on it.")

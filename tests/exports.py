@@ -34,6 +34,8 @@ WAVLM = {
 }
 THIN = {"extractor_conv_layer_config": [(8, 10, 5), (12, 1, 1), *[(12, 3, 2)] * 4, (24, 1, 1), *[(24, 2, 2)] * 2],
         "encoder_use_projection": False}  # fmt: skip
+# an export takes its time by the number of operations; frames are still of 400 samples, 320 apart
+FEW_CONVOLUTIONS = {"extractor_conv_layer_config": [(12, 10, 5), (12, 15, 8), (24, 9, 8)]}
 KINDS: dict[str, dict[str, Any]] = {
     "DPHuBERT": MASKS,
     "DPWavLM": {**WAVLM, **MASKS},

@@ -17,7 +17,7 @@ from exporting import folders, runner, verify
 from exporting.source import ExportOptions
 from exporting.verify import make_batches
 from tests.configs import first_layers
-from tests.exports import EVERYTHING, KINDS, LARGE, MASKS, exported, make
+from tests.exports import EVERYTHING, FEW_CONVOLUTIONS, KINDS, LARGE, MASKS, exported, make
 from tests.helpers import ROOT
 from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
 
@@ -60,10 +60,11 @@ def test_everything_at_once(trace_once, exported_here, tiny_config, tmp_path, ca
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_in_every_format(trace_once, exported_here, kind, tiny_config, tmp_path, monkeypatch):
-    """On long audio where it is not part of everything at once."""
+    """On long audio and with its own convolutions where these are not part of everything at once."""
     batches = ALL_BATCHES if "Large" in kind else [batch for batch in ALL_BATCHES if max(batch) < 10]
     monkeypatch.setattr(verify, "BATCHES", batches)
-    model = make(tmp_path / "model.pth", first_layers({**tiny_config, **KINDS[kind]}, 2))
+    changes = KINDS[kind] if "Large" in kind else {**KINDS[kind], **FEW_CONVOLUTIONS}
+    model = make(tmp_path / "model.pth", first_layers({**tiny_config, **changes}, 2))
     for to in ("torch-export", "onnx", "hf"):
         exported(model, to, tmp_path / f"out{export.FORMATS[to].suffix}")
     assert 1e-4 < error_in_8_bits(tmp_path / "out.onnx") < 0.1

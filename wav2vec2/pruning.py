@@ -25,7 +25,7 @@ def prune(model: Wav2Vec2Model, survivors: Survivors | None = None) -> tuple[Wav
     Args:
         model: masked, or dense (then a copy is returned).
         survivors: bool [n] per mask; by default the eval rule of the published system, :func:`eval_rule`. See
-            :func:`survivors_for_size` for an exact size.
+            :func:`survivors_for_size` and :func:`survivors_for_cost` for an exact size.
 
     Returns:
         The dense model in eval mode, and its flat config.

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Kinds:
     elsewhere: frozenset[str]  # not used by this step, or mere names of files whose content counts
     free: frozenset[str]  # machine and bookkeeping: may change at any time
     rates: frozenset[str]  # length and rates: may change on request
+    meant: Mapping[str, Any] = field(default_factory=dict)  # by versions that had no such setting, where that counts
 
     def of(self, name: str) -> str:
         """One of elsewhere, free, rates and identity."""
@@ -142,7 +143,7 @@ class Record:
         Raises:
             UserError: a change that is not allowed, with all differences.
         """
-        changed = differences(self.settings, identity.settings)
+        changed = differences({**identity.kinds.meant, **self.settings}, identity.settings)
         kinds = {name: identity.kinds.of(name) for name in changed}
         fixed = {name: change for name, change in changed.items() if kinds[name] == "identity"}
         rates = {name: change for name, change in changed.items() if kinds[name] == "rates"}

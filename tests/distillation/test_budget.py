@@ -52,6 +52,9 @@ UNIT, NUMBER = ", and its unit is missing: write 23.6M", ": write a number with 
         ("23.6MB", "params", NUMBER),
         ("75%", "params", NUMBER),
         ("1e6", "params", NUMBER),
+        ("1,5M", "params", NUMBER),  # a decimal comma
+        ("1,2345M", "params", NUMBER),
+        ("\uff19M", "params", NUMBER),  # a digit of another script
         ("nan ms", "milliseconds", NUMBER),
         ("", "params", NUMBER),
         ("M", "params", NUMBER),

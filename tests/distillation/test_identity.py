@@ -342,3 +342,21 @@ def test_flat_settings_are_plain():
     flat = flat_settings(FinetuneRun("m", Path("a"), Path("b"), Path("c"), FinetuneConfig()))
     assert flat["train"] == "a" and flat["config.max_steps"] == 20_000
     assert flat_settings(recipe_of())["optim.betas"] == [0.9, 0.999]
+
+
+def test_a_run_of_a_version_without_other_budgets_was_pruned_by_parameters(lists, model):
+    def identity(*flags: object) -> Identity:
+        recipe = recipe_of(*flags)
+        return step_1_identity(recipe, content_of(recipe, model, lists))
+
+    new = ("cost", "target", "macs_seconds", "multiple_of")
+    settings = {name: v for name, v in identity().settings.items() if name.rpartition(".")[2] not in new}
+    old = Record([{"update": 0, "settings": settings}])
+    assert old.go_on(identity(), 5, Path("last.ckpt"), False) is old
+    student = Checkpoint(model, model.config, extra={RUN: old.entry(500, length=500)})
+    check_student(student, "pruned.pth", identity(), False)
+    for flags in (["--pruning.cost", "macs"], ["--pruning.multiple_of", 8], ["--pruning.target", "0.4M"]):
+        with pytest.raises(UserError, match=f"{flags[0][2:]} .*cannot change in the middle of a run"):
+            old.go_on(identity(*flags), 5, Path("last.ckpt"), True)
+        with pytest.raises(UserError, match=f"pruned.pth was made by another recipe: .*{flags[0][2:]} "):
+            check_student(student, "pruned.pth", identity(*flags), False)

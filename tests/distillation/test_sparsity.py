@@ -189,3 +189,15 @@ def test_a_target_that_the_units_cannot_give(teacher, latency, cost):
     check_budget(student, Budget.of_share(budget.cost, budget.before, gone - 1e-9), config)
     with pytest.raises(UserError):
         check_budget(student, Budget.of_share(budget.cost, budget.before, gone + 1e-4), config)
+
+
+def test_a_target_above_what_the_student_has(teacher):
+    config = PruningConfig(target_sparsity=0.25)
+    student, budget = make_prunable(teacher, config), make_budget(config, teacher)
+    check_budget(student, budget, config)
+    smaller = make_prunable(prune(teacher)[0], config)
+    for mask in smaller.masks().values():
+        torch.nn.init.constant_(mask.log_alpha, -30.0)
+    smaller = make_prunable(prune(smaller)[0], config)
+    with pytest.raises(UserError, match=r"sparsity of 0\.2500: the student has [\d,]+ parameters before it is pruned"):
+        check_budget(smaller, budget, config)

@@ -68,15 +68,18 @@ def test_designs_meet_every_pair_of_neighbours(config, multiple_of):
 
 @pytest.mark.parametrize("multiple_of", [1, 8])
 def test_models_at_random(multiple_of):
-    masked = with_masks(wav2vec2_model(**TINY))
+    masked = with_masks(wav2vec2_model(**{**TINY, "encoder_ff_interm_features": [400] * 4}))
     found = [at_random(masked, multiple_of, seed) for seed in range(20)]
     assert found == [at_random(masked, multiple_of, seed) for seed in range(20)]
     assert len({tuple(sizes.values()) for sizes in found}) == 20
     for name, mask in masked.masks().items():
         sizes = {chosen[name] for chosen in found}
-        assert min(sizes) >= (0 if name.endswith("heads") else 1) and max(sizes) <= len(mask)
+        assert min(sizes) >= (1 if name.startswith("feature_extractor") else 0) and max(sizes) <= len(mask)
         assert name.endswith("heads") or all(n % multiple_of == 0 or n == len(mask) for n in sizes)
     assert any(0 in chosen.values() for chosen in found), "attention blocks without a head are among them"
+    whole = sum(len(mask) for mask in masked.masks().values())
+    shares = [sum(sizes.values()) / whole for sizes in found]  # from small to large, where budgets may lie
+    assert shares[0] < 0.15 and shares[-1] > 0.75 and all(low < high + 0.15 for low, high in itertools.pairwise(shares))
 
 
 # Times

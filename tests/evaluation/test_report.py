@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from distillation.budget import Budget, MultiplyAccumulates
 from distillation.config import parse_recipe, save_resolved
 from distillation.data.manifest import read_tsv
 from distillation.errors import UserError
@@ -182,13 +183,20 @@ def test_budget_in_milliseconds(run, tmp_path):
     assert f"Budget: {0.7 * teacher:,.4g} ms of the teacher&#39;s {teacher:,.4g} ms, a sparsity of 0.3" in page
     assert json.loads(to_json(report))["budget"]["cost"] == "milliseconds"
 
+
+def test_the_budget_is_what_prune_met(run):
+    """In the measure of the run: its utterances, its table; whatever the recipe says by now."""
+    keep_step_1(run)
+    prune_by(run, cost="macs", target="0.05GMACs")
+    met = Budget.of_target(MultiplyAccumulates([48_000]), 2e7, 5e6)
     content = torch.load(run / "pruned.pth", weights_only=True)
-    for told, target in (
-        ({"pruning.target": "5ms", "pruning.target_sparsity": None}, 5),
-        ({"pruning.target": None, "pruning.target_sparsity": 0.9}, 0.1 * teacher),
-    ):
-        torch.save(content | {"run": {"pruned": told}}, run / "pruned.pth")
-        assert gather(run, seconds=1).budget.target == pytest.approx(target), "of prune.py"
+    torch.save(content | {"run": {"pruned": {"pruning.target": "5MMACs"}, "budget": met.state()}}, run / "pruned.pth")
+    found = gather(run, seconds=1).budget
+    assert (found.target, found.before, found.unit) == (5e6, 2e7, "GMACs (3 s)")
+    assert found.reached == load_model(run / "pruned.pth").get_num_macs(48_000).item()
+    torch.save(content | {"run": {"budget": {**met.state(), "before": 0}}}, run / "pruned.pth")
+    with pytest.raises(UserError, match=r"pruned\.pth: damaged, its budget cannot be read"):
+        gather(run, seconds=1)
 
 
 def test_latency_table_that_does_not_fit(run, tmp_path):

@@ -21,7 +21,7 @@ from distillation.training.standing import save_result
 from wav2vec2 import prune
 from wav2vec2.architecture import format_architecture
 from wav2vec2.counting import count_params
-from wav2vec2.pruning import survivors_for_cost
+from wav2vec2.pruning import is_grouped, survivors_for_cost
 
 logger = logging.getLogger(__name__)
 UNFINISHED = 0.02  # a distance to the target that the multipliers close in a run of full length
@@ -47,7 +47,12 @@ class Wanted:
         if self.target is not None and self.target_sparsity is not None:
             raise UserError("--target and --target_sparsity are two ways to say one thing: give one of them")
         if self.target is not None:
-            return Budget.of_target(cost, before, parse_target(self.target, cost.name, "--target"))
+            target = parse_target(self.target, cost.name, "--target")
+            if target >= before:
+                raise UserError(
+                    f"--target {self.target}: the teacher has {cost.text(before)}, there is nothing to prune"
+                )
+            return Budget.of_target(cost, before, target)
         if self.target_sparsity is None:
             return trained
         if not 0 <= self.target_sparsity < 1:
@@ -55,9 +60,10 @@ class Wanted:
         return Budget.of_share(cost, before, self.target_sparsity)
 
     def told(self) -> dict[str, Any]:
-        """What is asked for instead of the recipe's budget, by the names of its settings."""
+        """What is asked for instead of what the recipe says, by the names of its settings."""
         asked = {"pruning.target": self.target, "pruning.target_sparsity": self.target_sparsity}
-        return asked if any(value is not None for value in asked.values()) else {}
+        told: dict[str, Any] = asked if any(value is not None for value in asked.values()) else {}
+        return told if self.multiple_of is None else {**told, "pruning.multiple_of": self.multiple_of}
 
 
 def run(distilled_ckpt: Path, out: Path | None, wanted: Wanted) -> None:
@@ -81,7 +87,7 @@ def run(distilled_ckpt: Path, out: Path | None, wanted: Wanted) -> None:
         raise UserError(f"--multiple_of {multiple_of}: it must be at least 1")
     if wanted.faithful and multiple_of != 1:
         raise UserError("--faithful keeps the rule per layer: leave --multiple_of out")
-    if wanted.faithful and budget != trained:
+    if wanted.faithful and budget is not trained:
         raise UserError("--faithful keeps the rule per layer: leave --target and --target_sparsity out")
     cost = budget.cost
 
@@ -92,19 +98,24 @@ def run(distilled_ckpt: Path, out: Path | None, wanted: Wanted) -> None:
         cost.text(expected), budget.sparsity_of(expected), cost.text(by_rule), budget.sparsity_of(by_rule),
         cost.text(budget.target), budget.sparsity,
     )  # fmt: skip
-    if abs(budget.sparsity_of(expected) - budget.sparsity) > UNFINISHED:
+    if budget is trained and abs(budget.sparsity_of(expected) - budget.sparsity) > UNFINISHED:
         logger.warning(
             "step 1 ended at sparsity %.4f, the target is %.4f: the ranking decides about what it never gave up; "
             "train longer, or raise --pruning.lr_lagrangian", budget.sparsity_of(expected), budget.sparsity,
         )  # fmt: skip
     if not wanted.faithful:
+        small = [name for name, mask in student.masks().items() if is_grouped(name) and len(mask) < multiple_of]
+        if small:
+            logger.warning(
+                "%d layers have fewer than %d units: each keeps all of them or none", len(small), multiple_of
+            )
         try:
             survivors = survivors_for_cost(student, partial(cost, student), budget.target, multiple_of, cost.text)
         except ValueError as error:
             raise UserError(f"{distilled_ckpt}: {error}; set another --target, or --faithful") from None
         model, config = prune(student, survivors)
         logger.info("kept the highest-ranked units that give the target; --faithful keeps the rule's")
-    told = {**wanted.told(), "pruning.multiple_of": multiple_of, FAITHFUL: wanted.faithful}
+    told = {**wanted.told(), FAITHFUL: wanted.faithful}
     entry = None if distilled.run is None else {**distilled.run, PRUNED: told, BUDGET: budget.state()}
     save_result(out, model, distilled.heads, entry)
     print(format_architecture(distilled.config, config))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from distillation.budget import Milliseconds, MultiplyAccumulates
+from distillation.budget import MACS_SECONDS, Milliseconds, MultiplyAccumulates
 from distillation.config import Recipe, flat_settings
 from distillation.data.manifest import Manifest
 from distillation.errors import UserError
@@ -84,6 +84,8 @@ def step_1_identity(recipe: Recipe, content: Settings, start: Wav2Vec2Model | No
             settings["pruning.target_sparsity"] = None
         if recipe.pruning.cost != MultiplyAccumulates.name:
             settings["pruning.macs_seconds"] = None
+        elif recipe.pruning.target is None:
+            settings["pruning.macs_seconds"] = recipe.pruning.macs_seconds or float(MACS_SECONDS)
     if start is not None:
         settings = {k: v for k, v in settings.items() if not k.startswith("student.")}
     content = content | {STUDENT: None if start is None else fingerprint(start)} | _latency_table(recipe)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from distillation.errors import UserError
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.architecture import architecture
+from wav2vec2.architecture import Architecture, architecture
 from wav2vec2.hardconcrete import Alive, alive_probabilities
 
 MAX_TABLE_BYTES = 10_000_000
+MAX_NUMBER = 1e9  # milliseconds of eleven days
 MEASURE = "measure this one: python -m evaluation.latency TEACHER --out latency.json"
 # of the flat config: what decides about times besides how many units there are
 FRAME = (
@@ -146,13 +147,17 @@ class Surface(nn.Module):
         return self.units.interpolate(self.inputs.interpolate(self.ms.t(), num_in), num_out)
 
 
+def _units(found: Architecture) -> list[int]:
+    return [*found.conv, *found.heads, *found.interm]
+
+
 def _numbers(values: Any, dims: int) -> Tensor:
     """Float64 with so many dimensions, none negative; ValueError or TypeError for anything else."""
     try:
         numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
     except (OverflowError, RuntimeError):
         raise ValueError from None
-    if numbers.dim() != dims or not numbers.isfinite().all() or (numbers < 0).any():
+    if numbers.dim() != dims or not (numbers <= MAX_NUMBER).all() or (numbers < 0).any():
         raise ValueError
     return numbers
 
@@ -168,7 +173,9 @@ def _by_layer(entries: Any) -> nn.ModuleDict:
     found: dict[str, nn.Module] = {}
     for entry in entries:
         curve = Curve(entry, from_zero=True)
-        found |= {str(int(layer)): curve for layer in entry["layers"]}
+        if not all(type(layer) is int for layer in entry["layers"]):
+            raise TypeError
+        found |= {str(layer): curve for layer in entry["layers"]}
     return nn.ModuleDict(found)
 
 
@@ -194,10 +201,14 @@ class LatencyTable(nn.Module):
             self.attention = _by_layer(content["attention"])
             self.feed_forward = _by_layer(content["feed_forward"])
             shapes = architecture(self.config)
-            complete = len(self.conv) == len(shapes.conv) and all(
-                str(layer) in blocks or not units
-                for blocks, layers in ((self.attention, shapes.heads), (self.feed_forward, shapes.interm))
-                for layer, units in enumerate(layers)
+            complete = (
+                len(self.conv) == len(shapes.conv)
+                and all(type(n) is int for n in _units(shapes))
+                and all(
+                    str(layer) in blocks or not units
+                    for blocks, layers in ((self.attention, shapes.heads), (self.feed_forward, shapes.interm))
+                    for layer, units in enumerate(layers)
+                )
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             complete = False

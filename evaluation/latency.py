@@ -10,7 +10,7 @@ again, it goes on after a stop.
 """
 
 import json
-import math
+import logging
 import statistics
 from collections.abc import Iterable, Sequence
 from datetime import date
@@ -35,6 +35,12 @@ from wav2vec2 import Wav2Vec2Model, load_model
 from wav2vec2.architecture import architecture
 from wav2vec2.checkpoint import fingerprint, write_text
 from wav2vec2.feature_extractor import SAMPLE_RATE
+
+logger = logging.getLogger(__name__)
+
+MAX_SECONDS = 3600
+MAX_TURNS = 50  # of rows and columns; a few are enough
+DOUBTFUL = 0.1  # error of a prediction
 
 
 def table_of(model: Wav2Vec2Model, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -85,12 +91,30 @@ def _curve(found: Iterable[tuple[int, float]]) -> dict[str, list[Any]]:
 
 
 def monotone(ms: Tensor) -> Tensor:
-    """The middle between the closest rising bounds above and below, along all dimensions: noise alone makes it fall."""
-    upper, lower = ms, ms
-    for dim in range(ms.dim()):
-        upper = upper.cummax(dim).values
-        lower = lower.flip(dim).cummin(dim).values.flip(dim)
-    return (upper + lower) / 2
+    """Times [K] or [I, K] that do not fall in any direction, as close as can be: noise alone makes them fall.
+
+    Where they do, neighbours share their mean (isotonic regression by pooling adjacent violators), along rows and
+    columns in turn.
+    """
+    if ms.dim() == 1:
+        return torch.tensor(_isotonic(ms.tolist()), dtype=ms.dtype)
+    for _ in range(MAX_TURNS):
+        if (ms.diff(dim=0) >= 0).all() and (ms.diff(dim=1) >= 0).all():
+            break
+        ms = torch.stack([monotone(row) for row in ms])
+        ms = torch.stack([monotone(column) for column in ms.t()]).t()
+    return ms.cummax(0).values.cummax(1).values  # of what rounding leaves
+
+
+def _isotonic(values: list[float]) -> list[float]:
+    pools: list[tuple[float, int]] = []  # mean of so many neighbours
+    for value in values:
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            before, more = pools.pop()
+            mean, count = (before * more + mean * count) / (more + count), more + count
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 def scaled(content: Any, factor: float, is_time: bool = False) -> Any:
@@ -165,8 +189,10 @@ def main() -> None:
     out: Path = options.out
     if out.suffix != ".json":
         raise UserError(f"--out {out}: name a .json file")
-    if not (math.isfinite(options.seconds) and options.seconds * SAMPLE_RATE >= MIN_INPUT_FRAMES):
-        raise UserError(f"--seconds {options.seconds:g}: the models need at least {MIN_INPUT_FRAMES / SAMPLE_RATE} s")
+    if not MIN_INPUT_FRAMES / SAMPLE_RATE <= options.seconds <= MAX_SECONDS:
+        raise UserError(
+            f"--seconds {options.seconds:g}: it must lie between {MIN_INPUT_FRAMES / SAMPLE_RATE} and {MAX_SECONDS}"
+        )
     for flag in ("threads", "rounds", "multiple_of"):
         value = getattr(options, flag)
         if value is not None and value < 1:
@@ -196,6 +222,9 @@ def main() -> None:
     write_text(out.with_suffix(".html"), render(content) + "\n")
     known.remove()
     print(describe(content))
+    whole, *pairs = content["check"]
+    if max(statistics.median(errors_of(pairs)), *errors_of([whole])) > DOUBTFUL:
+        logger.warning("predictions are far off: was the machine busy? Measure again, with more --rounds")
     print(f"-> {out}, {out.with_suffix('.html')}")
 
 

@@ -385,7 +385,7 @@ def test_prune_refuses(script_error, reference, teacher_path, tmp_path):
         (["--target", "500"], "--target is 500, and its unit is missing"),
         (["--target", "35ms"], "--target is 35ms, and pruning.cost is params"),
         (["--target", "300 params"], "no choice of units gives 300 parameters: pruning everything leaves "),
-        (["--target", "30k"], "no choice of units gives 30,000 parameters"),
+        (["--target", "30k"], "--target 30k: the teacher has 21,948 parameters"),
         (["--target", "15k", "--target_sparsity", 0.3], "--target and --target_sparsity are two ways to say one thing"),
         (["--target_sparsity", 1], "--target_sparsity 1.0: it must lie in [0, 1)"),
         (["--faithful", "--multiple_of", 8], "--faithful keeps the rule per layer: leave --multiple_of out"),

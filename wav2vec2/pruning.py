@@ -82,6 +82,11 @@ def survivors_for_size(model: Wav2Vec2Model, num_params: int, multiple_of: int =
     return survivors_for_cost(model, model.get_num_params, num_params, multiple_of, "{:,.0f} parameters".format)
 
 
+def is_grouped(name: str) -> bool:
+    """Whether the units of a mask may be kept by several: channels and FFN units, but not heads or whole blocks."""
+    return not name.endswith(("_for_heads", "_for_layer"))
+
+
 @torch.no_grad()
 def survivors_for_cost(
     model: Wav2Vec2Model,
@@ -120,7 +125,7 @@ def survivors_for_cost(
 
     steps: list[tuple[float, int, Tensor]] = []  # rank, which mask, units
     for i, mask in enumerate(ranked):
-        together = 1 if masks[mask].endswith(("_for_heads", "_for_layer")) else multiple_of
+        together = multiple_of if is_grouped(masks[mask]) else 1
         log_alpha = mask.log_alpha.detach().cpu()  # rises with the probability of being alive
         groups = list(log_alpha.argsort(stable=True, descending=True).split(together))
         if len(groups) > 1 and len(groups[-1]) < together:

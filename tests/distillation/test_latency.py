@@ -156,6 +156,9 @@ CONV, (ATTENTION,) = FULL["conv"], FULL["attention"]
         {"attention": []},
         {"attention": [{**ATTENTION, "layers": [0, 1, 2]}]},
         {"attention": [{**ATTENTION, "layers": ["x"]}]},
+        {"attention": [{**ATTENTION, "layers": [0, 1, 2, float("inf")]}]},
+        {"attention": [{**ATTENTION, "ms": [1e308] * len(ATTENTION["ms"])}]},
+        {"config": {**FULL["config"], "encoder_ff_interm_features": [None] * 4}},
         {"attention": [{"layers": [0, 1, 2, 3], "units": [0], "ms": [1.0]}]},
     ],
 )

@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda.")
     parser.add_argument("--threads", type=int | None, help="CPU threads; by default what torch takes.")
     parser.add_argument("--seconds", type=float, default=10.0, help="Audio of the utterance that is timed.")
-    parser.add_argument("--rounds", type=int, default=3, help="Visits to each of the models; the median counts.")
+    parser.add_argument("--rounds", type=int, default=3, help="Visits to each of the models; the fastest counts.")
     parser.add_argument(
         "--multiple_of", type=int, default=1, help="Measure at such sizes, for a recipe that prunes so."
     )

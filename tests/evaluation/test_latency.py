@@ -159,8 +159,8 @@ def test_every_model_is_visited_in_every_round(monkeypatch):
     assert (len(designed), len(others), len(visits), len(known)) == (25, 21, 137, 138)
     assert set(others[0].sizes.values()) == {12, 4, 40}, "the first of those that the table is tried on is whole"
     for i, sample in enumerate(designed):
-        median = sorted(known[f"model {i}, visit {n}"][WHOLE] for n in range(3))[1]
-        assert sample.ms == {WHOLE: median, "conv.0": 0.5}
+        fastest = min((known[f"model {i}, visit {n}"] for n in range(3)), key=lambda visit: visit[WHOLE])
+        assert sample.ms == fastest
     rounds = [visits[:45], visits[45:91], visits[91:]]
     assert all(sum(visited == sizes for visited in each) == 1 for each in rounds[1:] for sizes in each), "in turns"
     assert rounds[1] != rounds[2], "in another order"

@@ -80,9 +80,9 @@ def timed(
     waveforms = torch.randn(1, round(table.seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0)).to(
         device
     )
-    runs = {key: partial(model.to(device).extract_features, waveforms) for key, (_, model) in models.items()}
+    runs: dict[Any, Any] = {TEACHER: partial(teacher.to(device).extract_features, waveforms)}
+    runs |= {key: partial(model.to(device).extract_features, waveforms) for key, (_, model) in models.items()}
     with torch.inference_mode():
-        runs = {TEACHER: partial(teacher.to(device).extract_features, waveforms), **runs}
         seconds = in_turns(runs, rounds, "ms", pick=min)
     return {
         TEACHER: 1000 * seconds[TEACHER],
@@ -94,17 +94,20 @@ def timed(
 
 
 def format_asked(rows: list[Timed], before: float, now: float) -> str:
-    """Milliseconds asked and got; what the teacher takes shows how far the machine has become faster or slower."""
-    lines = []
+    """Milliseconds asked and got, as measured and at the speed that the machine had for the table.
+
+    What the teacher takes, then and now, shows how far it has become faster or slower.
+    """
+    lines, drift = [], now / before
     for share in SHARES:
         found = [row for row in rows if row.what == share]
-        off = [row.ms / row.asked - 1 for row in found]
+        off = [row.ms / drift / row.asked - 1 for row in found]
         lines.append([f"{found[0].asked:.0f}", ", ".join(f"{row.predicted:.1f}" for row in found),
                       ", ".join(f"{row.ms:.0f}" for row in found), ", ".join(f"{error:+.1%}" for error in off),
                       ", ".join(f"{row.params / 1e6:.1f}" for row in found)])  # fmt: skip
-    head = ["asked, ms", "by the table", "measured", "off", "parameters, M"]
-    worst = max(abs(row.ms / row.asked - 1) for row in rows)
-    typical = statistics.median(abs(row.ms / row.asked - 1) for row in rows)
+    head = ["asked, ms", "by the table", "measured", "off, at the table's speed", "parameters, M"]
+    errors = [abs(row.ms / drift / row.asked - 1) for row in rows]
+    worst, typical = max(errors), statistics.median(errors)
     return (
         f"{markdown_table(head, lines)}\n\nOff by {typical:.1%} (median), at most {worst:.1%}. The teacher took "
         f"{before:.0f} ms when the table was made, {now:.0f} ms now."

@@ -11,7 +11,6 @@ budgets.svg.
 
 import logging
 import statistics
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,16 +21,16 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.compare_methods import ROOT, train
+from benchmarks.compare_methods import train
+from benchmarks.latency import measured_table
 from benchmarks.minisuperb.evaluate import Row, measured, scores, start
 from benchmarks.plots import write
 from distillation.budget import MACS_SECONDS
 from distillation.commandline import command_of
 from distillation.errors import UserError
-from distillation.latency import read_latency
-from distillation.stopping import keeping, run_child
+from distillation.stopping import keeping
 from evaluation.tables import machine, markdown_table
-from evaluation.timing import in_turns
+from evaluation.timing import in_turns, noise
 from wav2vec2 import Wav2Vec2Model, load_model
 from wav2vec2.architecture import architecture
 from wav2vec2.counting import count_params
@@ -87,7 +86,7 @@ def recipe_of(demo: Path, table: Path, budget: str, seed: int) -> dict[str, Any]
 def times_of(models: dict[Any, Wav2Vec2Model]) -> dict[Any, float]:
     """Milliseconds of 10 s on one thread, all models in turns."""
     torch.set_num_threads(1)
-    waveforms = torch.randn(1, MACS_SECONDS * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
+    waveforms = noise(1, MACS_SECONDS)
     with torch.inference_mode():
         seconds = in_turns(
             {key: partial(model.extract_features, waveforms) for key, model in models.items()}, ROUNDS, "ms"
@@ -156,26 +155,22 @@ def run(demo: Path = Path("demo_out"), out: Path | None = None, seeds: int = 3) 
     demo = demo.resolve()
     out = demo / "budgets" if out is None else out.resolve()
     _, data = start(demo, demo / "minisuperb", "teacher.pth", "data/valid.tsv")
-    table = out / "latency.json"
+    file = out / "latency.json"
     logging.getLogger("distillation.data.loaders").setLevel(logging.WARNING)
     with keeping(f"what is finished, and the run that was training, is in {out}"):
-        if not table.is_file():
-            command = [sys.executable, "-m", "evaluation.latency", str(demo / "teacher.pth"), "--out", str(table)]
-            if run_child([*command, "--threads", "1"], cwd=ROOT):
-                raise UserError(f"{table}: could not be measured")
+        table = measured_table(demo / "teacher.pth", file)
         files: dict[tuple[str | None, int], Path] = {(None, 0): demo / "teacher.pth"}
         runs = [(name, seed) for seed in range(1, seeds + 1) for name in BUDGETS]
         for name, seed in tqdm(runs, desc="budgets", unit="run", dynamic_ncols=True):
             exp = out / name / f"seed{seed}"
-            files[name, seed] = train(exp, recipe_of(demo, table, name, seed))
+            files[name, seed] = train(exp, recipe_of(demo, file, name, seed))
         probed = {key: measured(path, data, PROBE_STEPS)[1]
                   for key, path in tqdm(files.items(), desc="probing", unit="model")}  # fmt: skip
     models = {key: load_model(path) for key, path in files.items()}
-    times, predicted = times_of(models), read_latency(table)
-    predicted.check(models[None, 0])
+    times = times_of(models)
     results = [
         Result(
-            *key, count_params(model), model.get_num_macs(MACS_SECONDS * SAMPLE_RATE).item(), predicted(model).item(),
+            *key, count_params(model), model.get_num_macs(MACS_SECONDS * SAMPLE_RATE).item(), table(model).item(),
             times[key], {kind: getattr(architecture(model.config), kind) for kind in KINDS}, probed[key],
         )
         for key, model in models.items()

@@ -4,11 +4,10 @@
 
 Measures a latency table, prunes random masks to several shares of the time and to the published size in multiples of
 1, 8, 16 and 32, and times all of them in turns. The machine should have nothing else to do. Prints tables, writes
-latency.svg and what was measured.
+times.json and times.svg.
 """
 
 import copy
-import json
 import statistics
 import sys
 from dataclasses import dataclass
@@ -31,11 +30,10 @@ from distillation.stopping import keeping, run_child
 from evaluation.conditions import conditions
 from evaluation.latency import errors_of
 from evaluation.tables import machine, markdown_table
-from evaluation.timing import in_turns
+from evaluation.timing import in_turns, noise
 from wav2vec2 import Wav2Vec2Model, load_model, prune, save_model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.counting import count_params
-from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.pruning import survivors_for_cost
 
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the teacher's time, asked for
@@ -57,13 +55,31 @@ class Timed:
     ms: float
 
 
+def measured_table(model: Path, file: Path, device: str = "cpu", threads: int = 1) -> LatencyTable:
+    """The latency table in a file, measured now where there is none.
+
+    Raises:
+        UserError: it could not be measured, or the file holds one of another model or of other conditions.
+    """
+    if not file.is_file():
+        command = [sys.executable, "-m", "evaluation.latency", str(model.resolve()), "--out", str(file.resolve())]
+        if run_child([*command, "--threads", str(threads), "--device", device], cwd=ROOT):
+            raise UserError(f"{file}: could not be measured")
+    table = read_latency(file)
+    table.check(load_model(model))
+    made = table.content["device"], table.content["measured"]["threads"]
+    if made != (device, threads):
+        raise UserError(f"{file}: measured with --device {made[0]} --threads {made[1]}: use another --out")
+    return table
+
+
 def masked_at_random(teacher: Wav2Vec2Model, draw: int) -> Wav2Vec2Model:
     """The teacher with masks whose ranking is random."""
     student = make_prunable(teacher, PruningConfig())
     generator = torch.Generator().manual_seed(draw)
     for mask in student.masks().values():
-        noise = torch.randn(len(mask), generator=generator) + torch.randn(1, generator=generator)
-        mask.log_alpha.data = SPREAD * noise
+        rank = torch.randn(len(mask), generator=generator) + torch.randn(1, generator=generator)
+        mask.log_alpha.data = SPREAD * rank
     return student
 
 
@@ -77,9 +93,7 @@ def timed(
     device: str, rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
     """All models and the teacher in turns, in plain types."""
-    waveforms = torch.randn(1, round(table.seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    waveforms = noise(1, table.seconds).to(device)
     runs: dict[Any, Any] = {TEACHER: partial(teacher.to(device).extract_features, waveforms)}
     runs |= {key: partial(model.to(device).extract_features, waveforms) for key, (_, model) in models.items()}
     with torch.inference_mode():
@@ -161,19 +175,12 @@ def run(
         UserError: the table could not be measured.
     """
     torch.set_num_threads(threads)
-    path, file = out / "base.pth", out / "latency.json"
+    path = out / "base.pth"
     if not path.is_file():
         torch.manual_seed(0)
         save_model(path, wav2vec2_model(**copy.deepcopy(HUBERT_BASE)).eval())
     with keeping(f"what is measured is in {out}"):
-        if not file.is_file():
-            command = [sys.executable, "-m", "evaluation.latency", str(path.resolve()), "--out", str(file.resolve())]
-            if run_child([*command, "--threads", str(threads), "--device", device], cwd=ROOT):
-                raise UserError(f"{file}: could not be measured")
-        table, teacher = read_latency(file), load_model(path)
-        made = table.content["device"], table.content["measured"]["threads"]
-        if made != (device, threads):
-            raise UserError(f"{file}: measured with --device {made[0]} --threads {made[1]}: use another --out")
+        table, teacher = measured_table(path, out / "latency.json", device, threads), load_model(path)
         of = conditions(device=device, rounds=rounds, table=table.content)
         known = Journal(out / "times.jsonl", of, "times")
         cost, params = Milliseconds(table), Parameters()
@@ -194,7 +201,7 @@ def run(
     check = table.content["check"]
     errors = errors_of(check[1:])
     content = {"check": check, **{name: known[name] for name in ("asked", "multiples")}}
-    written = write(out, "times", json.loads(json.dumps(content)), draw(check, asked))
+    written = write(out, "times", content, draw(check, asked))
     print(f"{table.content['measured']['cpu']}, {threads} thread(s), {table.seconds:g} s of audio; {machine()}\n")
     off = f"{statistics.median(errors):.1%} off (median), at most {max(errors):.1%}"
     print(f"{len(errors)} models of random sizes: predictions are {off}.\n")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torchaudio
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.plots import write
 from benchmarks.steps import BF16, Ours, Peer, Step, kept_bytes, matmul_peak, num_macs, set_sparsity
@@ -37,11 +37,10 @@ from distillation.sparsity import make_prunable
 from distillation.stopping import keeping
 from evaluation.conditions import conditions
 from evaluation.tables import machine, markdown_table
-from evaluation.timing import in_turns
+from evaluation.timing import in_turns, noise
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE, WAVLM_BASE
 from wav2vec2.counting import count_params
-from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.kernels import FORMS, choices, usual_forms
 
 SPARSITIES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.85)
@@ -100,11 +99,6 @@ def measured(known: Journal, point: str, measure: Callable[[], list[Row]]) -> li
     if point not in known:
         known[point] = [vars(row) for row in measure()]
     return [Row(**row) for row in known[point]]
-
-
-def noise(size: int, seconds: float) -> Tensor:
-    """Waveforms [B, N]."""
-    return torch.randn(size, round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
 
 
 def masked_and_teacher(config: dict[str, Any], sparsity: float | None = None) -> tuple[Wav2Vec2Model, Wav2Vec2Model]:

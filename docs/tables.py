@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
+from distillation.budget import SUPERB_SAMPLES
 from distillation.build import starting_student
 from distillation.commandline import make_parser, parse_arguments
 from distillation.config import RECIPES, Recipe, parse_recipe
 from distillation.errors import command
 from distillation.objectives import Objectives
 from distillation.students import backbone_params
-from evaluation.cost import SUPERB_SAMPLES
 from evaluation.superb_score import PUBLISHED
 from evaluation.tables import markdown_table
 from wav2vec2 import Wav2Vec2Model, wav2vec2_model

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from distillation.journal import Journal
 from distillation.sparsity import PruningConfig, make_prunable
 from distillation.students import evenly_spaced
+from evaluation.timing import noise
 from wav2vec2 import Wav2Vec2Model, prune
 from wav2vec2.architecture import Architecture, architecture
-from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.pruning import Survivors
 
 NUM_LEVELS = 5  # sizes of a conv layer; a prime, so that designs() meets every pair of neighbours' sizes
@@ -129,10 +129,8 @@ class Watch:
             self._mark(WHOLE)
             self.model.extract_features(waveforms)
             self._mark(WHOLE)
-        for name, after in itertools.pairwise(
-            list(self.marks)
-        ):  # what a convolution frees when it is done is its own, too
-            if name.startswith("conv."):
+        for name, after in itertools.pairwise(list(self.marks)):
+            if name.startswith("conv."):  # what it frees when it is done is its own, too
                 self.marks[name][1] = self.marks[after][0]
         if self.on_gpu:
             torch.cuda.synchronize()
@@ -170,9 +168,7 @@ class Sample:
 def visit(masked: Wav2Vec2Model, sizes: Sizes, blocks: bool, device: str, seconds: float) -> dict[str, float]:
     """Build a model, warm it up, and time it."""
     model = cut(masked, sizes).to(device)
-    generator = torch.Generator().manual_seed(0)
-    waveforms = torch.randn(1, round(seconds * SAMPLE_RATE), generator=generator).to(device)
-    watch = Watch(model, blocks)
+    waveforms, watch = noise(1, seconds).to(device), Watch(model, blocks)
     watch(waveforms)
     return min((watch(waveforms) for _ in range(RUNS)), key=lambda run: run[WHOLE])
 

@@ -26,7 +26,7 @@ from distillation.stopping import keeping
 from evaluation.conditions import conditions
 from evaluation.peak_memory import peak_memory
 from evaluation.tables import format_table
-from evaluation.timing import in_turns
+from evaluation.timing import in_turns, noise
 from wav2vec2 import load_model
 from wav2vec2.checkpoint import fingerprint, load_checkpoint, write_text
 from wav2vec2.feature_extractor import SAMPLE_RATE
@@ -127,10 +127,8 @@ def measure(
                 if key in found:
                     bar.update((1 + rounds) * len(costs))
                 else:
-                    # The noise is the same for all; what it is does not change the time.
-                    generator = torch.Generator().manual_seed(0)
-                    waveforms = torch.randn(size, round(length * SAMPLE_RATE), generator=generator)
-                    runs = dict(enumerate(partial(model.extract_features, waveforms.to(device)) for model in models))
+                    waveforms = noise(size, length).to(device)
+                    runs = dict(enumerate(partial(model.extract_features, waveforms) for model in models))
                     with torch.inference_mode():
                         found[key] = list(in_turns(runs, rounds, "", bar).values())
                 for cost, elapsed, peak in zip(costs, found[key], peaks):

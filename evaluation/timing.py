@@ -8,9 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from wav2vec2.feature_extractor import SAMPLE_RATE
+
 Key = TypeVar("Key")
+
+
+def noise(size: int, seconds: float) -> Tensor:
+    """Waveforms [B, N], the same for whatever is timed; what they are does not change the time."""
+    return torch.randn(size, round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
 
 
 class Stopwatch:

@@ -12,7 +12,6 @@ budgets.svg.
 import logging
 import statistics
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ from distillation.budget import MACS_SECONDS
 from distillation.commandline import command_of
 from distillation.errors import UserError
 from distillation.stopping import keeping
+from evaluation.block_times import whole_times
 from evaluation.tables import machine, markdown_table
-from evaluation.timing import in_turns, noise
-from wav2vec2 import Wav2Vec2Model, load_model
+from wav2vec2 import load_model
 from wav2vec2.architecture import architecture
 from wav2vec2.counting import count_params
 from wav2vec2.feature_extractor import SAMPLE_RATE
@@ -39,7 +38,7 @@ from wav2vec2.feature_extractor import SAMPLE_RATE
 BUDGETS = {"params": "parameters", "macs": "MACs", "milliseconds": "milliseconds"}  # pruning.cost -> of the row
 KINDS = {"conv": "conv channels", "heads": "heads", "interm": "FFN units"}
 SPARSITY = 0.5
-ROUNDS = 9  # of timing
+ROUNDS = 5  # of timing
 PROBE_STEPS = 600
 
 
@@ -53,7 +52,7 @@ class Result:
         params: counted.
         macs: of 10 s.
         predicted: milliseconds by the table.
-        ms: measured, in turns with all others.
+        ms: measured as for the table, in turns with all others.
         units: per kind, by layer.
         words: mini-SUPERB's counts by speaker, of all tasks.
     """
@@ -81,17 +80,6 @@ def recipe_of(demo: Path, table: Path, budget: str, seed: int) -> dict[str, Any]
             "lr_lagrangian": 0.03,  # twice the demo's: the multipliers forget sooner what the ramp has taught them
         },
     }
-
-
-def times_of(models: dict[Any, Wav2Vec2Model]) -> dict[Any, float]:
-    """Milliseconds of 10 s on one thread, all models in turns."""
-    torch.set_num_threads(1)
-    waveforms = noise(1, MACS_SECONDS)
-    with torch.inference_mode():
-        seconds = in_turns(
-            {key: partial(model.extract_features, waveforms) for key, model in models.items()}, ROUNDS, "ms"
-        )
-    return {key: 1000 * value for key, value in seconds.items()}
 
 
 def format_results(results: list[Result]) -> str:
@@ -167,7 +155,8 @@ def run(demo: Path = Path("demo_out"), out: Path | None = None, seeds: int = 3) 
         probed = {key: measured(path, data, PROBE_STEPS)[1]
                   for key, path in tqdm(files.items(), desc="probing", unit="model")}  # fmt: skip
     models = {key: load_model(path) for key, path in files.items()}
-    times = times_of(models)
+    torch.set_num_threads(1)
+    times = whole_times(models, "cpu", table.seconds, ROUNDS)
     results = [
         Result(
             *key, count_params(model), model.get_num_macs(MACS_SECONDS * SAMPLE_RATE).item(), table(model).item(),

@@ -27,10 +27,10 @@ from distillation.journal import Journal
 from distillation.latency import LatencyTable, read_latency
 from distillation.sparsity import PruningConfig, make_prunable
 from distillation.stopping import keeping, run_child
+from evaluation.block_times import whole_times
 from evaluation.conditions import conditions
 from evaluation.latency import errors_of
 from evaluation.tables import machine, markdown_table
-from evaluation.timing import in_turns, noise
 from wav2vec2 import Wav2Vec2Model, load_model, prune, save_model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.counting import count_params
@@ -93,34 +93,28 @@ def timed(
     device: str, rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
     """All models and the teacher in turns, in plain types."""
-    waveforms = noise(1, table.seconds).to(device)
-    runs: dict[Any, Any] = {TEACHER: partial(teacher.to(device).extract_features, waveforms)}
-    runs |= {key: partial(model.to(device).extract_features, waveforms) for key, (_, model) in models.items()}
-    with torch.inference_mode():
-        seconds = in_turns(runs, rounds, "ms", pick=min)
+    all_models: dict[Any, Wav2Vec2Model] = {TEACHER: teacher, **{key: model for key, (_, model) in models.items()}}
+    ms = whole_times(all_models, device, table.seconds, rounds)
     return {
-        TEACHER: 1000 * seconds[TEACHER],
+        TEACHER: ms[TEACHER],
         "models": [
-            vars(Timed(key[0], asked, table(model.cpu()).item(), count_params(model), 1000 * seconds[key]))
+            vars(Timed(key[0], asked, table(model).item(), count_params(model), ms[key]))
             for key, (asked, model) in models.items()
         ],
     }
 
 
 def format_asked(rows: list[Timed], before: float, now: float) -> str:
-    """Milliseconds asked and got, as measured and at the speed that the machine had for the table.
-
-    What the teacher takes, then and now, shows how far it has become faster or slower.
-    """
-    lines, drift = [], now / before
+    """Milliseconds asked and got; what the teacher takes, then and now, shows whether the machine's speed changed."""
+    lines = []
     for share in SHARES:
         found = [row for row in rows if row.what == share]
-        off = [row.ms / drift / row.asked - 1 for row in found]
+        off = [row.ms / row.asked - 1 for row in found]
         lines.append([f"{found[0].asked:.0f}", ", ".join(f"{row.predicted:.1f}" for row in found),
                       ", ".join(f"{row.ms:.0f}" for row in found), ", ".join(f"{error:+.1%}" for error in off),
                       ", ".join(f"{row.params / 1e6:.1f}" for row in found)])  # fmt: skip
-    head = ["asked, ms", "by the table", "measured", "off, at the table's speed", "parameters, M"]
-    errors = [abs(row.ms / drift / row.asked - 1) for row in rows]
+    head = ["asked, ms", "by the table", "measured", "off", "parameters, M"]
+    errors = [abs(row.ms / row.asked - 1) for row in rows]
     worst, typical = max(errors), statistics.median(errors)
     return (
         f"{markdown_table(head, lines)}\n\nOff by {typical:.1%} (median), at most {worst:.1%}. The teacher took "
@@ -168,7 +162,7 @@ def run(
         out: folder for the model, the table and the results.
         threads: of the CPU.
         device: to measure on.
-        rounds: timed runs per model; the fastest counts, as in the table.
+        rounds: visits to each model; the fastest run counts, as in the table.
 
     Raises:
         Stopped: a signal asked for it.

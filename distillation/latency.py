@@ -10,7 +10,8 @@ A table is a JSON file of plain numbers, so that one measured elsewhere, by what
 
 ``config`` is the flat one of the model, ``fixed`` what runs whatever is pruned, all times are milliseconds. Between the
 sizes that were measured, times are straight lines; on surfaces over input and output channels, in both directions.
-More units must not take less.
+More units must not take less, but that a block may be faster with all of its units than with all but one (or all but
+``"multiple_of": 8``, where the table has that): all units are often a round number, for which a machine has other code.
 """
 
 from __future__ import annotations
@@ -95,18 +96,19 @@ class Curve(nn.Module):
     Args:
         entry: of the table, ``{"units": [K], "ms": [K]}``.
         from_zero: begin at 0 units, by the line through the first two sizes.
+        multiple_of: times may fall in a last step of so many units.
     """
 
     ms: Tensor
 
-    def __init__(self, entry: Any, from_zero: bool = False) -> None:
+    def __init__(self, entry: Any, from_zero: bool = False, multiple_of: int = 1) -> None:
         super().__init__()
         units, ms = _numbers(entry["units"], 1), _numbers(entry["ms"], 1)
-        _check(units, ms)
+        _check(units, ms, multiple_of)
         if not units[-1] > 0:
             raise ValueError
         if from_zero and units[0] > 0:
-            base = Axis(units).interpolate(ms, 0)
+            base = torch.minimum(Axis(units).interpolate(ms, 0), ms[0])
             units, ms = (
                 torch.cat([first[None], rest]) for first, rest in ((torch.zeros_like(base), units), (base, ms))
             )
@@ -130,15 +132,16 @@ class Surface(nn.Module):
 
     Args:
         entry: of the table, ``{"inputs": [I], "units": [K], "ms": [I][K]}``.
+        multiple_of: times may fall in a last step of so many units.
     """
 
     ms: Tensor
 
-    def __init__(self, entry: Any) -> None:
+    def __init__(self, entry: Any, multiple_of: int = 1) -> None:
         super().__init__()
         inputs, units, ms = _numbers(entry["inputs"], 1), _numbers(entry["units"], 1), _numbers(entry["ms"], 2)
-        _check(units, ms)
-        _check(inputs, ms.t())
+        _check(units, ms, multiple_of)
+        _check(inputs, ms.t(), multiple_of)
         self.inputs, self.units = Axis(inputs), Axis(units)
         self.register_buffer("ms", ms, persistent=False)
 
@@ -162,17 +165,20 @@ def _numbers(values: Any, dims: int) -> Tensor:
     return numbers
 
 
-def _check(units: Tensor, ms: Tensor) -> None:
-    """Raises ValueError, unless sizes ascend, and there is a time for every one that does not fall."""
-    if not len(units) or ms.shape[-1] != len(units) or (units.diff() <= 0).any() or (ms.diff(dim=-1) < 0).any():
+def _check(units: Tensor, ms: Tensor, multiple_of: int) -> None:
+    """Raises ValueError, unless sizes ascend, with a time for every one, and times fall in a short last step alone."""
+    if not len(units) or ms.shape[-1] != len(units) or (units.diff() <= 0).any():
+        raise ValueError
+    to_all = len(units) > 1 and units[-1] - units[-2] <= multiple_of
+    if (ms[..., :-1] if to_all else ms).diff(dim=-1).lt(0).any():
         raise ValueError
 
 
-def _by_layer(entries: Any) -> nn.ModuleDict:
+def _by_layer(entries: Any, multiple_of: int) -> nn.ModuleDict:
     """Curves by the layers that they hold for."""
     found: dict[str, nn.Module] = {}
     for entry in entries:
-        curve = Curve(entry, from_zero=True)
+        curve = Curve(entry, from_zero=True, multiple_of=multiple_of)
         if not all(type(layer) is int for layer in entry["layers"]):
             raise TypeError
         found |= {str(layer): curve for layer in entry["layers"]}
@@ -196,10 +202,11 @@ class LatencyTable(nn.Module):
         try:
             self.config: dict[str, Any] = dict(content["config"])
             self.seconds, self.fixed = _numbers([content["seconds"], content["fixed"]], 1).tolist()
-            self.conv = nn.ModuleList([Surface(entry) for entry in content["conv"]])
-            self.projection = Curve(content["projection"])
-            self.attention = _by_layer(content["attention"])
-            self.feed_forward = _by_layer(content["feed_forward"])
+            (multiple_of,) = _numbers([content.get("multiple_of", 1)], 1).tolist()
+            self.conv = nn.ModuleList([Surface(entry, multiple_of) for entry in content["conv"]])
+            self.projection = Curve(content["projection"], multiple_of=multiple_of)
+            self.attention = _by_layer(content["attention"], multiple_of)
+            self.feed_forward = _by_layer(content["feed_forward"], multiple_of)
             shapes = architecture(self.config)
             complete = (
                 len(self.conv) == len(shapes.conv)

@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-# SIGTERM comes with a pre-emption; `sbatch --signal` announces the time limit with any of them
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+# SIGTERM comes with a pre-emption; `sbatch --signal` announces the time limit with any of them. In this order they get
+# their handlers: a process that handles the last one handles all (SIGINT has one of Python's own from the start)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 INTERRUPTED = 75  # exit code, EX_TEMPFAIL of sysexits.h: try again
 # Ctrl-C reaches all processes of a terminal, and a script passes it on to its stage: the echo is no second request
 ECHO_SECONDS = 1.0

@@ -4,9 +4,9 @@ import contextlib
 import itertools
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,32 +15,37 @@ from tqdm import tqdm
 from distillation.journal import Journal
 from distillation.sparsity import PruningConfig, make_prunable
 from distillation.students import evenly_spaced
-from evaluation.timing import noise
+from evaluation.timing import noise, release_memory
 from wav2vec2 import Wav2Vec2Model, prune
 from wav2vec2.architecture import Architecture, architecture
 from wav2vec2.pruning import Survivors
 
 NUM_LEVELS = 5  # sizes of a conv layer; a prime, so that designs() meets every pair of neighbours' sizes
-CONV_SHARES = (1 / 16, 1 / 4, 1 / 2, 3 / 4, 1)
-FFN_SHARES = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)
+CONV_SHARES = (1 / 16, 3 / 8, 3 / 4)  # besides all units, and all but the last
+FFN_SHARES = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 MOST_HEADS = 8  # more are not all measured
 NUM_CHECKS = 20
-RUNS = 2  # timed of each visit, after one that warms up; the faster counts
+RUNS = 2  # timed of each visit, after one that warms up
 WHOLE = "whole"  # the name of the time of the whole model, beside those of its blocks
 Sizes = dict[str, int]  # units by mask
+Key = TypeVar("Key")
 
 
 def levels(num_units: int, shares: Sequence[float], multiple_of: int) -> list[int]:
-    """Sizes to measure, ascending: odd ones, as pruning leaves them, unless it is to keep multiples."""
+    """Sizes to measure, ascending: odd ones, as pruning leaves them, unless it is to keep multiples.
+
+    The last but one is as large as a pruned mask can be: all units, often a round number, may take less than that.
+    """
     found = []
     for share in shares:
         size = round(share * num_units)
-        if share < 1 and multiple_of > 1:
+        if multiple_of > 1:
             size -= size % multiple_of
-        elif share < 1 and size > 16 and size % 2 == 0:
+        elif size > 16 and size % 2 == 0:
             size -= 1
-        found.append(min(num_units, max(multiple_of, size)))
-    return found
+        found.append(size)
+    found.append((num_units - 1) // multiple_of * multiple_of)
+    return [*(min(num_units, max(multiple_of, size)) for size in found), num_units]
 
 
 def designs(masked: Wav2Vec2Model, multiple_of: int) -> list[Sizes]:
@@ -61,7 +66,8 @@ def designs(masked: Wav2Vec2Model, multiple_of: int) -> list[Sizes]:
                 count = min(len(mask), MOST_HEADS)
                 sizes[name] = round(1 + (number + layer) % count * (len(mask) - 1) / max(1, count - 1))
             else:
-                sizes[name] = levels(len(mask), FFN_SHARES, multiple_of)[(number + 2 * layer) % len(FFN_SHARES)]
+                sizes_of = levels(len(mask), FFN_SHARES, multiple_of)
+                sizes[name] = sizes_of[(number + 2 * layer) % len(sizes_of)]
         found.append(sizes)
     return found
 
@@ -157,7 +163,7 @@ class Sample:
     Attributes:
         sizes: units by mask.
         found: units by layer.
-        ms: of the fastest visit, the whole and the blocks where they were timed.
+        ms: the least of all runs, of the whole and of the blocks where they were timed.
     """
 
     sizes: Sizes
@@ -165,12 +171,35 @@ class Sample:
     ms: dict[str, float]
 
 
-def visit(masked: Wav2Vec2Model, sizes: Sizes, blocks: bool, device: str, seconds: float) -> dict[str, float]:
-    """Build a model, warm it up, and time it."""
-    model = cut(masked, sizes).to(device)
-    waveforms, watch = noise(1, seconds).to(device), Watch(model, blocks)
+def least(runs: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The fastest time of each block: what else the machine does only ever adds to it."""
+    runs = list(runs)
+    return {name: min(run[name] for run in runs) for name in runs[0]}
+
+
+def visit(model: Wav2Vec2Model, blocks: bool, device: str, seconds: float) -> dict[str, float]:
+    """Warm a model up and time it, as it runs again and again in a process of its own."""
+    waveforms, watch = noise(1, seconds).to(device), Watch(model.to(device), blocks)
+    release_memory()
     watch(waveforms)
-    return min((watch(waveforms) for _ in range(RUNS)), key=lambda run: run[WHOLE])
+    return least(watch(waveforms) for _ in range(RUNS))
+
+
+def whole_times(models: Mapping[Key, Wav2Vec2Model], device: str, seconds: float, rounds: int) -> dict[Key, float]:
+    """Milliseconds of whole models, visited in turns as those of a table are.
+
+    Args:
+        models: dense, in eval mode.
+        device: to measure on; they come back to the CPU.
+        seconds: of audio, one utterance.
+        rounds: visits to each.
+    """
+    times: dict[Key, list[float]] = {key: [] for key in models}
+    visits = [key for number in range(rounds) for key in random.Random(number).sample(list(models), len(models))]
+    for key in tqdm(visits, desc="ms", unit="run", leave=False, dynamic_ncols=True):
+        times[key].append(visit(models[key], False, device, seconds)[WHOLE])
+        models[key].cpu()
+    return {key: min(some) for key, some in times.items()}
 
 
 def measure(
@@ -195,11 +224,10 @@ def measure(
     for i, number in tqdm(visits, desc="latency", unit="run", dynamic_ncols=True):
         key = f"model {i}, visit {number}"
         if key not in known:
-            known[key] = visit(masked, plans[i][0], plans[i][1], device, seconds)
+            known[key] = visit(cut(masked, plans[i][0]), plans[i][1], device, seconds)
     samples = []
     for i, (sizes, _) in enumerate(plans):
-        times = [known[f"model {i}, visit {number}"] for number in range(rounds)]
-        fastest = min(times, key=lambda visit: visit[WHOLE])  # what else the machine does only ever adds to it
-        samples.append(Sample(sizes, architecture(cut(masked, sizes).config), fastest))
+        ms = least(known[f"model {i}, visit {number}"] for number in range(rounds))
+        samples.append(Sample(sizes, architecture(cut(masked, sizes).config), ms))
     designed = NUM_LEVELS**2
     return samples[:designed], samples[designed:]

@@ -12,7 +12,7 @@ again, it goes on after a stop.
 import json
 import logging
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ DOUBTFUL = 0.1  # error of a prediction
 
 
 def table_of(model: Wav2Vec2Model, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Times by numbers of units, as the file has them; what more units take is never less.
+    """Times by numbers of units, as the file has them; what more units take is never less, but for all of them.
 
     Args:
         model: dense, with all units.
@@ -58,9 +58,9 @@ def table_of(model: Wav2Vec2Model, samples: Sequence[Sample]) -> dict[str, Any]:
             num_in = sample.found.conv[i - 1] if i else 1
             found.setdefault((num_in, sample.found.conv[i]), []).append(sample.ms[f"conv.{i}"])
         inputs, units = (sorted(set(sizes)) for sizes in zip(*found))
-        ms = monotone(torch.tensor([[statistics.median(found[pair, unit]) for unit in units] for pair in inputs]))
+        ms = rising(torch.tensor([[statistics.median(found[pair, unit]) for unit in units] for pair in inputs]))
         conv.append({"inputs": inputs, "units": units, "ms": _rounded(ms)})
-    projection = _curve((sample.found.conv[-1], sample.ms["projection"]) for sample in samples)
+    projection = _curve(((sample.found.conv[-1], sample.ms["projection"]) for sample in samples), rising)
     kinds: dict[str, dict[Any, list[int]]] = {"attention": {}, "feed_forward": {}}
     for i, layer in enumerate(model.encoder.transformer.layers):
         if layer.attention is not None and layer.attention.num_heads:
@@ -70,24 +70,37 @@ def table_of(model: Wav2Vec2Model, samples: Sequence[Sample]) -> dict[str, Any]:
             kinds["feed_forward"].setdefault(whole.interm[i], []).append(i)
     blocks = {
         name: [
-            {"layers": layers, **_curve((getattr(sample.found, units)[i], sample.ms[f"{name}.{i}"])
-                                        for sample in samples for i in layers)}
+            {"layers": layers, **_curve(((getattr(sample.found, units)[i], sample.ms[f"{name}.{i}"])
+                                         for sample in samples for i in layers), smooth)}
             for layers in kinds[name].values()
         ]
-        for name, units in (("attention", "heads"), ("feed_forward", "interm"))
+        for name, units, smooth in (("attention", "heads", monotone), ("feed_forward", "interm", rising))
     }  # fmt: skip
     rest = [2 * sample.ms[WHOLE] - sum(sample.ms.values()) for sample in samples]
     fixed = max(0.0, statistics.median(rest))
     return {"fixed": float(f"{fixed:.5g}"), "conv": conv, "projection": projection, **blocks}
 
 
-def _curve(found: Iterable[tuple[int, float]]) -> dict[str, list[Any]]:
-    """Medians by units."""
+def _curve(found: Iterable[tuple[int, float]], smooth: Callable[[Tensor], Tensor]) -> dict[str, list[Any]]:
+    """Medians by units, without what noise makes fall."""
     times: dict[int, list[float]] = {}
     for size, ms in found:
         times.setdefault(size, []).append(ms)
     units = sorted(times)
-    return {"units": units, "ms": _rounded(monotone(torch.tensor([statistics.median(times[n]) for n in units])))}
+    return {"units": units, "ms": _rounded(smooth(torch.tensor([statistics.median(times[n]) for n in units])))}
+
+
+def rising(ms: Tensor) -> Tensor:
+    """Times [K] or [I, K] that rise up to the last size, that of all units, which is left as it is.
+
+    All units are often a round number, for which the machine may have faster code.
+    """
+    if ms.dim() == 1:
+        return torch.cat([monotone(ms[:-1]), ms[-1:]])
+    if min(ms.shape) == 1:
+        return rising(ms.flatten()).view(ms.shape)
+    inner = torch.cat([monotone(ms[:-1, :-1]), monotone(ms[:-1, -1])[:, None]], dim=1)
+    return torch.cat([inner, rising(ms[-1])[None]])
 
 
 def monotone(ms: Tensor) -> Tensor:
@@ -155,10 +168,10 @@ def describe(content: dict[str, Any]) -> str:
     rows.append(["projection", f"{content['projection']['ms'][-1]:.2f}", ""])
     for name, unit in (("attention", "head"), ("feed_forward", "unit")):
         for entry in content[name]:
-            units, ms = entry["units"], entry["ms"]
+            units, ms = (values[:-1] or values for values in (entry["units"], entry["ms"]))  # all units may be faster
             each = (ms[-1] - ms[0]) / max(1, units[-1] - units[0])
             layers = f"{len(entry['layers'])} layer{'s' if len(entry['layers']) > 1 else ''}"
-            rows.append([f"{name}, each of {layers}", f"{ms[-1]:.2f}", f"{each:.4f} per {unit}"])
+            rows.append([f"{name}, each of {layers}", f"{entry['ms'][-1]:.2f}", f"{each:.4f} per {unit}"])
     rows.append(["the rest", f"{content['fixed']:.2f}", ""])
     whole, *others = content["check"]
     errors = errors_of(others)

@@ -1,6 +1,7 @@
 """How long things take: side by side in turns, and phase by phase."""
 
 import contextlib
+import ctypes
 import random
 import statistics
 import time
@@ -21,6 +22,15 @@ def noise(size: int, seconds: float) -> Tensor:
     return torch.randn(size, round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
 
 
+def release_memory() -> None:
+    """Give back what the allocator keeps of other models, where that is glibc's; on a GPU it changes nothing.
+
+    A large buffer costs twice as much where its pages must come first; so, without this, what ran before decides.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 class Stopwatch:
     """Seconds spent in the phases of a step; a phase inside another is not counted there."""
 
@@ -37,13 +47,9 @@ class Stopwatch:
 
 
 def in_turns(
-    steps: Mapping[Key, Callable[[], object]],
-    rounds: int,
-    title: str,
-    bar: tqdm | None = None,
-    pick: Callable[[list[float]], float] = statistics.median,
+    steps: Mapping[Key, Callable[[], object]], rounds: int, title: str, bar: tqdm | None = None
 ) -> dict[Key, float]:
-    """Seconds of each step after one round that does not count: medians, or what is picked of the rounds.
+    """Median seconds of each step, after one round that does not count.
 
     Whatever else the machine does meets all of them alike. Every round has another order: a step feels in what state
     the one before leaves the memory.
@@ -53,7 +59,6 @@ def in_turns(
         rounds: timed runs of each.
         title: of the progress bar.
         bar: to advance by one for every run, instead of a bar of its own.
-        pick: one of the times of a step; the smallest where others use the machine.
     """
     times: dict[Key, list[float]] = {key: [] for key in steps}
     total = (rounds + 1) * len(steps)
@@ -68,4 +73,4 @@ def in_turns(
                 if i:
                     times[key].append(time.perf_counter() - begin)
                 (bar or own).update()
-    return {key: pick(some) for key, some in times.items()}
+    return {key: statistics.median(some) for key, some in times.items()}

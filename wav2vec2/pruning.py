@@ -103,7 +103,8 @@ def survivors_for_cost(
 
     Args:
         model: masked.
-        cost: of a choice of units, scalar; it does not fall when a unit is added.
+        cost: of a choice of units, scalar; it should not fall when a unit is added (where the last one of a mask makes
+            it fall, as milliseconds may, what is found keeps to the budget, but other choices may come nearer).
         budget: most that the pruned model may cost.
         multiple_of: conv channels and FFN units are kept by so many, those that rank next to each other in their mask
             together; a mask keeps a multiple of it, or all or none of fewer units.

@@ -51,6 +51,15 @@ def test_a_block_takes_by_itself_what_the_first_two_sizes_say():
         assert found.expected(torch.tensor(4.0), torch.tensor(0.25)).item() == pytest.approx(ms[0] - 0.75 * base)
 
 
+def test_all_units_may_take_less():
+    found = curve([4, 15, 16], [2.0, 8.0, 5.0])
+    assert [found(n).item() for n in (4, 15, 15.5, 16)] == [2, 8, 6.5, 5]
+    assert curve([15, 16], [8.0, 5.0], from_zero=True)(0).item() == 8, "no block takes more without its units"
+    assert Curve({"units": [8, 16], "ms": [2.0, 1.0]}, multiple_of=8)(16).item() == 1
+    found = Surface({"inputs": [2, 3, 4], "units": [7, 8], "ms": [[3, 2], [4, 3], [1, 9]]})
+    assert (found(3, 7).item(), found(4, 7).item(), found(3, 8).item(), found(4, 8).item()) == (4, 1, 3, 9)
+
+
 def test_surfaces_in_both_directions():
     found = Surface({"inputs": [2, 4], "units": [4, 8], "ms": [[4, 6], [8, 14]]})
     for num_in, num_out, ms in (
@@ -152,7 +161,11 @@ CONV, (ATTENTION,) = FULL["conv"], FULL["attention"]
         {"projection": {"units": [12, 6], "ms": [1.0, 2.0]}},
         {"projection": {"units": [], "ms": []}},
         {"projection": {"units": [6, 12], "ms": [2.0, 1.9]}},
+        {"projection": {"units": [6, 11, 12], "ms": [2.0, 1.9, 3.0]}},
+        {"projection": {"units": [8, 12], "ms": [2.0, 1.9]}, "multiple_of": 3},
         {"conv": [{"inputs": [1], "units": [6, 12], "ms": [[2.0, 1.9]]}, *CONV[1:]]},
+        {"conv": [CONV[0], {"inputs": [6, 12], "units": [12], "ms": [[2.0], [1.9]]}, *CONV[2:]]},
+        {"multiple_of": "eight"},
         {"attention": []},
         {"attention": [{**ATTENTION, "layers": [0, 1, 2]}]},
         {"attention": [{**ATTENTION, "layers": ["x"]}]},
@@ -163,6 +176,7 @@ CONV, (ATTENTION,) = FULL["conv"], FULL["attention"]
     ],
 )
 def test_damaged_tables(tmp_path, changes):
+    """Times that fall are among them, but for a last step to all units."""
     path = tmp_path / "latency.json"
     path.write_text(json.dumps({**FULL, **changes}))
     assert "latency.json: not a latency table, damaged, or with times that fall" in refusal(path)

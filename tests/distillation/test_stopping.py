@@ -157,7 +157,7 @@ def test_threads_leave_the_handlers_alone():
 def test_a_script_that_still_imports_ends_in_one_line(number):
     with subprocess.Popen([sys.executable, "distill.py"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         status = Path(f"/proc/{process.pid}/status")
-        while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1:
+        while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> (STOP_SIGNALS[-1] - 1) & 1:
             time.sleep(0.005)
         process.send_signal(number)
         printed = process.communicate(timeout=60)[1]

@@ -78,6 +78,11 @@ class PruningConfig:
         if self.target is not None:
             self.target = str(self.target)
             parse_target(self.target, self.cost, "pruning.target")
+            if not self.units:
+                raise UserError(
+                    f"pruning.target is {self.target}, and pruning.units is empty: this recipe prunes nothing; name "
+                    f"units of {', '.join(UNITS)}"
+                )
         if self.cost == "milliseconds" and self.latency is None and self.units:
             raise UserError(
                 "pruning.cost is milliseconds: measure the machine that will run the model by python -m "

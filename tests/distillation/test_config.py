@@ -84,6 +84,10 @@ def test_chain(tmp_path):
         ("pruning: {units: [neuron]}", "unknown unit 'neuron', choose from conv"),
         ("objective: {layer_to_layer: {layer: [1]}}", "layer_to_layer.layer: no such setting; there are .*layers"),
         ("pruning: {target: 500}", "pruning.target is 500, and its unit is missing: write 23.6M"),
+        (
+            "pruning: {target: 1M, units: []}",
+            "pruning.target is 1M, and pruning.units is empty: this recipe prunes nothing",
+        ),
         ("pruning: {target: 35ms}", "pruning.target is 35ms, and pruning.cost is params: set --pruning.cost"),
         ("pruning: {cost: time}", "recipe.yaml: pruning.cost is time: it must be one of params, macs, milliseconds$"),
         ("pruning: {cost: milliseconds}", "pruning.cost is milliseconds: measure the machine that will"),

@@ -103,8 +103,7 @@ def survivors_for_cost(
 
     Args:
         model: masked.
-        cost: of a choice of units, scalar; it should not fall when a unit is added (where the last one of a mask makes
-            it fall, as milliseconds may, what is found keeps to the budget, but other choices may come nearer).
+        cost: of a choice of units, scalar; it does not fall when a unit is added, unless that is the last of a mask.
         budget: most that the pruned model may cost.
         multiple_of: conv channels and FFN units are kept by so many, those that rank next to each other in their mask
             together; a mask keeps a multiple of it, or all or none of fewer units.
@@ -147,19 +146,32 @@ def survivors_for_cost(
         raise ValueError(
             f"no choice of units gives {text(budget)}: pruning everything leaves {text(least)}, nothing {text(most)}"
         )
-    # Down the ranking, as many as fit: tried by ever more while they do, by one where they do not.
-    too_large: set[int] = set()  # masks whose next units no longer fit
-    at, count = 0, 1
-    while at < len(steps) and len(too_large) < len(ranked):
-        tried = [step for step in steps[at : at + count] if step[1] not in too_large]
-        for _, i, units in tried:
-            kept[ranked[i]][units] = True
-        if tried and spent() > budget:
+
+    def fits(tried: list[tuple[float, int, Tensor]]) -> bool:
+        """Whether all of them can be kept; then they are."""
+        for alive in (True, False):
             for _, i, units in tried:
-                kept[ranked[i]][units] = False
-            if count > 1:
-                count = max(1, count // 4)
-                continue
-            too_large.add(tried[0][1])
-        at, count = at + count, 2 * count
+                kept[ranked[i]][units] = alive
+            if alive and spent() <= budget:
+                return True
+        return False
+
+    while steps:
+        # Down the ranking, as many as fit: tried by ever more while they do, by one where they do not.
+        settled: set[int] = set()  # masks of which no more fits, or all is kept
+        at, count = 0, 1
+        while at < len(steps) and len(settled) < len(ranked):
+            tried = [step for step in steps[at : at + count] if step[1] not in settled]
+            if tried and not fits(tried):
+                if count > 1:
+                    count = max(1, count // 4)
+                    continue
+                full = tried[0][1]
+                fits([step for step in steps[at:] if step[1] == full])  # all units may cost less than a few more
+                settled.add(full)
+            at, count = at + count, 2 * count
+        left = [step for step in steps if not kept[ranked[step[1]]][step[2]].all()]
+        if len(left) == len(steps):
+            break
+        steps = left  # a mask that became whole may have made room for others
     return kept

@@ -8,7 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from tests.latency import costs_of
+from distillation.budget import Milliseconds
+from distillation.latency import LatencyTable
+from tests.latency import costs_of, latency_content
 from wav2vec2 import prune
 from wav2vec2.architecture import architecture as architecture_of
 from wav2vec2.pruning import eval_rule, survivors_for_cost, survivors_for_size
@@ -72,6 +74,30 @@ def test_the_highest_ranked_units_that_fit(tiny, architecture, units, cost, mult
             if count < len(own):  # the next one would no longer fit; equal: one of a block that is gone
                 larger = spent([*chosen, (mask, own[count])])
                 assert larger > budget or larger == size
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9])
+def test_blocks_that_are_faster_with_all_of_their_units(tiny, factor):
+    """The budget is kept, and met as closely as another unit of each mask allows."""
+    model = tiny("hubert_base", UNITS)
+    content = latency_content(model.config)
+    for entry in content["feed_forward"]:
+        *_, last = entry["ms"]
+        entry["units"].insert(-1, entry["units"][-1] - 1)
+        entry["ms"] = [*entry["ms"][:-1], last, factor * last]
+    cost = partial(Milliseconds(LatencyTable(content, "x")), model)
+    whole, none = (cost(lambda mask, n=n: torch.full([len(mask)], n, dtype=torch.float64)).item() for n in (1.0, 0.0))
+    for budget in torch.linspace(none + 0.5, whole, 40, dtype=torch.float64).tolist():
+        survivors = {mask: kept.double() for mask, kept in survivors_for_cost(model, cost, budget).items()}
+        size = cost(survivors.__getitem__).item()
+        assert size <= budget
+        for mask, kept in list(survivors.items()):
+            gone = [i for i in mask.log_alpha.argsort(descending=True).tolist() if not kept[i]]
+            for more in (gone[:1], gone) if gone else ():
+                survivors[mask] = kept.index_fill(0, torch.tensor(more), 1.0)
+                larger = cost(survivors.__getitem__).item()
+                assert larger > budget or larger == size
+            survivors[mask] = kept
 
 
 def test_a_size_is_one_of_parameters(tiny):

@@ -10,8 +10,8 @@ A table is a JSON file of plain numbers, so that one measured elsewhere, by what
 
 ``config`` is the flat one of the model, ``fixed`` what runs whatever is pruned, all times are milliseconds. Between the
 sizes that were measured, times are straight lines; on surfaces over input and output channels, in both directions.
-More units must not take less, but that a block may be faster with all of its units than with all but one (or all but
-``"multiple_of": 8``, where the table has that): all units are often a round number, for which a machine has other code.
+More units must not take less, with one exception: all units, often a round number for which a machine has faster code,
+may take less than all but one of them (all but 8, where the table has ``"multiple_of": 8``).
 """
 
 from __future__ import annotations

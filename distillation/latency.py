@@ -62,16 +62,29 @@ def read_latency(path: Path) -> LatencyTable:
 class Axis(nn.Module):
     """Sizes that times were measured at; straight lines between them and beyond.
 
+    A short last step, to all units, that rises less than the line before it is taken at all units alone: below them the
+    line goes on. So an expected number of units never gains by growing, which would hold a layer whole in training.
+
     Args:
         units: [K] ascending.
+        multiple_of: a last step of no more units is short.
     """
 
     units: Tensor
 
-    def __init__(self, units: Tensor) -> None:
+    def __init__(self, units: Tensor, multiple_of: int) -> None:
         super().__init__()
         self.register_buffer("units", units, persistent=False)
         self.sizes: list[float] = units.tolist()  # for numbers of units that the host knows
+        self.short = len(units) > 1 and self.sizes[-1] - self.sizes[-2] <= multiple_of
+
+    def _with_longer_line(self, ms: Tensor) -> tuple[Tensor, Tensor]:
+        """Times whose last one is at least on the line before it, and what is then too much at all units."""
+        *_, below, last, whole = 0.0, *self.sizes
+        before = ms[..., -3] if len(self.sizes) > 2 else torch.zeros_like(ms[..., -2])
+        line = ms[..., -2] + (ms[..., -2] - before) * ((whole - last) / (last - below))
+        top = torch.maximum(ms[..., -1], line)
+        return torch.cat([ms[..., :-1], top[..., None]], dim=-1), top - ms[..., -1]
 
     def interpolate(self, ms: Tensor, at: Tensor | float) -> Tensor:
         """From ``ms`` [..., K] to [...], at a number of units; never negative, differentiable in ``at``.
@@ -80,6 +93,8 @@ class Axis(nn.Module):
         """
         if len(self.sizes) == 1:
             return ms[..., 0]
+        if self.short:
+            ms, too_much = self._with_longer_line(ms)
         if isinstance(at, Tensor):
             cell = (self.units[1:-1] <= at).sum()
             ends = torch.stack([cell, cell + 1])  # to index with a scalar would wait
@@ -87,7 +102,10 @@ class Axis(nn.Module):
         else:
             i = sum(size <= at for size in self.sizes[1:-1])
             low, high, first, last = self.sizes[i], self.sizes[i + 1], ms[..., i], ms[..., i + 1]
-        return (first + (last - first) * ((at - low) / (high - low))).clamp(min=0)
+        found = first + (last - first) * ((at - low) / (high - low))
+        if self.short:
+            found = found - too_much * (at >= self.sizes[-1])
+        return found.clamp(min=0)
 
 
 class Curve(nn.Module):
@@ -108,11 +126,11 @@ class Curve(nn.Module):
         if not units[-1] > 0:
             raise ValueError
         if from_zero and units[0] > 0:
-            base = torch.minimum(Axis(units).interpolate(ms, 0), ms[0])
+            base = Axis(units, multiple_of).interpolate(ms, 0)
             units, ms = (
                 torch.cat([first[None], rest]) for first, rest in ((torch.zeros_like(base), units), (base, ms))
             )
-        self.axis = Axis(units)
+        self.axis = Axis(units, multiple_of)
         self.register_buffer("ms", ms, persistent=False)
 
     def forward(self, units: Tensor | float) -> Tensor:
@@ -142,7 +160,7 @@ class Surface(nn.Module):
         inputs, units, ms = _numbers(entry["inputs"], 1), _numbers(entry["units"], 1), _numbers(entry["ms"], 2)
         _check(units, ms, multiple_of)
         _check(inputs, ms.t(), multiple_of)
-        self.inputs, self.units = Axis(inputs), Axis(units)
+        self.inputs, self.units = Axis(inputs, multiple_of), Axis(units, multiple_of)
         self.register_buffer("ms", ms, persistent=False)
 
     def forward(self, num_in: Tensor | float, num_out: Tensor | float) -> Tensor:
@@ -169,8 +187,7 @@ def _check(units: Tensor, ms: Tensor, multiple_of: int) -> None:
     """Raises ValueError, unless sizes ascend, with a time for every one, and times fall in a short last step alone."""
     if not len(units) or ms.shape[-1] != len(units) or (units.diff() <= 0).any():
         raise ValueError
-    to_all = len(units) > 1 and units[-1] - units[-2] <= multiple_of
-    if (ms[..., :-1] if to_all else ms).diff(dim=-1).lt(0).any():
+    if (ms[..., :-1] if Axis(units, multiple_of).short else ms).diff(dim=-1).lt(0).any():
         raise ValueError
 
 
@@ -202,7 +219,9 @@ class LatencyTable(nn.Module):
         try:
             self.config: dict[str, Any] = dict(content["config"])
             self.seconds, self.fixed = _numbers([content["seconds"], content["fixed"]], 1).tolist()
-            (multiple_of,) = _numbers([content.get("multiple_of", 1)], 1).tolist()
+            multiple_of = content.get("multiple_of", 1)
+            if type(multiple_of) is not int or multiple_of < 1:
+                raise ValueError
             self.conv = nn.ModuleList([Surface(entry, multiple_of) for entry in content["conv"]])
             self.projection = Curve(content["projection"], multiple_of=multiple_of)
             self.attention = _by_layer(content["attention"], multiple_of)
@@ -245,7 +264,7 @@ class LatencyTable(nn.Module):
             raise UserError(f"{self.source} is of another model ({'; '.join(differ)}): {MEASURE}")
 
     def forward(self, model: Wav2Vec2Model, alive: Alive | None = None) -> Tensor:
-        """Expected milliseconds as a float64 scalar, differentiable in every ``log_alpha``.
+        """Expected milliseconds as a float64 scalar, differentiable in every ``log_alpha``: rising never makes it less.
 
         At 0/1 masks it is what the table says of the pruned model. In between the straight lines are taken at the
         expected numbers of units, and what a block takes by itself counts with the probability that it exists.

@@ -20,6 +20,7 @@ from wav2vec2 import Wav2Vec2Model, prune
 from wav2vec2.architecture import Architecture, architecture
 from wav2vec2.pruning import Survivors
 
+PROTOCOL = 2  # to be raised where sizes or visits change: a journal of another one is begun anew
 NUM_LEVELS = 5  # sizes of a conv layer; a prime, so that designs() meets every pair of neighbours' sizes
 CONV_SHARES = (1 / 16, 3 / 8, 3 / 4)  # besides all units, and all but the last
 FFN_SHARES = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)

@@ -26,7 +26,7 @@ from distillation.errors import UserError, command
 from distillation.journal import Journal
 from distillation.latency import LatencyTable
 from distillation.stopping import keeping
-from evaluation.block_times import WHOLE, Sample, measure, survivors, with_masks
+from evaluation.block_times import PROTOCOL, WHOLE, Sample, measure, survivors, with_masks
 from evaluation.conditions import conditions
 from evaluation.cost import resolve_devices
 from evaluation.latency_page import render
@@ -39,6 +39,7 @@ from wav2vec2.feature_extractor import SAMPLE_RATE
 logger = logging.getLogger(__name__)
 
 MAX_SECONDS = 3600
+MOST = {"threads": 1024, "rounds": 1000, "multiple_of": 1024}
 MAX_TURNS = 50  # of rows and columns; a few are enough
 DOUBTFUL = 0.1  # error of a prediction
 
@@ -168,10 +169,11 @@ def describe(content: dict[str, Any]) -> str:
     rows.append(["projection", f"{content['projection']['ms'][-1]:.2f}", ""])
     for name, unit in (("attention", "head"), ("feed_forward", "unit")):
         for entry in content[name]:
-            units, ms = (values[:-1] or values for values in (entry["units"], entry["ms"]))  # all units may be faster
-            each = (ms[-1] - ms[0]) / max(1, units[-1] - units[0])
+            units, ms = entry["units"], entry["ms"]
+            last = -2 if len(units) > 2 else -1  # all units may be faster
+            each = f"{(ms[last] - ms[0]) / (units[last] - units[0]):.4f} per {unit}" if len(units) > 1 else ""
             layers = f"{len(entry['layers'])} layer{'s' if len(entry['layers']) > 1 else ''}"
-            rows.append([f"{name}, each of {layers}", f"{entry['ms'][-1]:.2f}", f"{each:.4f} per {unit}"])
+            rows.append([f"{name}, each of {layers}", f"{ms[-1]:.2f}", each])
     rows.append(["the rest", f"{content['fixed']:.2f}", ""])
     whole, *others = content["check"]
     errors = errors_of(others)
@@ -206,10 +208,10 @@ def main() -> None:
         raise UserError(
             f"--seconds {options.seconds:g}: it must lie between {MIN_INPUT_FRAMES / SAMPLE_RATE} and {MAX_SECONDS}"
         )
-    for flag in ("threads", "rounds", "multiple_of"):
+    for flag, most in MOST.items():
         value = getattr(options, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {value}: it must be at least 1")
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"--{flag} {value}: it must lie between 1 and {most}")
     if options.device not in ("cpu", "cuda"):
         raise UserError(f"--device {options.device}: choose cpu or cuda")
     [device] = resolve_devices(options.device)
@@ -219,7 +221,7 @@ def main() -> None:
     if model.masks():
         raise UserError(f"{options.model}: has masks; name a dense model")
     settings = {"device": device, "seconds": options.seconds, "multiple_of": options.multiple_of}
-    measured = conditions(model=fingerprint(model), **settings, rounds=options.rounds)
+    measured = conditions(model=fingerprint(model), **settings, rounds=options.rounds, protocol=PROTOCOL)
     known = Journal(out.with_name(f".{out.stem}.jsonl"), measured, "times")
     with keeping(f"what was measured so far is in {known.path}"):
         designed, others = measure(model, device, options.seconds, options.rounds, options.multiple_of, known)

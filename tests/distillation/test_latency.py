@@ -53,11 +53,44 @@ def test_a_block_takes_by_itself_what_the_first_two_sizes_say():
 
 def test_all_units_may_take_less():
     found = curve([4, 15, 16], [2.0, 8.0, 5.0])
-    assert [found(n).item() for n in (4, 15, 15.5, 16)] == [2, 8, 6.5, 5]
-    assert curve([15, 16], [8.0, 5.0], from_zero=True)(0).item() == 8, "no block takes more without its units"
-    assert Curve({"units": [8, 16], "ms": [2.0, 1.0]}, multiple_of=8)(16).item() == 1
+    for units, ms in ((4, 2), (15, 8), (15.5, 8 + 3 / 11), (16, 5)):
+        assert found(units).item() == pytest.approx(ms)
+        at = torch.tensor(float(units), dtype=torch.float64, requires_grad=True)
+        found(at).backward()
+        assert found(at).item() == pytest.approx(ms) and at.grad.item() == pytest.approx(6 / 11), "none gains by rising"
+    assert curve([15, 16], [8.0, 5.0], from_zero=True)(0).item() == pytest.approx(0, abs=1e-9)
+    found = Curve({"units": [8, 12], "ms": [2.0, 1.5]}, multiple_of=8)
+    assert [found(n).item() for n in (0, 4, 8, 12)] == [0, 1, 2, 1.5], "fewer units never take more than the first size"
+    assert curve([4, 15, 16], [2.0, 8.0, 20.0])(15.5).item() == 14, "a step upwards is as it was measured"
     found = Surface({"inputs": [2, 3, 4], "units": [7, 8], "ms": [[3, 2], [4, 3], [1, 9]]})
     assert (found(3, 7).item(), found(4, 7).item(), found(3, 8).item(), found(4, 8).item()) == (4, 1, 3, 9)
+
+
+@pytest.mark.parametrize(
+    ("units", "factor"),  # of the time without the last channel
+    [(["conv"], 0.8), (["conv", "interm"], 1.0)],
+)
+def test_masks_reach_a_target_where_all_units_take_less(teacher, units, factor):
+    """Masks alone, from the published start, at which 12 channels are 11.9."""
+    content = latency_content(TINY)
+    for i, entry in enumerate(content["conv"]):
+        entry["units"].insert(-1, 11)
+        entry["ms"] = [[*row[:-1], row[-1], factor * row[-1]] for row in entry["ms"]]
+        if i:
+            entry["inputs"].insert(-1, 11)
+            entry["ms"] = [*entry["ms"][:-1], entry["ms"][-1], [factor * ms for ms in entry["ms"][-1]]]
+    table, config = LatencyTable(content, "x"), PruningConfig(units=units, warmup_steps=200)
+    masked = make_prunable(teacher, config)
+    budget = Budget.of_share(Milliseconds(table), table(teacher).item(), 0.2)
+    lagrangian = Lagrangian(budget, config)
+    masks = torch.optim.Adam([mask.log_alpha for mask in masked.masks().values()], 0.02)
+    multipliers = torch.optim.Adam(lagrangian.parameters(), 0.02, maximize=True)
+    for step in range(600):
+        lagrangian(budget.cost(masked), step).backward()
+        for optimizer in (masks, multipliers):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert lagrangian.sparsity(budget.cost(masked)).item() == pytest.approx(0.2, abs=0.005)
 
 
 def test_surfaces_in_both_directions():
@@ -166,6 +199,8 @@ CONV, (ATTENTION,) = FULL["conv"], FULL["attention"]
         {"conv": [{"inputs": [1], "units": [6, 12], "ms": [[2.0, 1.9]]}, *CONV[1:]]},
         {"conv": [CONV[0], {"inputs": [6, 12], "units": [12], "ms": [[2.0], [1.9]]}, *CONV[2:]]},
         {"multiple_of": "eight"},
+        {"multiple_of": 0},
+        {"multiple_of": True},
         {"attention": []},
         {"attention": [{**ATTENTION, "layers": [0, 1, 2]}]},
         {"attention": [{**ATTENTION, "layers": ["x"]}]},

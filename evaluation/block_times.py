@@ -15,7 +15,7 @@ from tqdm import tqdm
 from distillation.journal import Journal
 from distillation.sparsity import PruningConfig, make_prunable
 from distillation.students import evenly_spaced
-from evaluation.timing import noise, release_memory
+from evaluation.timing import keep_memory, noise
 from wav2vec2 import Wav2Vec2Model, prune
 from wav2vec2.architecture import Architecture, architecture
 from wav2vec2.pruning import Survivors
@@ -179,9 +179,9 @@ def least(runs: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def visit(model: Wav2Vec2Model, blocks: bool, device: str, seconds: float) -> dict[str, float]:
-    """Warm a model up and time it, as it runs again and again in a process of its own."""
+    """Warm a model up and time it."""
+    keep_memory()
     waveforms, watch = noise(1, seconds).to(device), Watch(model.to(device), blocks)
-    release_memory()
     watch(waveforms)
     return least(watch(waveforms) for _ in range(RUNS))
 

@@ -26,7 +26,7 @@ from distillation.stopping import keeping
 from evaluation.conditions import conditions
 from evaluation.peak_memory import peak_memory
 from evaluation.tables import format_table
-from evaluation.timing import in_turns, noise
+from evaluation.timing import in_turns, keep_memory, noise
 from wav2vec2 import load_model
 from wav2vec2.checkpoint import fingerprint, load_checkpoint, write_text
 from wav2vec2.feature_extractor import SAMPLE_RATE
@@ -129,6 +129,7 @@ def measure(
                 else:
                     waveforms = noise(size, length).to(device)
                     runs = dict(enumerate(partial(model.extract_features, waveforms) for model in models))
+                    keep_memory()
                     with torch.inference_mode():
                         found[key] = list(in_turns(runs, rounds, "", bar).values())
                 for cost, elapsed, peak in zip(costs, found[key], peaks):

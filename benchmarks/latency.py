@@ -1,6 +1,6 @@
 """HuBERT Base's size with random weights: milliseconds predicted, asked for and got, and what round sizes are worth.
 
-    python -m benchmarks.latency --out latency_out [--threads 1] [--device cpu]      # ten minutes; run again to resume
+    python -m benchmarks.latency --out latency_out [--threads 1] [--device cpu]      # 13 minutes; run again to resume
 
 Measures a latency table, prunes random masks to several shares of the time and to the published size in multiples of
 1, 8, 16 and 32, and times all of them in turns. The machine should have nothing else to do. Prints tables, writes

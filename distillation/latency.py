@@ -76,7 +76,7 @@ class Axis(nn.Module):
         super().__init__()
         self.register_buffer("units", units, persistent=False)
         self.sizes: list[float] = units.tolist()  # for numbers of units that the host knows
-        self.short = len(units) > 1 and self.sizes[-1] - self.sizes[-2] <= multiple_of
+        self.short = len(units) > 1 and self.sizes[-2] > 0 and self.sizes[-1] - self.sizes[-2] <= multiple_of
 
     def _with_longer_line(self, ms: Tensor) -> tuple[Tensor, Tensor]:
         """Times whose last one is at least on the line before it, and what is then too much at all units."""

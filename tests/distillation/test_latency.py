@@ -93,6 +93,14 @@ def test_masks_reach_a_target_where_all_units_take_less(teacher, units, factor):
     assert lagrangian.sparsity(budget.cost(masked)).item() == pytest.approx(0.2, abs=0.005)
 
 
+def test_blocks_of_one_unit():
+    """Nothing is there to go on with a line from; without the unit, the block is gone."""
+    for units, ms in (([1], [3.0]), ([0, 1], [2.0, 3.0])):
+        found = curve(units, ms, from_zero=True)
+        assert found(1).item() == found(torch.tensor(1.0)).item() == 3
+        assert found.expected(torch.tensor(1.0), 1.0).item() == 3 and found.expected(0, 0).item() == 0
+
+
 def test_surfaces_in_both_directions():
     found = Surface({"inputs": [2, 4], "units": [4, 8], "ms": [[4, 6], [8, 14]]})
     for num_in, num_out, ms in (

@@ -11,6 +11,7 @@ from distillation.build import build_step
 from distillation.config import parse_recipe
 from distillation.errors import UserError, command
 from distillation.identity import check_student, content_of, step_1_identity, step_2_identity
+from distillation.lists import read_lists
 from distillation.teacher import load_teacher
 from distillation.training.lock import run_lock
 from distillation.training.record import RUN
@@ -37,8 +38,9 @@ def main() -> None:
     student = load_checkpoint(path)
     if student.model.masks():
         raise UserError(f"{path}: still has masks; make a dense model of it with prune.py")
-    data = AudioDataModule(recipe)
-    content = content_of(recipe, teacher, data.manifests)
+    lists = read_lists(recipe, student.model, student.model.vocabulary)
+    data = AudioDataModule(recipe, lists)
+    content = content_of(recipe, teacher, lists)
     check_student(student, path, step_1_identity(recipe, content), recipe.continue_with_changes)
     out = recipe.exp_dir / "final.pth"
     if recipe.final is None:

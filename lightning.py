@@ -7,7 +7,9 @@ This file shadows the package ``lightning`` for programs run from here: import `
 """
 
 import logging
+import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,22 +21,28 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from distillation.budget import BUDGET
+from distillation.build import build_step, starting_student
 from distillation.config import Recipe, save_resolved
 from distillation.data.batching import BatchStream, select_utterances
 from distillation.data.loaders import Batch, Place, make_train_loader, make_valid_loader
-from distillation.data.manifest import Manifest, read_tsv
-from distillation.optimisation import OptimConfig, lr_factor
+from distillation.identity import content_of, step_1_identity
+from distillation.lists import Lists, model_vocabulary, prepared_to_write, read_lists
+from distillation.optimisation import OptimConfig, group_factor
+from distillation.sparsity import check_budget, make_budget, make_prunable
 from distillation.stopping import keeping
+from distillation.teacher import load_teacher
 from distillation.training.guards import BatchGuard
 from distillation.training.lightning_internals import supervise_alone
+from distillation.training.lock import run_lock
 from distillation.training.metrics import MetricsCSV, RunningMeans
 from distillation.training.processes import outlive_stop_signal, supervised, waiting
 from distillation.training.progress import Progress
 from distillation.training.record import RUN
 from distillation.training.resuming import AtomicCheckpointIO, check_state, supervise_restoring
-from distillation.training.standing import LAST, Standing
+from distillation.training.standing import LAST, Standing, open_run, save_result
 from distillation.training.step import TrainingStep, seed_micro_batch
-from wav2vec2 import kernels
+from wav2vec2 import Wav2Vec2Model, kernels
+from wav2vec2.checkpoint import VOCABULARY
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +85,7 @@ class DistillModule(pl.LightningModule):
         seed_micro_batch(self.seed, batch.number)
         self.guard.read("train", batch)
         self.read, self.read_seconds = self.read + batch.seconds, self.read_seconds + batch.read_seconds
-        loss = self.step.loss(batch.waveforms, batch.lengths, self.global_step)
+        loss = self.step.loss(batch.waveforms, batch.lengths, self.global_step, batch.heard, batch.labels)
         if loss.distillation is not None:
             self.guard.loss(self.global_step, loss.total, batch)
             terms = {f"train/{name}": value for name, value in loss.distillation.terms.items()}
@@ -95,6 +103,7 @@ class DistillModule(pl.LightningModule):
 
         The norm is the same on all ranks. The fused optimizer reads the flag on the device: nobody waits for it.
         """
+        self.step.hold_back(optimizer, self.global_step)
         norm = self.step.clip(optimizer)
         finite = norm.isfinite()
         if self._scales_loss:  # the scaler skips by itself, often without trouble: what counts is the loss
@@ -112,19 +121,25 @@ class DistillModule(pl.LightningModule):
         self.guard.read("valid", batch)
         if not len(batch.waveforms):
             return
-        loss = self.objectives(self.step.teacher, self.student, batch.waveforms, batch.lengths)
+        loss = self.objectives(self.step.teacher, self.student, batch.waveforms, batch.lengths, labels=batch.labels)
         values = {"valid/distill": loss.total, **{f"valid/{k}": v for k, v in loss.terms.items()}}
         self.validation.add(values, batch.seconds)
+        for name, (numerator, denominator) in loss.ratios.items():
+            self.ratios.setdefault(name, RunningMeans()).add({"of": numerator, "in": denominator}, batch.seconds)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
         self.validation = RunningMeans(weighted=True)
+        self.ratios: dict[str, RunningMeans] = {}
 
     def on_validation_epoch_end(self) -> None:
         """Reduce over ranks and log."""
         self.guard.settle(self.trainer)
         metrics = self.validation.reduce(self.trainer, self.device)
         metrics.pop("seconds")
+        for name in self.objectives.ratio_names:  # on all ranks, also one that had nothing to count
+            counted = self.ratios.get(name, RunningMeans()).reduce(self.trainer, self.device)
+            metrics[f"valid/{name}"] = counted.get("of", math.nan) / counted.get("in", math.nan)
         self._log(metrics)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
@@ -133,14 +148,12 @@ class DistillModule(pl.LightningModule):
         # the fused update would take the scaling out of the gradient itself, after it has been clipped
         optimizer = self.step.make_optimizer(fused=self.device.type in ("cpu", "cuda") and not self._scales_loss)
 
-        def scheduled(step: int) -> float:
-            return lr_factor(step, optim.warmup_steps, optim.max_steps, optim.schedule)
-
-        def constant(step: int) -> float:
-            return 1.0
-
         keep = ("log_alpha", "lambda") if self.lagrangian is not None and self.lagrangian.config.constant_lr else ()
-        factors: list[Any] = [constant if group["name"] in keep else scheduled for group in optimizer.param_groups]
+
+        def scheduled(name: str) -> Callable[[int], float]:
+            return lambda step: 1.0 if name in keep else group_factor(name, step, optim)
+
+        factors: Any = [scheduled(group["name"]) for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
 
     def log_training(self) -> None:
@@ -174,6 +187,8 @@ class DistillModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what prune.py needs to rebuild the student."""
         checkpoint["student_config"] = self.student.config
+        if self.student.vocabulary is not None:
+            checkpoint[VOCABULARY] = self.student.vocabulary
         checkpoint["heads"] = self.objectives.head_state()
         checkpoint["recipe"] = self.recipe
         checkpoint[RUN] = self.run.entry(self.global_step)
@@ -196,23 +211,18 @@ class AudioDataModule(pl.LightningDataModule):
 
     Args:
         recipe: audio and batching, the seed of order and crops, and the micro-batches of all ranks in one update.
+        lists: what there is to train and to validate on.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, lists: Lists) -> None:
         super().__init__()
         self.config, self.seed, self.batches_per_update = recipe.data, recipe.seed, recipe.trainer.batches_per_update
-        self.train_manifest = read_tsv(self.config.tsv_dir / self.config.train)
-        self.valid_manifest = read_tsv(self.config.tsv_dir / self.config.valid)
+        self.lists = lists
         self.ends: list[int] = []  # of the epochs before a resumed run; to count them takes as long as to plan them
-
-    @property
-    def manifests(self) -> dict[str, Manifest]:
-        """By the names of their use."""
-        return {"train": self.train_manifest, "valid": self.valid_manifest}
 
     def updates_of(self, epochs: int) -> int:
         """Updates that so many epochs hold."""
-        stream = BatchStream(select_utterances(self.train_manifest, self.config), self.config, seed=self.seed)
+        stream = BatchStream(select_utterances(self.lists.train, self.config), self.config, seed=self.seed)
         steps = max(1, stream.first_of(epochs) // self.batches_per_update)
         logger.info("%d epochs are %d updates of %d micro-batches", epochs, steps, self.batches_per_update)
         return steps
@@ -248,12 +258,14 @@ class AudioDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         """Endless."""
         assert self.trainer is not None
-        start = self.trainer.global_step * self.batches_per_update
-        return make_train_loader(self.train_manifest, self.config, self.seed, start, self._place(), self.ends)
+        start, lists = self.trainer.global_step * self.batches_per_update, self.lists
+        return make_train_loader(
+            lists.train, self.config, self.seed, start, self._place(), self.ends, lists.speller, lists.noise
+        )
 
     def val_dataloader(self) -> Any:
         """This rank's share."""
-        return make_valid_loader(self.valid_manifest, self.config, self._place())
+        return make_valid_loader(self.lists.valid, self.config, self._place(), self.lists.speller)
 
 
 def build_trainer(recipe: Recipe, optim: OptimConfig, table: MetricsCSV) -> pl.Trainer:
@@ -340,13 +352,14 @@ def train(module: DistillModule, data: AudioDataModule, recipe: Recipe) -> None:
         return
     trainer = build_trainer(recipe, optim, table)
     limits = recipe.data.max_bad_share, recipe.trainer.max_skipped_updates
-    module.guard = BatchGuard(data.manifests, *limits, report=exp_dir / "bad_files.tsv")
+    module.guard = BatchGuard(data.lists.manifests, *limits, report=exp_dir / "bad_files.tsv")
     if run.content:
         logger.info("resuming from %s at update %d", run.last, run.step)
         supervise_restoring(trainer, run.content, run.last)
     if trainer.is_global_zero:  # now that the folder is known to be this run's, and that there is something to do
         save_resolved(module.recipe, exp_dir)
         run.begin(exp_dir)
+        data.lists.report(exp_dir)
     progress = next(callback for callback in trainer.callbacks if isinstance(callback, Progress))  # type: ignore[attr-defined]
     with waiting(trainer), supervised(trainer):
         with progress.stop:
@@ -355,3 +368,37 @@ def train(module: DistillModule, data: AudioDataModule, recipe: Recipe) -> None:
             with keeping(f"all updates are made, and saved in {run.last}"):
                 trainer.validate(module, data, verbose=False)
     logger.info("%s: the last of %d updates is made", exp_dir, optim.max_steps)
+
+
+def first_step(recipe: Recipe, resolved: str) -> tuple[Wav2Vec2Model, TrainingStep]:
+    """Step 1 of a recipe to its end, or the only one; where nothing is pruned it leaves ``final.pth``.
+
+    Args:
+        recipe: what to run.
+        resolved: its YAML, as :func:`distillation.config.parse_recipe` gives both.
+
+    Returns:
+        The teacher, and what was trained.
+
+    Raises:
+        UserError: files or settings that do not fit, or the folder holds another run; and as :func:`train`.
+    """
+    teacher = load_teacher(recipe)
+    start = starting_student(recipe, teacher)
+    lists = read_lists(recipe, start, model_vocabulary(recipe, start))
+    data = AudioDataModule(recipe, lists)
+    content = content_of(recipe, teacher, lists)
+    identity = step_1_identity(recipe, content, None if recipe.student_ckpt is None else start)
+    student = make_prunable(prepared_to_write(recipe, start, lists.vocabulary), recipe.pruning)
+    if recipe.pruning.units:
+        check_budget(student, make_budget(recipe.pruning, teacher), recipe.pruning)
+    with run_lock(recipe.exp_dir, owner=is_first_process()):
+        run = open_run(recipe.exp_dir, identity, recipe.continue_with_changes)
+        optim = run.resolve(recipe.optim, data.updates_of)
+        step = build_step(recipe, optim, student, teacher, recipe.pruning)
+        module = DistillModule(step, recipe.seed, resolved, run)
+        train(module, data, recipe)
+        if is_first_process() and not recipe.pruning.units:
+            entry = run.entry(optim.max_steps)
+            save_result(recipe.exp_dir / "final.pth", student, module.objectives.head_state(), entry)
+    return teacher, step

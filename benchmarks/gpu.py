@@ -30,7 +30,7 @@ import torchaudio
 from benchmarks.steps import BF16, Ours, Peer, Step, autocast, matmul_peak, num_macs, set_sparsity
 from distillation.commandline import command_of
 from distillation.config import RECIPES, parse_recipe
-from distillation.data.batching import DataConfig
+from distillation.data.config import DataConfig
 from distillation.data.loaders import Place, make_train_loader
 from distillation.data.manifest import read_tsv
 from distillation.errors import UserError

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distillation.data.batching import DataConfig, select_utterances
+from distillation.data.batching import select_utterances
+from distillation.data.config import DataConfig
 from distillation.data.loaders import Place, make_valid_loader
 from distillation.data.manifest import Manifest, read_tsv
 from distillation.errors import UserError

@@ -15,7 +15,7 @@ import jsonargparse
 import torch
 
 from distillation.commandline import add_continue_flag, make_parser, one_line, parse_arguments
-from distillation.data.batching import DataConfig
+from distillation.data.config import DataConfig
 from distillation.errors import UserError, require
 from distillation.machine import find_accelerator, find_precision
 from distillation.objectives import ObjectiveConfig

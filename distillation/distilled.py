@@ -11,7 +11,7 @@ from distillation.budget import BUDGET, Budget, Parameters
 from distillation.errors import UserError
 from distillation.training.record import RUN, Record
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.checkpoint import model_from_state, read_torch_file
+from wav2vec2.checkpoint import VOCABULARY, model_from_state, read_torch_file
 
 STUDENT = "student."
 ENTRIES: dict[str, type] = {"student_config": dict, "state_dict": dict, "heads": dict}
@@ -50,6 +50,7 @@ def read_distilled(path: Path, pruned: bool) -> Distilled:
     state = {k: v for k, v in content["state_dict"].items() if isinstance(k, str) and k.startswith(STUDENT)}
     state = {k.removeprefix(STUDENT): v for k, v in state.items()}
     model = model_from_state(content["student_config"], state, source=path)
+    model.vocabulary = content.get(VOCABULARY)
     heads, budget = content["heads"], _budget(content, path)
     if not all(isinstance(tensor, torch.Tensor) for tensor in heads.values()):
         raise UserError(f"{path}: damaged: heads without tensors")

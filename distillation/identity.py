@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from distillation.budget import MACS_SECONDS, Milliseconds, MultiplyAccumulates
 from distillation.config import Recipe, flat_settings
 from distillation.data.manifest import Manifest
 from distillation.errors import UserError
+from distillation.lists import Lists
 from distillation.training.record import RUN, Identity, Kinds, Record, Settings, describe, differences
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import Checkpoint, fingerprint
@@ -23,7 +25,8 @@ FAITHFUL = "prune.py --faithful"
 # Where something is or what it was made of; the content counts, and is checked where it is read.
 NAMES = {
     "base", "exp_dir", "teacher_ckpt", "teacher_id", "teacher_layers", "teacher_width", "student_ckpt", "data.tsv_dir",
-    "data.train", "data.valid", "continue_with_changes", "pruning.latency",
+    "data.train", "data.valid", "data.transcripts.train", "data.transcripts.valid", "data.transcripts.audio",
+    "data.noise.folders", "data.noise.impulse_responses", "continue_with_changes", "pruning.latency",
 }  # fmt: skip
 FREE = frozenset({
     "data.num_workers", "data.max_bad_share", "data.valid_seconds_per_batch",
@@ -34,7 +37,8 @@ FREE = frozenset({
     "trainer.checkpoint_minutes", "trainer.max_skipped_updates",
 })  # fmt: skip
 OPTIM_RATES = (
-    "max_steps", "max_epochs", "lr", "warmup_steps", "warmup_ratio", "schedule", "betas", "eps", "weight_decay", "clip",
+    "max_steps", "max_epochs", "lr", "freeze_steps", "lr_new", "warmup_steps", "warmup_ratio", "schedule", "betas",
+    "eps", "weight_decay", "clip",
 )  # fmt: skip
 STEP_1 = Kinds(
     elsewhere=frozenset(NAMES | {"final", "final."}),
@@ -51,20 +55,25 @@ STEP_2 = Kinds(
 )
 
 
-def content_of(recipe: Recipe, teacher: Wav2Vec2Model, lists: Mapping[str, Manifest]) -> Settings:
+def content_of(recipe: Recipe, teacher: Wav2Vec2Model, lists: Lists) -> Settings:
     """What the files that a recipe names hold, and how much audio makes an update.
 
     Args:
         recipe: all of its settings.
         teacher: dense.
-        lists: "train" and "valid".
+        lists: what it reads.
     """
     data, trainer = recipe.data, recipe.trainer
     if data.utterances_per_batch is None:
         update = f"{data.seconds_per_batch * trainer.batches_per_update:.6g} s"
     else:
         update = f"{data.utterances_per_batch * trainer.batches_per_update} utterances"
-    named = {f"{kind} list": describe_list(manifest, data.sample_rate) for kind, manifest in lists.items()}
+    manifests = lists.manifests.items()
+    named = {f"{kind} list": describe_list(manifest, data.sample_rate) for kind, manifest in manifests}
+    if lists.vocabulary is not None:
+        named["vocabulary"] = " ".join(lists.vocabulary)
+    if lists.noise is not None:
+        named["noise"] = lists.noise.describe()
     return {"teacher": fingerprint(teacher), **named, "update": update}
 
 
@@ -142,8 +151,13 @@ def check_student(student: Checkpoint, source: object, step_1: Identity, on_requ
 
 def describe_list(manifest: Manifest, sample_rate: int) -> str:
     """Which utterances, wherever their root is mounted."""
-    digest = hashlib.sha256("\n".join(manifest.paths).encode())
-    digest.update(manifest.num_frames.tobytes())
+    if manifest.texts is None or manifest.starts is None:
+        digest = hashlib.sha256("\n".join(manifest.paths).encode())
+        digest.update(manifest.num_frames.tobytes())
+    else:
+        names = (Path(path).name for path in manifest.paths)
+        rows = list(zip(names, manifest.num_frames.tolist(), manifest.starts.tolist(), manifest.texts))
+        digest = hashlib.sha256(repr(rows).encode())
     hours = manifest.num_frames.sum() / sample_rate / 3600
     return f"{len(manifest)} utterances of {hours:.2f} h, {digest.hexdigest()}"
 

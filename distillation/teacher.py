@@ -9,7 +9,7 @@ import torch
 from distillation.config import Recipe
 from distillation.errors import UserError
 from distillation.originals import describe_original
-from wav2vec2 import Wav2Vec2Model
+from wav2vec2 import Wav2Vec2Model, prune
 from wav2vec2.checkpoint import Checkpoint, load_checkpoint
 from wav2vec2.importers import Source
 from wav2vec2.importers.folder import model_files
@@ -32,7 +32,7 @@ def load_teacher(recipe: Recipe) -> Wav2Vec2Model:
         logger.info("teacher: %s, which does not say what it was converted from", path)
     else:
         logger.info("teacher: %s, converted from %s", path, source)
-    model = checkpoint.model
+    model = prune(checkpoint.model)[0] if checkpoint.model.masks() else checkpoint.model
     check_size(recipe, path, model.num_layers, model.embed_dim)
     torch.manual_seed(recipe.seed)
     return model

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from distillation.budget import MACS_SECONDS, SUPERB_SAMPLES
 from distillation.commandline import make_parser, parse_arguments
-from distillation.data.batching import MIN_INPUT_FRAMES
+from distillation.data.config import MIN_INPUT_FRAMES
 from distillation.errors import UserError, command
 from distillation.journal import Journal
 from distillation.stopping import keeping

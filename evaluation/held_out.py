@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from distillation.config import Recipe
-from distillation.data.batching import DataConfig, Selection, ValidationBatches, select_utterances
+from distillation.data.batching import Selection, ValidationBatches, select_utterances
+from distillation.data.config import DataConfig
 from distillation.data.loaders import AudioDataset
 from distillation.data.manifest import Manifest, read_tsv
 from distillation.errors import UserError

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distillation.commandline import make_parser, parse_arguments
-from distillation.data.batching import MIN_INPUT_FRAMES
+from distillation.data.config import MIN_INPUT_FRAMES
 from distillation.errors import UserError, command
 from distillation.journal import Journal
 from distillation.latency import LatencyTable

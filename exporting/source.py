@@ -55,12 +55,11 @@ class Source:
         """
         if self.model.aux is None:
             return None
-        vocabulary = self.checkpoint.extra.get("vocabulary")
-        if not isinstance(vocabulary, list) or len(set(map(str, vocabulary))) != self.model.aux.out_features:
+        if self.model.vocabulary is None:
             raise UserError(
                 f"{self.path}: has an output layer but no vocabulary for it; fine-tune with finetune_ctc.py"
             )
-        return [str(token) for token in vocabulary]
+        return self.model.vocabulary
 
     def report(self, named: Path | None) -> dict[str, Any] | None:
         """The named report, or that of the run that made the model: beside it, or one folder up.

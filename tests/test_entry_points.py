@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-PACKAGES = ("evaluation", "exporting", "finetuning", "demo", "benchmarks")
+PACKAGES = ("evaluation", "exporting", "demo", "benchmarks")
 LOADED = """
 import runpy, sys
 try:

@@ -14,9 +14,9 @@ import soundfile
 import torch
 
 from distillation.errors import UserError
+from distillation.recognition.decoding import greedy_decoder
 from exporting import onnx_asr as onnx_asr_export
 from exporting import verify
-from finetuning.decoding import greedy_decoder
 from tests.configs import first_layers
 from tests.exports import LARGE, exported, make
 from tests.helpers import run_exported_here

@@ -15,20 +15,20 @@ import pytest
 import soundfile
 import torch
 import yaml
+from finetuning.batches import LengthBatches, SpeechDataset
+from finetuning.config import FinetuneConfig, FinetuneRun
+from finetuning.ctc import CTCModule, head_frames
+from finetuning.training import finetune
 
 import export
 from distillation.errors import UserError
+from distillation.recognition.decoding import beam_decoder, greedy_decoder
+from distillation.recognition.transcripts import Utterance, make_vocabulary, read_transcripts
 from distillation.stopping import Stopped
 from distillation.training.record import Record
 from distillation.training.standing import Standing
 from exporting import verify
 from exporting.source import ExportOptions
-from finetuning.batches import LengthBatches, SpeechDataset
-from finetuning.config import FinetuneConfig, FinetuneRun
-from finetuning.ctc import CTCModule, head_frames
-from finetuning.decoding import beam_decoder, greedy_decoder
-from finetuning.training import finetune
-from finetuning.transcripts import Utterance, make_vocabulary, read_transcripts
 from tests.configs import first_layers
 from wav2vec2 import load_model, save_model, wav2vec2_model
 from wav2vec2.checkpoint import load_checkpoint

@@ -14,7 +14,7 @@ from tests.helpers import ROOT
 ROWS = [
     ["wav2vec2"],
     ["distillation"],
-    ["exporting", "finetuning", "evaluation", "demo"],
+    ["exporting", "evaluation", "demo"],
     ["lightning"],
     ["root"],  # the scripts, which nothing imports
     ["benchmarks", "docs"],  # stand beside the scripts

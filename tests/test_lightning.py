@@ -10,7 +10,7 @@ import torch
 
 from distillation.build import build_step
 from distillation.config import Recipe, TrainerConfig
-from distillation.data.batching import DataConfig
+from distillation.data.config import DataConfig
 from distillation.errors import UserError
 from distillation.objectives import LayerToLayer, ObjectiveConfig
 from distillation.optimisation import OptimConfig

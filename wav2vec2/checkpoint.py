@@ -1,7 +1,7 @@
 """The ``.pth`` file: ``{"state_dict", "config", "distill_linear_projs"}`` of plain types, safe and strict.
 
 Interchangeable with the files of the released DPHuBERT and DPWavLM. Other top-level entries are allowed and kept:
-``mask_embedding`` [D] and ``source`` of a converted teacher, ``vocabulary`` of a fine-tuned model.
+``mask_embedding`` [D] and ``source`` of a converted teacher, ``vocabulary`` [V] of a recogniser's output layer.
 
 The same as ``.safetensors``: tensors by their names in ``state_dict``, heads under ``distill_linear_projs.``, other
 top-level tensors under ``extra.``; in the metadata, as JSON, ``config`` and the other top-level entries, ``extra``.
@@ -32,7 +32,7 @@ from .safetensors import read_safetensors, write_safetensors
 from .transformer import own_spelling
 
 DUMMY_WEIGHT = "feature_extractor.dummy_weight"
-HEADS, EXTRA = "distill_linear_projs", "extra"
+HEADS, EXTRA, VOCABULARY = "distill_linear_projs", "extra", "vocabulary"
 CLASSIFIER = ("projector.", "classifier.", "layer_weights")  # of AutoModelForAudioClassification
 ZIP_MAGIC = b"PK\x03\x04"
 # What DiariZen's files have in their config besides ours: how their masks were drawn, and remarks on the sizes.
@@ -261,7 +261,18 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         if not isinstance(embedding, Tensor) or embedding.shape != (model.embed_dim,):
             raise CheckpointError(f"{path}: 'mask_embedding' is not a vector of the model's width {model.embed_dim}")
         model.mask_embedding = embedding.detach().float()
+    model.vocabulary = _checked_vocabulary(extra.get(VOCABULARY), model, path)
     return Checkpoint(model, config, heads, extra)
+
+
+def _checked_vocabulary(symbols: Any, model: Wav2Vec2Model, source: object) -> list[str] | None:
+    if symbols is None:
+        return None
+    rows = 0 if model.aux is None else model.aux.out_features
+    known = isinstance(symbols, list) and all(isinstance(symbol, str) and symbol for symbol in symbols)
+    if not known or len(set(symbols)) != len(symbols) or len(symbols) != rows:
+        raise CheckpointError(f"{source}: {VOCABULARY!r} does not name the {rows} rows of its output layer, each once")
+    return symbols
 
 
 def own_config(config: Mapping[str, Any], source: object) -> dict[str, Any]:
@@ -361,7 +372,7 @@ def save_model(
 
     Args:
         path: the file; its suffix decides.
-        model: saved with its config; tensors go to the CPU in float32.
+        model: saved with its config, and its vocabulary if it has one; tensors go to the CPU in float32.
         heads: state of the distillation heads.
         extra: further top-level entries of plain types.
 
@@ -371,6 +382,8 @@ def save_model(
     """
     if not isinstance(model, Wav2Vec2Model):
         raise ValueError(f"model must be a Wav2Vec2Model, got {type(model).__name__}: save what it wraps")
+    if model.vocabulary is not None:
+        extra[VOCABULARY] = model.vocabulary
     _check_extra(extra)
     content: dict[str, Any] = {
         "state_dict": {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.state_dict().items()},
@@ -440,4 +453,15 @@ def add_masks(model: Wav2Vec2Model, **flags: bool) -> Wav2Vec2Model:
     missing, unexpected = masked.load_state_dict(state, strict=False)
     if unexpected or not all(name.endswith("log_alpha") for name in missing):
         raise AssertionError(f"masks changed the network: {missing} {unexpected}")
+    masked.vocabulary = model.vocabulary
     return masked
+
+
+def with_output_layer(model: Wav2Vec2Model, vocabulary: list[str]) -> Wav2Vec2Model:
+    """The same network with a new output layer over a vocabulary, drawn from torch's default generator."""
+    result = wav2vec2_model(**{**model.config, "aux_num_out": len(vocabulary)})
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("aux.")}
+    missing, unexpected = result.load_state_dict(state, strict=False)
+    assert set(missing) == {"aux.weight", "aux.bias"} and not unexpected
+    result.vocabulary = vocabulary
+    return result.train(model.training)

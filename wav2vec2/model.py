@@ -80,6 +80,8 @@ class Wav2Vec2Model(nn.Module):
         # [D], replaces masked frames in pre-training; load_checkpoint sets it where the file holds one
         self.register_buffer("mask_embedding", None, persistent=False)
         self.mask_embedding: Tensor | None
+        # of the output layer's V symbols, the blank first (wav2vec2.vocabulary); in files an entry of its own
+        self.vocabulary: list[str] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -116,6 +118,14 @@ class Wav2Vec2Model(nn.Module):
         """Frames [B] from samples [B]; ValueError where these are no int64 tensor."""
         check_lengths(lengths)
         return self.feature_extractor.output_length(lengths)
+
+    def symbol_frames(self, lengths: Tensor) -> Tensor:
+        """Frames [B] in which ``aux`` can write a symbol, from samples [B].
+
+        A model that merges frames repeats its last state for all of them: they hold one symbol together.
+        """
+        frames, merged = self.output_length(lengths), self.encoder.transformer.reduction
+        return (frames // merged).maximum(frames.clamp(max=1))
 
     def extract_features(
         self,
@@ -193,12 +203,25 @@ class Wav2Vec2Model(nn.Module):
 
         Same arguments as :meth:`extract_features`; unlike there, layers drop out in training.
         """
-        transformer = self.encoder.transformer
-        layer_drop = transformer.layer_drop if self.training else 0.0
+        layer_drop = self.encoder.transformer.layer_drop if self.training else 0.0
         output, frames = self.run(waveforms, lengths, PassOptions(layer_drop=layer_drop))
-        x = transformer.hold(output.layers[-1], output.features.shape[1], frames) if output.layers else output.features
+        return self.output(output, frames), frames
+
+    def output(self, states: HiddenStates, frames: Tensor | None) -> Tensor:
+        """What :meth:`forward` gives, from the states of a pass through all layers.
+
+        Args:
+            states: what :meth:`run` returns.
+            frames: [B] valid frames of the features; None when nothing is padded.
+        """
+        hold, num_frames = self.encoder.transformer.hold, states.features.shape[1]
+        return self.project(hold(states.layers[-1], num_frames, frames) if states.layers else states.features)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The last layer's states [B, T, D], normalised in pre-norm models, through ``aux`` where there is one."""
+        transformer = self.encoder.transformer
         x = transformer.layer_norm(x) if transformer.layer_norm_first else x
-        return x if self.aux is None else self.aux(x), frames
+        return x if self.aux is None else self.aux(x)
 
     def run(
         self,

@@ -58,6 +58,7 @@ def prune(model: Wav2Vec2Model, survivors: Survivors | None = None) -> tuple[Wav
     # what the config no longer knows of is gone
     pruned.load_state_dict({name: state[name].clone() for name in pruned.state_dict()}, strict=True, assign=True)
     pruned.mask_embedding = None if model.mask_embedding is None else model.mask_embedding.clone()
+    pruned.vocabulary = copy.copy(model.vocabulary)
     return pruned.eval(), pruned.config
 
 

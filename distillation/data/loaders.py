@@ -11,14 +11,19 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distillation.data.audio import AudioError, level_of, read_crop
-from distillation.data.batching import BatchStream, DataConfig, MicroBatch, ValidationBatches, select_utterances
+from distillation.data.batching import BatchStream, MicroBatch, ValidationBatches, select_utterances
+from distillation.data.config import DataConfig
 from distillation.data.manifest import Manifest
+from distillation.data.noise import Noise
+from distillation.recognition.labels import Labels, Speller
 
 logger = logging.getLogger(__name__)
 
@@ -50,46 +55,76 @@ class Batch:
     """Paths of the rows without sound."""
     clipped: list[str] = field(default_factory=list)
     """Paths of the rows that are distorted by full scale."""
+    heard: Tensor | None = None
+    """[B, N] float32, what the student hears instead; None for the same."""
+    noise_errors: dict[str, str] = field(default_factory=dict)
+    """Path of each noise recording that cannot be decoded, and why."""
+    labels: Labels | None = None
+    """What is said; None where that is not known."""
 
     def pin_memory(self) -> Batch:
         """Copy in page-locked memory; called by the loader."""
-        lengths = None if self.lengths is None else self.lengths.pin_memory()
-        return replace(self, waveforms=self.waveforms.pin_memory(), lengths=lengths)
+        return self._moved(lambda part: part.pin_memory())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Copy on another device."""
-        lengths = None if self.lengths is None else self.lengths.to(device, non_blocking=non_blocking)
-        return replace(self, waveforms=self.waveforms.to(device, non_blocking=non_blocking), lengths=lengths)
+        return self._moved(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def _moved(self, move: Callable[[Any], Any]) -> Batch:
+        parts = {name: getattr(self, name) for name in ("waveforms", "lengths", "heard", "labels")}
+        return replace(self, **{name: move(part) for name, part in parts.items() if part is not None})
 
 
 class AudioDataset(Dataset[Batch]):
-    """Reads micro-batches of one manifest: ``dataset[MicroBatch(number, crops)]`` is a `Batch`."""
+    """Reads micro-batches of one manifest: ``dataset[MicroBatch(number, crops)]`` is a `Batch`.
 
-    def __init__(self, manifest: Manifest, sample_rate: int) -> None:
-        self.manifest = manifest
-        self.sample_rate = sample_rate
+    Args:
+        manifest: what there is.
+        sample_rate: of all files.
+        speller: writes what is said in them as labels.
+        noise: disturbs what the student hears.
+    """
+
+    def __init__(
+        self, manifest: Manifest, sample_rate: int, speller: Speller | None = None, noise: Noise | None = None
+    ) -> None:
+        self.manifest, self.sample_rate, self.speller, self.noise = manifest, sample_rate, speller, noise
 
     def __getitem__(self, item: MicroBatch) -> Batch:
         begin = time.perf_counter()
-        rows: list[Tensor] = []
+        rows: list[np.ndarray] = []
         files: list[str] = []
+        texts: list[str] = []
         errors: dict[str, str] = {}
         levels: dict[str | None, list[str]] = {"silent": [], "clipped": []}
         for crop in item.crops:
-            path = self.manifest.file(crop.index)
+            path, starts = self.manifest.file(crop.index), self.manifest.starts
+            start = crop.start + (0 if starts is None else int(starts[crop.index]))
             try:
-                waveform = read_crop(path, crop.start, crop.num_frames, self.sample_rate)
+                waveform = read_crop(path, start, crop.num_frames, self.sample_rate)
             except AudioError as error:
                 errors[str(path)] = error.reason
                 continue
-            rows.append(torch.from_numpy(waveform))
+            rows.append(waveform)
             files.append(str(path))
+            if self.manifest.texts is not None:
+                texts.append(self.manifest.texts[crop.index])
             levels.setdefault(level_of(waveform), []).append(str(path))
         waveforms, lengths = _pad(rows)
-        seconds = sum(map(len, rows)) / self.sample_rate
-        taken = time.perf_counter() - begin
+        heard, noise_errors = (None, {}) if self.noise is None else self.noise(rows, item.number)
         return Batch(
-            waveforms, lengths, item.number, files, errors, seconds, taken, levels["silent"], levels["clipped"]
+            waveforms,
+            lengths,
+            item.number,
+            files,
+            errors,
+            sum(map(len, rows)) / self.sample_rate,
+            time.perf_counter() - begin,
+            levels["silent"],
+            levels["clipped"],
+            None if heard is None else _pad(heard)[0],
+            noise_errors,
+            None if self.speller is None else self.speller(texts),
         )
 
 
@@ -116,6 +151,8 @@ def make_train_loader(
     start: int = 0,
     place: Place | None = None,
     ends: Sequence[int] = (),
+    speller: Speller | None = None,
+    noise: Noise | None = None,
 ) -> DataLoader[Batch]:
     """Endless loader of one rank's training batches; its ``sampler`` is the `BatchStream`.
 
@@ -126,6 +163,8 @@ def make_train_loader(
         start: micro-batches that all ranks together have used before.
         place: which rank, on what machine.
         ends: of the epochs before ``start``, as `BatchStream.ends_before` told with the same list, batching and seed.
+        speller: writes labels of what is said.
+        noise: disturbs what the student hears.
 
     Raises:
         UserError: no utterance has a usable length, or one is longer than a batch.
@@ -137,24 +176,28 @@ def make_train_loader(
     stream = BatchStream(
         selection, config, seed=seed, rank=place.rank, world_size=place.world_size, start=start, ends=ends
     )
-    return _make_loader(manifest, config, stream, _num_workers(config, place), place)
+    dataset = AudioDataset(manifest, config.sample_rate, speller, noise)
+    return _make_loader(dataset, stream, _num_workers(config, place), place)
 
 
-def make_valid_loader(manifest: Manifest, config: DataConfig, place: Place | None = None) -> DataLoader[Batch]:
+def make_valid_loader(
+    manifest: Manifest, config: DataConfig, place: Place | None = None, speller: Speller | None = None
+) -> DataLoader[Batch]:
     """Loader of one rank's share of the validation data, the same in every pass. Arguments as `make_train_loader`."""
     place = place or Place()
     selection = select_utterances(manifest, config)
     if place.rank == 0:
         logger.info("validation data, %s", selection.summary)
     batches = ValidationBatches(selection, config, rank=place.rank, world_size=place.world_size)
-    return _make_loader(manifest, config, batches, min(_num_workers(config, place), len(batches)), place)
+    dataset = AudioDataset(manifest, config.sample_rate, speller)
+    return _make_loader(dataset, batches, min(_num_workers(config, place), len(batches)), place)
 
 
 def _make_loader(
-    manifest: Manifest, config: DataConfig, sampler: Sampler[MicroBatch], num_workers: int, place: Place
+    dataset: AudioDataset, sampler: Sampler[MicroBatch], num_workers: int, place: Place
 ) -> DataLoader[Batch]:
     return DataLoader(
-        AudioDataset(manifest, config.sample_rate),
+        dataset,
         sampler=sampler,
         batch_size=None,  # the sampler's items are whole batches
         num_workers=num_workers,
@@ -174,10 +217,10 @@ def _num_workers(config: DataConfig, place: Place) -> int:
     return max(1, min(MAX_AUTO_WORKERS, cores // place.ranks_per_node - 1))
 
 
-def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+def _pad(rows: list[np.ndarray]) -> tuple[Tensor, Tensor | None]:
     if not rows:
         return torch.zeros(0, 0), None
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths, tensors = torch.tensor([len(row) for row in rows]), list(map(torch.from_numpy, rows))
     if bool((lengths == lengths[0]).all()):
-        return torch.stack(rows), None
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
+        return torch.stack(tensors), None
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True), lengths

@@ -31,11 +31,15 @@ class Manifest:
         root: folder that the paths are relative to.
         paths: one relative path per utterance.
         num_frames: length of each utterance in samples, int64 array ``[len(paths)]``.
+        starts: its first sample in its file, int64 array ``[len(paths)]``; None where all utterances are whole files.
+        texts: what is said in it; None where that is not known.
     """
 
     root: Path
     paths: list[str]
     num_frames: np.ndarray
+    starts: np.ndarray | None = None
+    texts: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from distillation.errors import UserError, require
-from distillation.objectives.base import Objective, Passes, Teacher
+from distillation.objectives.base import Objective, Passes, Ratios, Teacher
+from distillation.objectives.ctc import CTC
 from distillation.objectives.hint import Hint
 from distillation.objectives.layer_to_layer import LayerToLayer, PredictionLayer
 from distillation.objectives.masking import Masking
 from distillation.objectives.temporal_relation import TemporalRelation
+from distillation.recognition.labels import Labels
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.counting import count_params
 from wav2vec2.hardconcrete import touch
@@ -26,6 +28,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "hint": Hint,
     "masking": Masking,
     "temporal_relation": TemporalRelation,
+    "ctc": CTC,
 }
 
 
@@ -43,6 +46,8 @@ class ObjectiveConfig:
     """All layers with masked frames, ARMHuBERT and MaskHuBERT."""
     temporal_relation: TemporalRelation.Config | None = None
     """How frames relate to each other, STaRHuBERT."""
+    ctc: CTC.Config | None = None
+    """What is said, from the student's own output layer."""
     scale_gradients: Literal["released", "paper"] | None = None
     """ARMHuBERT's layer-gradient scaling, as its released code has it or as its paper does: there the gradients of the
     layers above are averaged instead of summed."""
@@ -59,6 +64,7 @@ class Loss:
 
     total: Tensor  # scalar, float32: the weighted sum of the terms
     terms: dict[str, Tensor]  # name -> scalar, unweighted, detached
+    ratios: Ratios  # what is counted in validation
 
 
 class Objectives(nn.Module):
@@ -92,6 +98,9 @@ class Objectives(nn.Module):
             not (any if part.terms_look_alike else all)(part.weights.values()) for part in parts
         )  # some layer or head may be looked at by terms of weight 0 alone
         self.student_layers = max(part.student_layers for part in parts)
+        self.uses_labels = any(part.uses_labels for part in parts)
+        self.uses_output_layer = any(part.uses_output_layer for part in parts)
+        self.ratio_names = [name for part in parts for name in part.ratio_names]
         keep_maps = any(part.keeps_maps for part in parts)
         self.teacher_options = PassOptions(max(part.teacher_layers for part in parts), keep_maps=keep_maps)
         self.student_options = PassOptions(
@@ -104,7 +113,16 @@ class Objectives(nn.Module):
     def _all(self) -> list[Objective]:
         return list(self.parts.values())  # type: ignore[arg-type]
 
-    def forward(self, teacher: Teacher, student: Wav2Vec2Model, waveforms: Tensor, lengths: Tensor | None) -> Loss:
+    def forward(
+        self,
+        teacher: Teacher,
+        student: Wav2Vec2Model,
+        waveforms: Tensor,
+        lengths: Tensor | None,
+        heard: Tensor | None = None,
+        labels: Labels | None = None,
+        frozen: bool = False,
+    ) -> Loss:
         """Run the passes that the objectives ask for and add up their terms.
 
         Args:
@@ -112,19 +130,27 @@ class Objectives(nn.Module):
             student: the model that learns.
             waveforms: [B, N].
             lengths: [B] valid samples; None when nothing is padded.
+            heard: [B, N], what the student hears instead; None for the same.
+            labels: what is said; None where no objective asks.
+            frozen: only heads and output layer learn.
         """
-        passes = Passes(teacher, student, waveforms, lengths, self.teacher_options, self.student_options)
+        passes = Passes(
+            teacher, student, waveforms, lengths, self.teacher_options, self.student_options, heard, labels, frozen
+        )
         total = torch.zeros((), device=waveforms.device)
-        terms = {}
+        terms: dict[str, Tensor] = {}
+        ratios: Ratios = {}
         for name, part in zip(self.parts, self._all()):
             for term, value in part(passes).items():
                 weight = part.weights[term]
                 if weight != 0:
                     total = total + weight * value
                 terms[term if len(self.parts) == 1 else f"{name}/{term}"] = value.detach()
-        if self.only_logged:  # DDP waits for a gradient of these too
+            if not self.training:
+                ratios |= part.ratios(passes)
+        if self.only_logged or frozen:  # DDP waits for a gradient of these too
             total = touch(total, student, self)
-        return Loss(total, terms)
+        return Loss(total, terms, ratios)
 
     def head_state(self) -> dict[str, Tensor]:
         """State of all heads as a model file keeps it: bare indices with one objective, as the released files."""

@@ -12,9 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distillation.errors import UserError
+from distillation.recognition.labels import Labels
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.feature_extractor import valid_frames
 from wav2vec2.passes import HiddenStates, PassOptions
+
+Ratios = dict[str, tuple[Tensor, Tensor]]
+"""Name -> numerator and denominator, scalars."""
 
 
 class Teacher:
@@ -41,16 +45,24 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, waveforms: Tensor, lengths: Tensor | None, options: PassOptions) -> HiddenStates:
         """Run without gradient; the layers of a time-reduced teacher are held, so that all states have T frames."""
-        context: AbstractContextManager = nullcontext()
-        if self.dtype is not None:
-            lower = self.dtype != torch.float32
-            context = torch.autocast(waveforms.device.type, dtype=self.dtype if lower else None, enabled=lower)
-        with context:
+        with self._precision(waveforms.device):
             output, frames = self.model.run(waveforms, lengths, options)
         transformer, num_frames = self.model.encoder.transformer, output.features.shape[1]
         output.layers = [transformer.hold(state, num_frames, frames) for state in output.layers]
         output.layer_input = transformer.hold(output.layer_input, num_frames, frames)
         return output
+
+    @torch.no_grad()
+    def logits(self, state: Tensor) -> Tensor:
+        """What the output layer gives for the last state [B, T, E]."""
+        with self._precision(state.device):
+            return self.model.project(state)
+
+    def _precision(self, device: torch.device) -> AbstractContextManager:
+        if self.dtype is None:
+            return nullcontext()
+        lower = self.dtype != torch.float32
+        return torch.autocast(device.type, dtype=self.dtype if lower else None, enabled=lower)
 
 
 class Passes:
@@ -65,6 +77,9 @@ class Passes:
         lengths: [B] valid samples; None when nothing is padded.
         teacher_options: for every pass of the teacher.
         student_options: for every pass of the student.
+        heard: [B, N], what the student hears instead; None for the same.
+        labels: what is said; None where that is not known.
+        frozen: let no gradient into the student below its output layer.
     """
 
     def __init__(
@@ -75,8 +90,12 @@ class Passes:
         lengths: Tensor | None,
         teacher_options: PassOptions,
         student_options: PassOptions,
+        heard: Tensor | None = None,
+        labels: Labels | None = None,
+        frozen: bool = False,
     ) -> None:
-        self.waveforms, self.lengths = waveforms, lengths
+        self.waveforms, self.lengths, self.labels = waveforms, lengths, labels
+        self._heard, self._frozen = waveforms if heard is None else heard, frozen
         self._teacher, self._student = teacher, student
         self._teacher_options, self._student_options = teacher_options, student_options
         self._gates = student.draw_gates()
@@ -104,10 +123,12 @@ class Passes:
     def student_output(self) -> HiddenStates:
         """Everything from the student's pass, layers of a time-reduced student with T' frames."""
         if self._student_output is None:
-            self._student_output, _ = self._student.run(
-                self.waveforms, self.lengths, self._student_options, self._gates
-            )
+            self._student_output = self._run_student(self._student_options)
         return self._student_output
+
+    def _run_student(self, options: PassOptions) -> HiddenStates:
+        with torch.no_grad() if self._frozen else nullcontext():
+            return self._student.run(self._heard, self.lengths, options, self._gates)[0]
 
     def student(self) -> list[Tensor]:
         """Student states [B, T, D], index 0 the Transformer's input; layers are upsampled where they are reduced."""
@@ -136,8 +157,31 @@ class Passes:
             dataclasses.replace(options, masked=masked, mask_embedding=embedding, keep_maps=False)
             for options, embedding in ((self._teacher_options, None), (self._student_options, student_embedding))
         )
-        student, _ = self._student.run(self.waveforms, self.lengths, student_options, self._gates)
-        return self._run_teacher(teacher_options), student
+        return self._run_teacher(teacher_options), self._run_student(student_options)
+
+    def student_logits(self) -> Tensor:
+        """What the student's output layer gives, [B, T, V] with all frames, also those that time reduction loses."""
+        frames = None if self.lengths is None else self.output_frames()
+        return self._student.output(self.student_output(), frames)
+
+    def output_frames(self) -> Tensor:
+        """Valid frames [B] of :meth:`student_logits`."""
+        return self._student.output_length(self._samples())
+
+    def symbol_frames(self) -> Tensor:
+        """Frames [B] in which the student's output layer can write a symbol."""
+        return self._student.symbol_frames(self._samples())
+
+    def teacher_logits(self) -> Tensor:
+        """What the teacher's output layer gives, [B, T, V]. No gradient."""
+        return self._teacher.logits(self.teacher_output().layers[-1])
+
+    def _samples(self) -> Tensor:
+        """Valid samples [B]."""
+        if self.lengths is not None:
+            return self.lengths
+        batch, samples = self.waveforms.shape
+        return torch.full((batch,), samples, device=self.waveforms.device)
 
     @property
     def num_frames(self) -> int:
@@ -170,12 +214,19 @@ class Objective(nn.Module):
     student_layers: int
     heads: nn.ModuleList
     uses_upsampler = True  # takes time-reduced states through the student's upsampler
+    uses_labels = False  # wants to know what is said
+    uses_output_layer = False  # takes the last state through the student's output layer
+    ratio_names: tuple[str, ...] = ()  # of what is counted in validation
     keeps_maps = False  # looks at attention maps
     terms_look_alike = False  # every term depends on all that the others depend on
 
     def forward(self, passes: Passes) -> dict[str, Tensor]:
         """Terms by name, each a float32 scalar."""
         raise AssertionError(f"{type(self).__name__} has no forward")
+
+    def ratios(self, passes: Passes) -> Ratios:
+        """What is counted over a validation set, by ``ratio_names``: of every batch a numerator and a denominator."""
+        return {}
 
     def head_state(self) -> dict[str, Tensor]:
         """State of everything that is trained besides the student, the heads under bare indices."""

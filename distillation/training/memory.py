@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from distillation.config import Recipe, TrainerConfig, flat_settings
-from distillation.data.batching import DataConfig
+from distillation.data.config import DataConfig
 from distillation.errors import UserError, is_out_of_gpu_memory
+from distillation.recognition.labels import trial_labels
 from distillation.training.step import TrainingStep
 
 BATCH = "batch.yaml"  # in the folder of a run: micro-batches that fit
@@ -33,6 +34,15 @@ def probe_lengths(waveforms: Tensor, data: DataConfig) -> Tensor | None:
     lengths = torch.full((len(waveforms),), waveforms.shape[1], device=waveforms.device)
     lengths[-1] -= waveforms.shape[1] // 8
     return lengths
+
+
+def probe_loss(step: TrainingStep, waveforms: Tensor, data: DataConfig, update: int) -> Tensor:
+    """The loss of an update on waveforms [B, N] that takes the time and the memory of real ones."""
+    aux = step.student.aux
+    labels = None
+    if step.objectives.uses_labels and aux is not None:
+        labels = trial_labels(waveforms, aux.out_features, data.sample_rate)
+    return step.loss(waveforms, probe_lengths(waveforms, data), update, labels=labels).total
 
 
 class TrialUpdates:
@@ -55,7 +65,7 @@ class TrialUpdates:
         """One update from waveforms [B, N]."""
         try:
             with torch.autocast(waveforms.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.step.loss(waveforms, probe_lengths(waveforms, self.data), 0).total
+                loss = probe_loss(self.step, waveforms, self.data, 0)
             loss.backward()
             self.step.clip(self.optimizer)
             self.optimizer.step()

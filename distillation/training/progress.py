@@ -20,6 +20,7 @@ from distillation.training.step import TrainingStep
 logger = logging.getLogger(__name__)
 
 SHOWN = ("train/distill", "sparsity/expected", "sparsity/target")  # beside the bar
+RATES = ("wer", "cer")  # beside it from the last validation on
 HEADROOM = 1.2  # readers that give less than so many times what training takes are worth a word
 
 
@@ -126,6 +127,13 @@ class Progress(SavingBar):
         self.recipe, self.config, config = recipe, recipe.trainer, recipe.trainer
         super().__init__(last, config.checkpoint_every, config.checkpoint_minutes, config.validate_every)
         self.compared = False
+        self.rates: dict[str, str] = {}  # of the last validation
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Keep the error rates for the bar."""
+        row = metrics_table(trainer).row(trainer.global_step)
+        self.rates = {name: f"{float(row[f'valid/{name}']):.1f} %" for name in RATES if f"valid/{name}" in row}
+        super().on_validation_end(trainer, module)
 
     def on_update(self, trainer: pl.Trainer, module: Trained) -> None:
         """Log when it is time."""
@@ -133,7 +141,7 @@ class Progress(SavingBar):
         if self.step % self.config.log_every == 0 or self.step == self.max_steps:
             module.log_training()
             row = metrics_table(trainer).row(self.step)
-            shown = {k.split("/")[1]: f"{float(row[k]):.4f}" for k in SHOWN if k in row}
+            shown = {k.split("/")[1]: f"{float(row[k]):.4f}" for k in SHOWN if k in row} | self.rates
             for name in row:  # only the first process has one
                 if name.startswith("cost/") and module.step.lagrangian is not None:
                     shown["cost"] = module.step.lagrangian.cost.text(float(row[name]))
@@ -162,8 +170,7 @@ class Progress(SavingBar):
 
             def loss(waveforms: torch.Tensor) -> torch.Tensor:
                 with trainer.precision_plugin.train_step_context():
-                    lengths = memory.probe_lengths(waveforms, self.recipe.data)
-                    return module.step.loss(waveforms, lengths, trainer.global_step).total
+                    return memory.probe_loss(module.step, waveforms, self.recipe.data, trainer.global_step)
 
             has_state = any(optimizer.state for optimizer in trainer.optimizers)
             message = memory.advice(exception, module.step.trained, loss, self.recipe.data, self.config, has_state)

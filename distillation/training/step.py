@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from distillation.objectives import Loss, Objectives, Teacher
-from distillation.optimisation import OptimConfig, param_groups
+from distillation.optimisation import NEW, OptimConfig, param_groups
+from distillation.recognition.labels import Labels
 from distillation.sparsity import Lagrangian
 from wav2vec2 import Wav2Vec2Model
 
@@ -44,7 +45,7 @@ class TrainingStep:
     optim: OptimConfig
 
     def __post_init__(self) -> None:
-        _freeze_unused(self.student, self.objectives.student_layers)
+        _freeze_unused(self.student, self.objectives)
 
     @property
     def trained(self) -> nn.ModuleList:
@@ -57,26 +58,50 @@ class TrainingStep:
         self.teacher.to(torch.device(device))
         return torch.device(device)
 
-    def loss(self, waveforms: Tensor, lengths: Tensor | None, update: int) -> StepLoss:
+    def loss(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None,
+        update: int,
+        heard: Tensor | None = None,
+        labels: Labels | None = None,
+    ) -> StepLoss:
         """Loss of one micro-batch at update 0, 1, ...
 
         Args:
             waveforms: [B, N]; B is 0 where no file could be read.
             lengths: [B] valid samples; None when nothing is padded.
-            update: decides the target of the sparsity.
+            update: decides the target of the sparsity, and what learns.
+            heard: [B, N], what the student hears instead; None for the same.
+            labels: what is said; None where no objective asks.
         """
         penalty = torch.zeros((), device=waveforms.device)
         if self.lagrangian is not None:
             penalty = self.lagrangian(self.lagrangian.cost(self.student), update)
         if not len(waveforms):  # the other ranks wait for a gradient of everything
             return StepLoss(penalty + 0 * sum(p.sum() for p in self.trained.parameters() if p.requires_grad), None)
-        found = self.objectives(self.teacher, self.student, waveforms, lengths)
+        frozen = update < self.optim.freeze_steps
+        found = self.objectives(self.teacher, self.student, waveforms, lengths, heard, labels, frozen)
         return StepLoss(found.total + penalty, found)
 
     def make_optimizer(self, fused: bool = True) -> torch.optim.AdamW:
         """AdamW over everything that is trained."""
-        groups = param_groups(self.trained, self.lagrangian, self.optim)
+        groups = param_groups(self.trained, self.lagrangian, self.optim, self.new)
         return torch.optim.AdamW(groups, betas=self.optim.betas, eps=self.optim.eps, fused=fused)
+
+    @property
+    def new(self) -> set[nn.Parameter]:
+        """What the student did not bring along, or writes with: heads and the output layer."""
+        return {*self.objectives.parameters(), *(self.student.aux.parameters() if self.student.aux else ())}
+
+    def hold_back(self, optimizer: torch.optim.Optimizer, update: int) -> None:
+        """Take the gradients of all that waits while new parts learn alone: AdamW skips what has none."""
+        if update >= self.optim.freeze_steps:
+            return
+        for group in optimizer.param_groups:
+            if group["name"] != NEW:
+                for p in group["params"]:
+                    p.grad = None
 
     def clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Clip the norm of the whole gradient as the recipe says; returns it (scalar) as it was, on its device."""
@@ -87,12 +112,16 @@ class TrainingStep:
         return norm
 
 
-def _freeze_unused(student: Wav2Vec2Model, num_layers: int) -> None:
-    """Freeze what no objective looks at: it would never get a gradient, and DDP waits for one."""
+def _freeze_unused(student: Wav2Vec2Model, objectives: Objectives) -> None:
+    """Freeze what no objective looks at, or has no gradient for: it would never get one, and DDP waits for it."""
     transformer = student.encoder.transformer
-    unused: list[nn.Module | None] = [*transformer.layers[num_layers:], student.aux]
-    if transformer.layer_norm_first:  # hidden states come before the final norm
-        unused.append(transformer.layer_norm)
+    unused: list[nn.Module | None] = [*transformer.layers[objectives.student_layers :]]
+    if not objectives.uses_output_layer:
+        unused.append(student.aux)
+        if transformer.layer_norm_first:  # hidden states come before the final norm
+            unused.append(transformer.layer_norm)
+    if objectives.student_options.extractor_gradient == 0:
+        unused.append(student.feature_extractor)
     for module in unused:
         for name, p in module.named_parameters() if module is not None else ():
             p.requires_grad_(name.endswith("log_alpha"))

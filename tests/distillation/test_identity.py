@@ -12,6 +12,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
+from finetuning.config import KINDS, FinetuneConfig, FinetuneRun
 
 from distillation.config import Recipe, flat_settings, parse_recipe
 from distillation.data.manifest import Manifest
@@ -29,7 +30,6 @@ from distillation.identity import (
 )
 from distillation.training.record import RUN, Identity, Kinds, Record, differences
 from distillation.training.standing import Standing
-from finetuning.config import KINDS, FinetuneConfig, FinetuneRun
 from tests.configs import TINY
 from tests.latency import write_latency
 from wav2vec2 import wav2vec2_model

@@ -37,7 +37,7 @@ TWO_STEPS = {
     "run_dphubert.sh": "dphubert_base", "slurm_dphubert.sh": "dphubert_base", "run_dpwavlm.sh": "dpwavlm_base_plus",
     "run_dpwav2vec2.sh": "dpwav2vec2_base",
 }  # fmt: skip
-FOLDERS = "benchmarks|conf|demo|distillation|docs|evaluation|exporting|finetuning|requirements|scripts|tests|wav2vec2"
+FOLDERS = "benchmarks|conf|demo|distillation|docs|evaluation|exporting|requirements|scripts|tests|wav2vec2"
 OTHERS = ("evaluation.s3prl_upstream",)  # takes the flags of s3prl
 
 

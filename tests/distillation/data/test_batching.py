@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from distillation.data import batching
-from distillation.data.batching import BatchStream, DataConfig, Epoch, ValidationBatches, select_utterances
+from distillation.data.batching import BatchStream, Epoch, ValidationBatches, select_utterances
+from distillation.data.config import DataConfig
 from distillation.data.manifest import Manifest, read_tsv, write_tsv
 from distillation.errors import UserError
 

@@ -11,7 +11,8 @@ import torch
 
 from distillation.data import batching
 from distillation.data.audio import AudioError, check_audio, read_header
-from distillation.data.batching import BatchStream, Crop, DataConfig, Epoch, MicroBatch, select_utterances
+from distillation.data.batching import BatchStream, Crop, Epoch, MicroBatch, select_utterances
+from distillation.data.config import DataConfig
 from distillation.data.loaders import AudioDataset, Place, make_train_loader, make_valid_loader
 from distillation.data.manifest import Manifest
 

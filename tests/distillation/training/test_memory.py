@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distillation.config import TrainerConfig
-from distillation.data.batching import DataConfig
+from distillation.data.config import DataConfig
 from distillation.errors import UserError
 from distillation.training import memory
 

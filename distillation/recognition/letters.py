@@ -10,7 +10,7 @@ from typing import Literal
 
 logger = logging.getLogger(__name__)
 
-Case = Literal["upper", "keep"]
+Case = Literal["upper", "lower", "keep"]
 
 DOTLESS, DOTTED = "\u0131", "\u0130"  # small ı and capital İ: in Turkish, Azeri and others, i and ı are two letters
 SIGNS = "i", "I", DOTLESS, DOTTED, "I\u0307"  # the last is İ before it is composed
@@ -50,18 +50,18 @@ class Letters:
     """Writes all transcripts of a run in one way.
 
     Args:
-        case: "upper" writes :func:`capital` letters, "keep" leaves them as they are.
+        case: "upper" writes :func:`capital` letters, "lower" small ones, "keep" leaves them as they are.
         two_dots: i and ı are two letters, whose capitals are İ and I.
     """
 
     def __init__(self, case: Case, two_dots: bool = False) -> None:
-        self.table = None if case == "keep" else _Capitals({ord("i"): DOTTED, ord(DOTLESS): "I"} if two_dots else {})
-        self.two_dots = two_dots
+        self.table = _Capitals({ord("i"): DOTTED, ord(DOTLESS): "I"} if two_dots else {}) if case == "upper" else None
+        self.case, self.two_dots = case, two_dots
 
     @classmethod
     def of(cls, case: Case, texts: Iterable[str]) -> Letters:
         """For these transcripts: where ı and İ are usual in them, i and ı are two letters in all of them."""
-        if case == "keep":
+        if case != "upper":
             return cls(case)
         found: Counter[str] = Counter()
         for text in texts:
@@ -81,7 +81,7 @@ class Letters:
         """A transcript in these letters."""
         text = composed(text)
         if self.table is None:
-            return text
+            return unicodedata.normalize("NFC", text.lower()) if self.case == "lower" else text
         if self.two_dots:
             text = text.replace(LOWERED, "i")
         # once more: a capital may compose with a mark that its small letter does not compose with

@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from distillation.errors import UserError
-from finetuning.transcripts import SPACE
+from wav2vec2.vocabulary import SPACE, written
 
 Decoder = Callable[[Tensor, Tensor], list[str]]
 """Log-probabilities [B, T, V] and valid frames [B] -> texts."""
 
 
 def to_text(ids: Sequence[int], vocabulary: Sequence[str]) -> str:
-    """Characters without the blank, with single spaces."""
-    return " ".join("".join(vocabulary[i] for i in ids if i != 0).replace(SPACE, " ").split())
+    """Characters without the blank and other special symbols, with single spaces."""
+    return " ".join("".join(written(vocabulary[i]) for i in ids).split())
 
 
 def greedy_decoder(vocabulary: Sequence[str]) -> Decoder:

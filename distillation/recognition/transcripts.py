@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,22 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from distillation.data.audio import AudioError, Header, read_header
-from distillation.data.batching import MIN_INPUT_FRAMES
+from distillation.data.config import MIN_INPUT_FRAMES
 from distillation.data.kaldi import BY_COMMAND, MALFORMED, NOT_FOUND, OVERSHOOT
-from distillation.data.manifest import write_lines
+from distillation.data.manifest import Manifest, write_lines
 from distillation.errors import UserError
-from finetuning.letters import Case, Letters
-from finetuning.manifests import Row, read_rows
+from distillation.recognition.letters import Case, Letters
+from distillation.recognition.manifests import Row, read_rows
 from wav2vec2.feature_extractor import SAMPLE_RATE
+from wav2vec2.vocabulary import SPACE
 
 logger = logging.getLogger(__name__)
 
-BLANK, SPACE = "<pad>", "|"  # as transformers writes them
 LEFT_OUT = "left_out.tsv"  # in the folder of a run: path, place in its list, reason
 
 # kind of a row that cannot be used -> what to do where all are so
@@ -77,6 +78,19 @@ class Transcripts:
     utterances: list[Utterance]
     left_out: list[LeftOut] = field(default_factory=list)
 
+    @property
+    def manifest(self) -> Manifest:
+        """The same as batches are made of."""
+        paths = [os.path.abspath(u.path) for u in self.utterances]  # noqa: PTH100  # links stay
+        root = Path(os.path.commonpath([os.path.dirname(path) for path in paths]))  # noqa: PTH120
+        return Manifest(
+            root,
+            [os.path.relpath(path, root) for path in paths],
+            np.array([u.num_frames for u in self.utterances], dtype=np.int64),
+            np.array([u.start for u in self.utterances], dtype=np.int64),
+            [u.text for u in self.utterances],
+        )
+
     def require_some(self) -> None:
         """Raise a UserError where no utterance can be used: the commonest reason, and what to do."""
         if not self.utterances:
@@ -96,9 +110,9 @@ def read_sets(sources: Sequence[Path], audio: Path | None = None, case: Case = "
     """Read and check transcribed utterances of one run, whose transcripts are all written in the same letters.
 
     Args:
-        sources: files or folders of one of ``finetuning.manifests.FORMATS``.
-        audio: folder of the audio, as for ``finetuning.manifests.AudioFolders``.
-        case: as for ``finetuning.letters.Letters``.
+        sources: files or folders of one of ``distillation.recognition.manifests.FORMATS``.
+        audio: folder of the audio, as for ``distillation.recognition.manifests.AudioFolders``.
+        case: as for ``distillation.recognition.letters.Letters``.
 
     Raises:
         UserError: nothing there, a line of another format, or a source without any usable utterance.
@@ -212,17 +226,3 @@ def list_left_out(sets: Sequence[Transcripts], exp_dir: Path) -> None:
         write_lines(listing, lines)
     else:
         listing.unlink(missing_ok=True)  # of an earlier start
-
-
-def describe(utterances: Sequence[Utterance]) -> str:
-    """How many there are and a digest of what is said in which file, wherever they lie."""
-    # whole files as in versions that knew nothing else, whose runs go on
-    entries = [(u.path.name, u.num_frames, u.text, *([u.start] if u.start else [])) for u in utterances]
-    digest = hashlib.sha256(repr(entries).encode())
-    hours = sum(u.num_frames for u in utterances) / SAMPLE_RATE / 3600
-    return f"{len(utterances)} utterances of {hours:.2f} h, {digest.hexdigest()}"
-
-
-def make_vocabulary(utterances: Sequence[Utterance]) -> list[str]:
-    """Blank, space, and the characters of the transcripts in order."""
-    return [BLANK, SPACE, *sorted({character for u in utterances for character in u.text} - {" "})]

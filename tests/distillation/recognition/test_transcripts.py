@@ -12,8 +12,8 @@ import torch
 
 import prepare_data
 from distillation.errors import UserError
-from finetuning.manifests import read_rows
-from finetuning.transcripts import (
+from distillation.recognition.manifests import read_rows
+from distillation.recognition.transcripts import (
     ADVICE,
     LEFT_OUT,
     Utterance,

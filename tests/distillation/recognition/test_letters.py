@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 
-from finetuning.letters import Letters, composed
+from distillation.recognition.letters import Letters, composed
 
 DOTLESS, DOTTED = "\u0131", "\u0130"
 SIGMAS = {"\u03a3", "\u03c3", "\u03c2"}

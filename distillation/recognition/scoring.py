@@ -1,0 +1,59 @@
+"""Word and character error rates of recognisers."""
+
+from collections.abc import Mapping
+
+import torch
+from torch.utils.data import DataLoader
+from torchmetrics.text import CharErrorRate, WordErrorRate
+from tqdm import tqdm
+
+from distillation.data.loaders import Batch
+from distillation.errors import UserError
+from distillation.recognition.decoding import Decoder
+from wav2vec2 import Wav2Vec2Model
+
+
+@torch.no_grad()
+def error_rates(
+    model: Wav2Vec2Model, batches: DataLoader[Batch], decoders: Mapping[str, Decoder]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Measure a model on transcribed audio; what disturbs a batch is what it hears.
+
+    Args:
+        model: with an output layer; eval mode, on its device.
+        batches: with labels.
+        decoders: by what is put before the names of their rates.
+
+    Returns:
+        Rates in percent by name, wer and cer of each decoder; path and reason of each file that cannot be decoded.
+
+    Raises:
+        UserError: none of the files can be decoded.
+    """
+    device = model.feature_extractor.dummy_weight.device
+    metrics = {
+        f"{prefix}{name}": metric()
+        for prefix in decoders
+        for name, metric in (("wer", WordErrorRate), ("cer", CharErrorRate))
+    }
+    errors: dict[str, str] = {}
+    seen = 0
+    model.eval()
+    for batch in tqdm(batches, "decoding", leave=False, disable=None):
+        errors |= batch.errors
+        if not batch.files:
+            continue
+        assert batch.labels is not None
+        seen += len(batch.files)
+        texts, batch = batch.labels.texts, batch.to(device)
+        logits, _ = model(batch.waveforms if batch.heard is None else batch.heard, batch.lengths)
+        samples = batch.lengths if batch.lengths is not None else torch.full(logits.shape[:1], batch.waveforms.shape[1])
+        log_probs, frames = logits.float().log_softmax(-1), model.output_length(samples)
+        for prefix, decode in decoders.items():
+            found = decode(log_probs, frames)
+            for name in ("wer", "cer"):
+                metrics[f"{prefix}{name}"].update(found, texts)
+    if not seen:
+        path, reason = next(iter(errors.items()))
+        raise UserError(f"none of the {len(errors)} files can be decoded, e.g. {path}: {reason}")
+    return {name: 100 * metric.compute().item() for name, metric in metrics.items()}, errors

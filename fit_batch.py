@@ -12,7 +12,7 @@ import logging
 
 import yaml
 
-from distillation.build import build_step, starting_student
+from distillation.build import build_step, planned_student
 from distillation.config import parse_recipe
 from distillation.errors import UserError, command
 from distillation.sparsity import make_prunable
@@ -39,7 +39,7 @@ def main() -> None:
         )
     world_size = devices * trainer.num_nodes
     teacher = load_teacher(recipe)
-    student = make_prunable(starting_student(recipe, teacher), recipe.pruning)
+    student = make_prunable(planned_student(recipe, teacher), recipe.pruning)
     step = build_step(recipe, recipe.optim, student, teacher, recipe.pruning)
     device = step.to("cuda:0")
     per_batch = (

@@ -5,12 +5,15 @@ import logging
 from distillation.config import Recipe
 from distillation.objectives import Objectives, Teacher
 from distillation.optimisation import OptimConfig
+from distillation.recognition.labels import make_vocabulary
 from distillation.sparsity import Lagrangian, PruningConfig, make_budget
 from distillation.students import backbone_params, build_student, check_frame_rate
 from distillation.training.step import TrainingStep
 from wav2vec2 import Wav2Vec2Model, load_model
+from wav2vec2.checkpoint import with_output_layer
 
 logger = logging.getLogger(__name__)
+STAND_IN = make_vocabulary("ABCDEFGHIJKLMNOPQRSTUVWXYZ'")
 
 
 def starting_student(recipe: Recipe, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
@@ -25,6 +28,14 @@ def starting_student(recipe: Recipe, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
         student = load_model(recipe.student_ckpt)
     check_frame_rate(student, teacher, recipe.student_ckpt or "student")
     return student
+
+
+def planned_student(recipe: Recipe, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
+    """The same before anything is read: an output layer whose symbols are yet to be found out has a stand-in's."""
+    student = starting_student(recipe, teacher)
+    if recipe.objective.ctc is None or student.aux is not None:
+        return student
+    return with_output_layer(student, STAND_IN)
 
 
 def build_step(

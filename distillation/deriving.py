@@ -107,7 +107,9 @@ def for_audio(derived: Derived, recipe: Recipe, layout: Layout, adapt: bool) -> 
             return
         settings: dict[str, Any] = {"data.train": OTHER_LIST}
         if adapt:
-            settings |= {"data.long": "split", "data.min_frames": OTHER_MIN_FRAMES}
+            settings["data.min_frames"] = min(recipe.data.min_frames, OTHER_MIN_FRAMES)
+            if recipe.data.transcripts is None:
+                settings["data.long"] = "split"
         used = ": its list, all of it from 0.5 s on" if adapt else ": its list"
         derived.add(f"the audio is no LibriSpeech{used}", settings)
     elif adapt and recipe.data.train == LIST_960H and LIST_100H in layout.lists:

@@ -25,12 +25,13 @@ import torch
 from tqdm import tqdm
 
 from distillation.budget import Parameters
-from distillation.build import build_step, starting_student
+from distillation.build import build_step, planned_student, starting_student
 from distillation.config import Recipe, TrainerConfig
 from distillation.data.batching import BatchStream, ValidationBatches, select_utterances
 from distillation.data.manifest import read_tsv
 from distillation.data.preparation import survey
 from distillation.errors import UserError, command
+from distillation.lists import read_lists
 from distillation.optimisation import OptimConfig
 from distillation.plan import Plan, read_words
 from distillation.sparsity import PruningConfig, make_prunable
@@ -114,7 +115,13 @@ def _audio(plan: Plan) -> tuple[float, np.ndarray, str]:
         UserError: the lists give nothing to train on or to validate on, or utterances longer than a batch.
     """
     data, remarks = plan.recipe.data, ""
-    if plan.has_lists:
+    if plan.transcripts and plan.has_lists:
+        assert plan.teacher is not None
+        with torch.device("meta"):
+            start = starting_student(plan.recipe, wav2vec2_model(**copy.deepcopy(plan.teacher)))
+        lists = read_lists(plan.recipe, start, None)
+        manifest, validation = lists.train, lists.valid
+    elif plan.has_lists:
         manifest, validation = map(read_tsv, plan.lists)
     else:
         found = survey(plan.audio)
@@ -169,7 +176,7 @@ def measure(
     teacher = wav2vec2_model(**copy.deepcopy(plan.teacher)).eval()
     teacher.mask_embedding = torch.zeros(teacher.embed_dim)
     students: list[tuple[Wav2Vec2Model, OptimConfig, PruningConfig | None]] = [
-        (make_prunable(starting_student(recipe, teacher), recipe.pruning), recipe.optim, recipe.pruning)
+        (make_prunable(planned_student(recipe, teacher), recipe.pruning), recipe.optim, recipe.pruning)
     ]
     if plan.budget is not None:
         with contextlib.suppress(UserError):  # smaller than any slice: what the start takes is then said of the end

@@ -40,18 +40,28 @@ OPTIM_RATES = (
     "max_steps", "max_epochs", "lr", "freeze_steps", "lr_new", "warmup_steps", "warmup_ratio", "schedule", "betas",
     "eps", "weight_decay", "clip",
 )  # fmt: skip
+NOT_YET = {"data.transcripts": None, "data.noise": None, "objective.ctc": None}  # in older versions
 STEP_1 = Kinds(
     elsewhere=frozenset(NAMES | {"final", "final."}),
     free=FREE,
     rates=frozenset(
         {f"optim.{name}" for name in OPTIM_RATES} | {"pruning.lr_masks", "pruning.lr_lagrangian", "pruning.constant_lr"}
     ),
-    meant={"pruning.cost": "params", "pruning.target": None, "pruning.macs_seconds": None, "pruning.multiple_of": 1},
+    meant=NOT_YET
+    | {
+        "pruning.cost": "params",
+        "pruning.target": None,
+        "pruning.macs_seconds": None,
+        "pruning.multiple_of": 1,
+        "optim.freeze_steps": 0,
+        "optim.lr_new": None,
+    },
 )
 STEP_2 = Kinds(
     elsewhere=frozenset(NAMES | {"optim.", "pruning.", "student."}),
     free=FREE,
     rates=frozenset(f"final.{name}" for name in OPTIM_RATES),
+    meant=NOT_YET | {"final.freeze_steps": 0, "final.lr_new": None},
 )
 
 

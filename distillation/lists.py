@@ -79,7 +79,7 @@ def read_lists(recipe: Recipe, student: Wav2Vec2Model, known: list[str] | None) 
     for source in sources:
         if not source.exists():
             raise UserError(f"{source}: no such file; prepare_data.py --transcripts writes it, or set data.transcripts")
-    case = _case_of(known) if data.transcripts.case == "auto" else data.transcripts.case
+    case = case_of(known) if data.transcripts.case == "auto" else data.transcripts.case
     found = read_sets(sources, data.transcripts.audio, case)
     if recipe.objective.ctc is not None:
         found[0] = learnable(found[0], student.symbol_frames)
@@ -117,7 +117,7 @@ def prepared_to_write(recipe: Recipe, student: Wav2Vec2Model, vocabulary: list[s
     return with_output_layer(student, vocabulary)
 
 
-def _case_of(vocabulary: list[str] | None) -> Case:
+def case_of(vocabulary: list[str] | None) -> Case:
     """Of the letters that an output layer writes; capitals where there is none."""
     letters = "".join(map(written, vocabulary or []))
     has_upper, has_lower = letters != letters.lower(), letters != letters.upper()

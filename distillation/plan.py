@@ -4,7 +4,8 @@
 
 With --adapt the recipe follows teacher, audio and machine where it is written for others; the flags win over what is
 derived. Prints a line per answer for scripts/common.sh: "plan", the folder of the lists to make, what to convert the
-teacher from (both empty where they are there), the teacher's file, the folder of the run, what it prunes, all flags.
+teacher from (both empty where they are there), the teacher's file, the folder of the run, what it prunes, whether the
+teacher keeps its output layer, what is said in the validation audio (both empty where that does not matter), all flags.
 A new run gets recipe.yaml, which says the same as all flags together.
 """
 
@@ -24,7 +25,7 @@ import torch
 import yaml
 
 from distillation.budget import Budget
-from distillation.build import starting_student
+from distillation.build import planned_student
 from distillation.config import MAX_RECIPE_BYTES, RECIPES, Recipe, flat_settings, parse_recipe
 from distillation.data.conversion import copies_of
 from distillation.data.corpus import Layout, find, layout_of
@@ -32,8 +33,9 @@ from distillation.deriving import LIST_100H, Derived, for_audio, for_length, for
 from distillation.errors import Problems, UserError, command
 from distillation.identity import step_1_identity
 from distillation.objectives import Objectives
+from distillation.recognition.manifests import find_sources
 from distillation.sparsity import check_budget, make_budget, make_prunable
-from distillation.teacher import check_size, teacher_config
+from distillation.teacher import check_size, teacher_config, wants_head
 from distillation.training.memory import BATCH
 from distillation.training.record import Record
 from distillation.training.standing import LAST
@@ -84,9 +86,23 @@ class Plan:
         return [self.recipe.data.tsv_dir / name for name in (self.recipe.data.train, self.recipe.data.valid)]
 
     @property
+    def transcripts(self) -> list[Path]:
+        """Where it is said what is spoken; empty where that does not matter."""
+        data = self.recipe.data
+        return [] if data.transcripts is None else [data.transcribed("train"), data.transcribed("valid")]
+
+    @property
+    def brings_lists(self) -> bool:
+        """Whether the recipe names transcribed audio that prepare_data.py has no part in."""
+        transcripts = self.recipe.data.transcripts
+        return transcripts is not None and transcripts.train is not None and transcripts.valid is not None
+
+    @property
     def has_lists(self) -> bool:
-        """Whether both are there."""
-        return all(path.is_file() for path in self.lists)
+        """Whether all are there."""
+        if self.brings_lists:
+            return all(path.exists() for path in self.transcripts)
+        return all(path.exists() for path in [*self.lists, *self.transcripts])
 
     def look(self, function: Callable[..., Found], *args: Any) -> Found | None:
         """What a function returns; what it refuses is one problem more."""
@@ -145,7 +161,7 @@ def make_plan(audio: Path, source: Path, flags: list[str], adapt: bool) -> Plan:
 def _derive(plan: Plan, asked: Recipe, layout: Layout | None, accelerator: str | None, adapt: bool) -> None:
     """What the recipe does not say; ``layout`` and ``accelerator`` are None where they could not be found out."""
     derived, published = plan.derived, plan.published
-    if layout is not None:
+    if layout is not None and not plan.brings_lists:
         for_audio(derived, asked, layout, adapt)
         if asked.data.tsv_dir == published.data.tsv_dir:
             folder = _lists_folder(layout, plan.audio, published.data.tsv_dir)
@@ -246,6 +262,11 @@ def _holds(root: Path, lists: Path, audio: Path) -> bool:
 def _check_lists(plan: Plan, layout: Layout) -> None:
     """Look whether the lists are this audio's, or the audio gives those that the recipe wants."""
     data = plan.recipe.data
+    if plan.brings_lists:
+        for path in plan.transcripts:
+            if not path.exists():
+                plan.problems.append(f"{path}: no such file or folder")
+        return
     if plan.has_lists:
         train, valid = plan.lists
         root = _root_of(train)
@@ -257,6 +278,8 @@ def _check_lists(plan: Plan, layout: Layout) -> None:
         logger.info("lists: %s and %s, made before", train, valid)
         return
     plan.look(find, layout.root, layout.parts)
+    if plan.transcripts:
+        plan.look(find_sources, plan.audio)
     missing = [name for name in (data.train, data.valid) if name not in layout.lists]
     if missing:
         shorter = [name for name in (f"{plan.source.stem}_100h", plan.source.stem.replace("960h", "100h"))
@@ -280,7 +303,7 @@ def _check_models(plan: Plan) -> None:
         except ValueError as error:
             raise UserError(f"the teacher's config builds no model: {error}") from None
         teacher.mask_embedding = torch.zeros(teacher.embed_dim)
-        student = make_prunable(starting_student(recipe, teacher), recipe.pruning)
+        student = make_prunable(planned_student(recipe, teacher), recipe.pruning)
         heads = plan.look(Objectives, recipe.objective, student, teacher)
     before = count_params(teacher)
     if heads is not None:
@@ -326,7 +349,10 @@ def answers(plan: Plan) -> list[str]:
     lists = "" if plan.has_lists else recipe.data.tsv_dir
     teacher_id = "" if recipe.teacher_ckpt.exists() else recipe.teacher_id
     units = ",".join(recipe.pruning.units) or "none"
-    return ["plan", *map(str, (lists, teacher_id, recipe.teacher_ckpt, recipe.exp_dir, units)), *plan.words]
+    head = "--ctc" if wants_head(recipe) else ""
+    spoken = plan.transcripts[1] if plan.transcripts else ""
+    told = lists, teacher_id, recipe.teacher_ckpt, recipe.exp_dir, units, head, spoken
+    return ["plan", *map(str, told), *plan.words]
 
 
 def read_words(words: list[str]) -> Plan:

@@ -73,6 +73,12 @@ def check_size(recipe: Recipe, source: object, num_layers: int, width: int) -> N
             )
 
 
+def wants_head(recipe: Recipe) -> bool:
+    """Whether the teacher must bring an output layer: it is converted with it."""
+    ctc = recipe.objective.ctc
+    return ctc is not None and (ctc.vocabulary == "model" or ctc.distill > 0)
+
+
 def teacher_config(recipe: Recipe) -> dict[str, Any]:
     """Flat config of the teacher: of its file where that is there, else of what it would be converted from.
 

@@ -97,11 +97,12 @@ from_caller() {
     local word flag="" value
     FLAGS=()
     for word in "$@"; do
-        case $word in --teacher_id=* | --teacher_ckpt=* | --student_ckpt=* | --config=* | --pruning.latency=*)
+        case $word in --teacher_id=* | --teacher_ckpt=* | --student_ckpt=* | --config=* | --pruning.latency=* | \
+            --data.transcripts.*=*)
             flag=${word%%=*} value=${word#*=}
             [ ! -e "$CALLER_DIR/$value" ] || word=$flag=$(from_here "$value") ;;
         esac
-        case $flag in --teacher_id | --teacher_ckpt | --student_ckpt | --config | --pruning.latency)
+        case $flag in --teacher_id | --teacher_ckpt | --student_ckpt | --config | --pruning.latency | --data.transcripts.*)
             [ ! -e "$CALLER_DIR/$word" ] || word=$(from_here "$word") ;;
         esac
         FLAGS+=("$word")
@@ -129,7 +130,7 @@ answers_of() {
 # whole_recipe ADAPT AUDIO_DIR RECIPE [FLAGS...]: everything from audio to final.pth and a report. ADAPT is --adapt to have
 # the recipe follow teacher, audio and machine, or empty. With --dry_run among the flags the plan is printed, no more.
 whole_recipe() {
-    local adapt=$1 audio recipe=conf/$3.yaml lists teacher teacher_id exp units final
+    local adapt=$1 audio recipe=conf/$3.yaml lists teacher teacher_id exp units head spoken final
     audio=$(cd "$CALLER_DIR" && realpath -m -- "$2")
     [ -f "$recipe" ] || die "$recipe: no such recipe; there are $(cd conf && echo *.yaml)"
     shift 3
@@ -142,11 +143,13 @@ whole_recipe() {
     esac
     answers_of python -m distillation.plan "$@" # all that is wrong, at once
     lists=${ANSWERS[1]} teacher_id=${ANSWERS[2]} teacher=${ANSWERS[3]} exp=${ANSWERS[4]} units=${ANSWERS[5]}
-    set -- "${ANSWERS[@]:6}"
+    head=${ANSWERS[6]} spoken=${ANSWERS[7]}
+    set -- "${ANSWERS[@]:8}"
     if [ -n "$lists" ]; then
-        stage python prepare_data.py --data "$audio" --out "$lists" --convert "$lists/audio" ${adapt:+--skip_broken}
+        stage python prepare_data.py --data "$audio" --out "$lists" --convert "$lists/audio" \
+            ${adapt:+--skip_broken} ${spoken:+--transcripts "$audio"}
     fi
-    [ -z "$teacher_id" ] || stage python convert_hubert_from_hf.py --model "$teacher_id" --out "$teacher"
+    [ -z "$teacher_id" ] || stage python convert_hubert_from_hf.py --model "$teacher_id" --out "$teacher" ${head:+"$head"}
     if [ "$units" = none ]; then
         final=$exp/final.pth
         fit_batch "$recipe" "$exp" "$@"
@@ -156,6 +159,7 @@ whole_recipe() {
         final=$exp/final/final.pth
     fi
     stage python report.py "$exp" --if_changed
+    [ -z "$spoken" ] || stage python -m evaluation.recognition "$teacher" "$final" --data "$spoken"
     echo "Done: $final, $exp/report.html"
 }
 

@@ -181,7 +181,11 @@ def make_train_loader(
 
 
 def make_valid_loader(
-    manifest: Manifest, config: DataConfig, place: Place | None = None, speller: Speller | None = None
+    manifest: Manifest,
+    config: DataConfig,
+    place: Place | None = None,
+    speller: Speller | None = None,
+    noise: Noise | None = None,
 ) -> DataLoader[Batch]:
     """Loader of one rank's share of the validation data, the same in every pass. Arguments as `make_train_loader`."""
     place = place or Place()
@@ -189,7 +193,7 @@ def make_valid_loader(
     if place.rank == 0:
         logger.info("validation data, %s", selection.summary)
     batches = ValidationBatches(selection, config, rank=place.rank, world_size=place.world_size)
-    dataset = AudioDataset(manifest, config.sample_rate, speller)
+    dataset = AudioDataset(manifest, config.sample_rate, speller, noise)
     return _make_loader(dataset, batches, min(_num_workers(config, place), len(batches)), place)
 
 

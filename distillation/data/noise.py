@@ -56,10 +56,10 @@ class NoiseConfig:
     """Share of the rows that are reverberated, noisy or not, where there are impulse responses."""
 
     def __post_init__(self) -> None:
-        require(self, "noise.", "lie in (0, 1]", lambda value: 0 < value <= 1, "share")
-        require(self, "noise.", "lie in [0, 1]", lambda value: 0 <= value <= 1, "babble", "reverberation")
-        must = "be two finite numbers of dB, the lower first"
-        require(self, "noise.", must, lambda value: -math.inf < value[0] <= value[1] < math.inf, "snr")
+        require(self, "data.noise.", "lie in (0, 1]", lambda value: 0 < value <= 1, "share")
+        require(self, "data.noise.", "lie in [0, 1]", lambda value: 0 <= value <= 1, "babble", "reverberation")
+        must = "be two numbers of dB in [-100, 100], the lower first"
+        require(self, "data.noise.", must, lambda value: -100 <= value[0] <= value[1] <= 100, "snr")
 
 
 class Noise:
@@ -126,7 +126,7 @@ class Noise:
             chosen = [int(random.integers(len(noises)))]
             if chosen[0] in noises.speech:
                 others = noises.speech[noises.speech != chosen[0]]
-                more = random.integers(*MUSAN_VOICES, endpoint=True) - 1
+                more = int(random.integers(*MUSAN_VOICES, endpoint=True)) - 1
                 chosen += random.choice(others, min(more, len(others)), replace=False).tolist()
             pieces = []
             for index in chosen:
@@ -174,7 +174,7 @@ class _Recordings:
         digest = hashlib.sha256()
         for folder in folders:
             if not folder.is_dir():
-                raise UserError(f"noise.{setting}: {folder} is not a folder")
+                raise UserError(f"data.noise.{setting}: {folder} is not a folder")
             unusable: list[Problem] = []
             found = without_bad_names(find(folder, ["."]), unusable)
             foreign = Finding("format", "only ffmpeg reads it", False)
@@ -193,13 +193,15 @@ class _Recordings:
                 self.headers.append(header)
                 digest.update(f"{name}\t{header.num_frames}\t{header.sample_rate}\n".encode())
             if len(self.paths) == before:
-                raise UserError(f"noise.{setting}: {folder} holds nothing that can be used: {_first(unusable)}")
+                none = f"none of {len(unusable)} files in {folder} can be used, the first {_first(unusable)}"
+                raise UserError(f"data.noise.{setting}: {none}")
             problems += unusable
         self.speech = np.array(speech, dtype=np.int64)
         """Index of those that sound several at once."""
         self._digest = digest.hexdigest()
         if problems:
-            logger.warning("noise.%s: %d files are left out: %s", setting, len(problems), _first(problems))
+            of = setting, len(problems), _first(problems)
+            logger.warning("data.noise.%s: %d files are left out, the first %s", *of)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -320,5 +322,4 @@ def _musan_speech(names: Sequence[str]) -> str | None:
 
 
 def _first(problems: Sequence[Problem]) -> str:
-    file, finding = problems[0]
-    return f"{file}: {finding.detail}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+    return f"{problems[0].file}: {problems[0].finding.detail}"

@@ -30,6 +30,7 @@ from distillation.data.manifest import NO_NAME, UNLISTABLE, Manifest, shown, wri
 from distillation.data.resampling import resampled_length
 from distillation.errors import UserError
 from distillation.journal import Journal
+from distillation.recognition.preparation import write_transcripts
 from distillation.stopping import keeping
 from wav2vec2.feature_extractor import SAMPLE_RATE
 
@@ -64,6 +65,9 @@ class Preparation:
     convert: Path | None = None
     """Folder for FLAC copies of one channel at the required rate, which the lists are then of, with links to the files
     that need none; not used where no file needs a copy. Copies that are finished are kept."""
+    transcripts: Path | None = None
+    """What is said: a folder or list as for finetune_ctc.py, or a folder with such lists; JSON lines are then written
+    beside the lists, NAME.jsonl for NAME.tsv."""
     channel: str = "mix"
     """What the copies hold of several channels: mix (their average), or the number of one: 0, 1, ..."""
 
@@ -81,6 +85,8 @@ class Preparation:
                 raise UserError(f"{flag} {shown(folder)} is not a folder")
             if folder is not None and UNLISTABLE.search(os.fspath(folder.resolve())):
                 raise UserError(f"{flag} {shown(folder.resolve())}: {NO_NAME}")
+        if self.transcripts is not None and not self.transcripts.exists():
+            raise UserError(f"--transcripts {shown(self.transcripts)}: no such file or folder")
         if self.channel != "mix" and not (self.channel.isascii() and self.channel.isdigit()):
             raise UserError(f"--channel {self.channel} is neither mix nor the number of a channel: 0, 1, ...")
         if self.channel != "mix" and self.convert is None:
@@ -213,6 +219,8 @@ def _prepare(config: Preparation, known: Journal) -> None:
     for name, manifest in lists.items():
         hours = manifest.num_frames.sum() / config.sample_rate / 3600
         logger.info("%s: %d utterances, %.2f h", config.out / name, len(manifest), hours)
+    if config.transcripts is not None:
+        write_transcripts(config.transcripts, lists, config.out, config.convert, config.sample_rate)
 
 
 def _with_ffmpeg(found: list[Found], converting: bool) -> list[Found]:

@@ -31,6 +31,7 @@ from distillation.errors import UserError
 logger = logging.getLogger(__name__)
 
 KEYS = ("audio_filepath", "text", "offset", "duration")  # of NeMo's JSON; times in seconds, where there are any
+LISTS = (".tsv", ".txt", ".json", ".jsonl")  # suffixes of lists that are looked for in a folder
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # what JSON can hold and UTF-8 cannot
 
 
@@ -142,6 +143,32 @@ def read_rows(source: Path, audio: Path | None = None) -> list[Row]:
         why = "with absolute paths, it must be a folder that prepare_data.py --convert made of these files"
         logger.warning("%s: --audio %s changes none of its paths: %s", source, audio, why)
     return rows
+
+
+def find_sources(place: Path) -> list[Path]:
+    """What lists transcribed audio: a file or folder itself, or the lists and Kaldi folders in a folder.
+
+    Raises:
+        UserError: nothing there.
+    """
+    if not place.is_dir() or _is_kaldi(place, "") or _listings(place):
+        return [place]
+    found = []
+    for inner in sorted(place.iterdir()):
+        if inner.name.startswith(".") or (not inner.is_dir() and inner.suffix not in LISTS):
+            continue
+        if _is_kaldi(inner, "") or (inner.is_file() and _lists_something(inner)):
+            found.append(inner)
+    if not found:
+        known = ", ".join(format.name for format in FORMATS)
+        raise UserError(f"{place}: nothing in it says what is spoken; known are {known}")
+    return found
+
+
+def _lists_something(path: Path) -> bool:
+    with path.open("rb") as file:
+        first = file.readline(10_000).decode("utf-8", "replace").removeprefix("\ufeff")
+    return any(format.fits(path, first) for format in FORMATS[2:4]) or first.rstrip().count("\t") == 1
 
 
 def _row(

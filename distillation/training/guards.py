@@ -70,6 +70,7 @@ class BatchGuard:
         self.max_bad_share, self.max_skipped_updates = max_bad_share, max_skipped_updates
         self.bad: dict[str, dict[str, str]] = {"train": {}, "valid": {}}
         self.counts = {"silent": 0, "clipped": 0, "updates": 0}
+        self._noises: set[str] = set()  # recordings that cannot be decoded
         self._new = Trouble()
         self._micro_batches: list[tuple[int, Tensor, list[str]]] = []  # update, whether the loss is finite, files
         self._updates: list[tuple[int, Tensor | None]] = []  # and whether its gradient is
@@ -79,6 +80,10 @@ class BatchGuard:
         for path, reason in batch.errors.items():
             if path not in self.bad[kind]:
                 self._new.files[kind][path] = reason
+        for path, reason in batch.noise_errors.items():
+            if path not in self._noises:
+                self._noises.add(path)
+                logger.warning("no noise from %s: %s; other noise is taken", path, reason)
         self._new.levels["silent"].extend(batch.silent)
         self._new.levels["clipped"].extend(batch.clipped)
 

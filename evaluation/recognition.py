@@ -1,0 +1,144 @@
+"""Word and character error rates of recognisers, side by side, on clean audio and in noise.
+
+    python -m evaluation.recognition teacher.pth exp/dpctc_base/final/final.pth --data data/valid.jsonl
+    python -m evaluation.recognition final.pth --data dev-clean --snr '[20,10,5,0]' --noise /path/to/musan/noise
+
+Models are .pth or .safetensors files with an output layer and its vocabulary. Decoding is greedy; --beam_size adds a
+beam. The noise is the same for all models; without --noise it is made on the spot, from white to brown.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from distillation.commandline import make_parser, parse_arguments
+from distillation.data.config import DataConfig, TranscriptsConfig
+from distillation.data.loaders import make_valid_loader
+from distillation.data.manifest import MAX_FRAMES
+from distillation.data.noise import Noise, NoiseConfig
+from distillation.errors import UserError, command
+from distillation.lists import case_of
+from distillation.machine import find_accelerator
+from distillation.recognition.decoding import Decoder, beam_decoder, greedy_decoder
+from distillation.recognition.labels import Speller
+from distillation.recognition.scoring import error_rates
+from distillation.recognition.transcripts import read_sets
+from evaluation.tables import markdown_table
+from wav2vec2 import Wav2Vec2Model, prune
+from wav2vec2.checkpoint import load_checkpoint
+from wav2vec2.counting import count_params
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Measuring:
+    """What is measured on what."""
+
+    data: Path
+    """Transcribed audio: LibriSpeech or Kaldi folder, Common Voice .tsv, JSON lines, or lines of path<TAB>text."""
+    audio: Path | None = None
+    """Folder of the audio, as for finetune_ctc.py."""
+    snr: list[float] = field(default_factory=list)
+    """Also in noise at these ratios in dB."""
+    noise: list[Path] = field(default_factory=list)
+    """Folders of noise recordings."""
+    seed: int = 0
+    """Of the noise."""
+    beam_size: int = 0
+    """Also decode with a beam; see requirements/export.txt."""
+    seconds_per_batch: float = 160.0
+    """Audio that is run at once, padding included."""
+    workers: int = 0
+    """Processes that read audio."""
+    device: str = "auto"
+    """cpu, cuda or cuda:1; auto takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.beam_size < 0 or self.workers < 0:
+            raise UserError("--beam_size and --workers must be at least 0")
+        if self.audio is not None and not self.audio.is_dir():
+            raise UserError(f"--audio {self.audio} is not a folder")
+
+
+def measure(model: Wav2Vec2Model, measuring: Measuring, source: object) -> dict[str, dict[str, float]]:
+    """Error rates in percent by condition ("clean", "20 dB", ...) and name (wer, cer, beam_wer, beam_cer).
+
+    Args:
+        model: a recogniser, dense.
+        measuring: on what.
+        source: of the model, for messages.
+
+    Raises:
+        UserError: the model is no recogniser, or nothing can be read.
+    """
+    if model.vocabulary is None:
+        raise UserError(
+            f"{source}: is no recogniser, it has no output layer with a vocabulary: fine-tune it with finetune_ctc.py"
+        )
+    place = measuring.device
+    if place == "auto":
+        place = "cuda" if find_accelerator() == "gpu" else "cpu"
+    decoders: dict[str, Decoder] = {"": greedy_decoder(model.vocabulary)}
+    if measuring.beam_size:
+        decoders["beam_"] = beam_decoder(model.vocabulary, measuring.beam_size)
+    (found,) = read_sets([measuring.data], measuring.audio, case_of(model.vocabulary))
+    config = DataConfig(
+        min_frames=400,
+        max_frames=MAX_FRAMES,
+        crop=False,
+        transcripts=TranscriptsConfig(),
+        num_workers=measuring.workers,
+        valid_seconds_per_batch=measuring.seconds_per_batch,
+    )
+    conditions: dict[str, Noise | None] = {"clean": None}
+    for snr in measuring.snr:
+        disturbing = NoiseConfig(share=1.0, snr=(snr, snr), folders=measuring.noise, babble=0.0)
+        conditions[f"{snr:g} dB"] = Noise(disturbing, measuring.seed)
+    rates = {}
+    model = model.eval().to(place)
+    for condition, noise in conditions.items():
+        loader = make_valid_loader(found.manifest, config, speller=Speller(model.vocabulary), noise=noise)
+        rates[condition], errors = error_rates(model, loader, decoders)
+        for path, reason in errors.items():
+            logger.warning("left out: %s: %s", path, reason)
+    return rates
+
+
+def table(rows: list[tuple[str, int, dict[str, dict[str, float]]]]) -> str:
+    """Markdown: a line per model, its rates per condition."""
+    _, _, first = rows[0]
+    head = ["model", "parameters"]
+    for condition, rates in first.items():
+        where = "" if condition == "clean" else f", {condition}"
+        head += [f"{name.replace('_', ' ').upper()}{where}" for name in rates]
+    lines = [
+        [name, f"{size:,}", *(f"{rate:.2f} %" for rates in found.values() for rate in rates.values())]
+        for name, size, found in rows
+    ]
+    return markdown_table(head, lines)
+
+
+@command
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = make_parser(__doc__)
+    parser.add_argument("models", type=Path, nargs="+", help="Files of recognisers.")
+    parser.add_class_arguments(Measuring, as_group=False)
+    given = vars(parse_arguments(parser))
+    models, measuring = given.pop("models"), Measuring(**given)
+    logging.getLogger("distillation.data.loaders").setLevel(logging.WARNING)
+    rows = []
+    for path in models:
+        model = load_checkpoint(path).model
+        model = prune(model)[0] if model.masks() else model
+        rows.append((str(path), count_params(model), measure(model, measuring, path)))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

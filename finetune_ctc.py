@@ -95,7 +95,7 @@ class Flags:
             "objective.extractor_gradient": float(self.train_extractor),
             "data.valid_seconds_per_batch": max(160.0, self.seconds_per_batch),
             "trainer.checkpoint_every": self.validate_every,
-            "trainer.log_every": min(50, self.validate_every),
+            "trainer.log_every": max(1, min(50, self.validate_every)),
         }
         return [f"--{name}={value}" for name, value in values.items() if value is not None]
 

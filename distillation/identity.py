@@ -144,7 +144,7 @@ def check_student(student: Checkpoint, source: object, step_1: Identity, on_requ
     pruned = entry.get(PRUNED, {})
     if not isinstance(pruned, dict):
         raise UserError(f"{source}: damaged, its record of the run cannot be read")
-    changed = differences({**STEP_1.meant, **record.settings, **pruned}, step_1.settings)
+    changed = differences(STEP_1.completed(record.settings) | pruned, step_1.settings)
     changed = {name: pair for name, pair in changed.items() if STEP_1.of(name) != "free" and name != STUDENT}
     if entry.get("update") != entry.get("length"):
         changed["updates of step 1"] = entry.get("update"), entry.get("length")

@@ -74,17 +74,18 @@ def measure(model: Wav2Vec2Model, measuring: Measuring, source: object) -> dict[
     Raises:
         UserError: the model is no recogniser, or nothing can be read.
     """
-    if model.vocabulary is None:
+    vocabulary = model.vocabulary
+    if vocabulary is None:
         raise UserError(
             f"{source}: is no recogniser, it has no output layer with a vocabulary: fine-tune it with finetune_ctc.py"
         )
     place = measuring.device
     if place == "auto":
         place = "cuda" if find_accelerator() == "gpu" else "cpu"
-    decoders: dict[str, Decoder] = {"": greedy_decoder(model.vocabulary)}
+    decoders: dict[str, Decoder] = {"": greedy_decoder(vocabulary)}
     if measuring.beam_size:
-        decoders["beam_"] = beam_decoder(model.vocabulary, measuring.beam_size)
-    (found,) = read_sets([measuring.data], measuring.audio, case_of(model.vocabulary))
+        decoders["beam_"] = beam_decoder(vocabulary, measuring.beam_size)
+    (found,) = read_sets([measuring.data], measuring.audio, case_of(vocabulary))
     config = DataConfig(
         min_frames=400,
         max_frames=MAX_FRAMES,
@@ -100,7 +101,7 @@ def measure(model: Wav2Vec2Model, measuring: Measuring, source: object) -> dict[
     rates = {}
     model = model.eval().to(place)
     for condition, noise in conditions.items():
-        loader = make_valid_loader(found.manifest, config, speller=Speller(model.vocabulary), noise=noise)
+        loader = make_valid_loader(found.manifest, config, speller=Speller(vocabulary), noise=noise)
         rates[condition], errors = error_rates(model, loader, decoders)
         for path, reason in errors.items():
             logger.warning("left out: %s: %s", path, reason)

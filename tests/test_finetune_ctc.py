@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
 import os
@@ -15,20 +14,19 @@ import pytest
 import soundfile
 import torch
 import yaml
-from finetuning.batches import LengthBatches, SpeechDataset
-from finetuning.config import FinetuneConfig, FinetuneRun
-from finetuning.ctc import CTCModule, head_frames
-from finetuning.training import finetune
 
 import export
+import lightning
+from distillation.data.batching import Crop, MicroBatch
+from distillation.data.loaders import AudioDataset
 from distillation.errors import UserError
 from distillation.recognition.decoding import beam_decoder, greedy_decoder
-from distillation.recognition.transcripts import Utterance, make_vocabulary, read_transcripts
+from distillation.recognition.labels import Speller, make_vocabulary
+from distillation.recognition.transcripts import Transcripts, Utterance, read_sets
 from distillation.stopping import Stopped
-from distillation.training.record import Record
-from distillation.training.standing import Standing
 from exporting import verify
 from exporting.source import ExportOptions
+from finetune_ctc import Flags, finetune, split
 from tests.configs import first_layers
 from wav2vec2 import load_model, save_model, wav2vec2_model
 from wav2vec2.checkpoint import load_checkpoint
@@ -74,16 +72,27 @@ def random_model(tmp_path_factory, tiny_config) -> Path:
     return path
 
 
-def run(
-    model: Path, tones: tuple[Path, Path], exp_dir: Path, beam_size: int = 0, on_request: bool = False, **changes
-) -> dict[str, float]:
+def run(model: Path, tones: tuple[Path, Path], exp_dir: Path, *others: object, **changes) -> dict[str, float]:
     settings = {
         "max_steps": 140, "freeze_steps": 20, "lr": 5e-3, "head_lr": 5e-3, "seconds_per_batch": 24.0,
-        "train_extractor": True, **changes,
+        "train_extractor": True, "accelerator": "cpu", "workers": 0, **changes,
     }  # fmt: skip
-    config = FinetuneConfig(**settings)
-    settings = {"validate_every": config.max_steps // 2, "beam_size": beam_size, "accelerator": "cpu", "workers": 0}
-    return finetune(FinetuneRun(str(model), *tones, exp_dir, config, **settings, continue_with_changes=on_request))
+    settings.setdefault("validate_every", settings["max_steps"] // 2)
+    return finetune(Flags(*tones, exp_dir, **settings), model, [str(word) for word in others])
+
+
+def utterances_of(source: Path) -> list[Utterance]:
+    return read_sets([source])[0].utterances
+
+
+def learnt(exp_dir: Path) -> list[dict[str, str]]:
+    """Rows of metrics without the times."""
+    rows = csv.DictReader((exp_dir / "metrics.csv").open())
+    return [{name: value for name, value in row.items() if not name.startswith("speed/")} for row in rows]
+
+
+def settings_of(exp_dir: Path) -> dict:
+    return load_checkpoint(exp_dir / "final.pth").extra["run"]["history"][0]["settings"]
 
 
 @pytest.mark.slow
@@ -102,7 +111,7 @@ def test_tones_are_learnt_and_travel_to_transformers(random_model, tones, tmp_pa
     monkeypatch.setattr(verify, "BATCHES", [[0.05]])
     export.run(tmp_path / "exp" / "final.pth", "hf", tmp_path / "recogniser", ExportOptions())
     recognise = pipeline("automatic-speech-recognition", model=str(tmp_path / "recogniser"), trust_remote_code=True)
-    utterance = read_transcripts(tones[1])[0]
+    utterance = utterances_of(tones[1])[0]
     decode = greedy_decoder(VOCABULARY)
     waveform, _ = soundfile.read(utterance.path, dtype="float32")
     with torch.no_grad():
@@ -117,37 +126,53 @@ def test_the_freeze_trains_the_output_layer_alone(random_model, tones, tmp_path)
     after = load_model(tmp_path / "a" / "final.pth").state_dict()
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"encoder"}
-    standing = Standing(tmp_path / "last.ckpt", Record([]))
-    module = CTCModule(load_model(random_model), VOCABULARY, FinetuneConfig(freeze_steps=1), standing)
-    dataset = SpeechDataset(read_transcripts(tones[1]), VOCABULARY)
-    module.log = lambda *args, **kwargs: None
-    module.training_step(dataset[[0, 1]], 0).backward()
-    learning = {name for name, parameter in module.model.named_parameters() if parameter.grad is not None}
-    assert learning == {"aux.weight", "aux.bias"}
+    state = torch.load(tmp_path / "a" / "ckpts" / "last.ckpt", weights_only=True)["optimizer_states"][0]
+    groups = {group["name"]: group["params"] for group in state["param_groups"]}
+    steps = {name: {int(state["state"][i]["step"]) for i in params} for name, params in groups.items()}
+    assert steps == {"weights": {1}, "biases_norms": {1}, "new": {4}}, "nothing has moments of what it did not learn in"
+
+
+def test_a_recogniser_keeps_its_output_layer(random_model, tones, tmp_path, caplog):
+    run(random_model, tones, tmp_path / "a", max_steps=2, freeze_steps=1)
+    recogniser = tmp_path / "a" / "final.pth"
+    before = load_model(recogniser)
+    run(recogniser, tones, tmp_path / "b", max_steps=2, freeze_steps=1, lr=1e-9, head_lr=1e-9)
+    after = load_model(tmp_path / "b" / "final.pth")
+    assert torch.allclose(before.aux.weight, after.aux.weight, atol=1e-6) and after.vocabulary == VOCABULARY
+    run(recogniser, tones, tmp_path / "c", "--objective.ctc.vocabulary", "transcripts", max_steps=2, freeze_steps=1)
+    assert not torch.allclose(before.aux.weight, load_model(tmp_path / "c" / "final.pth").aux.weight, atol=1e-2)
+    other = tmp_path / "other.tsv"
+    other.write_text("".join(f"{u.path}\tÄÖÜ\n" for u in utterances_of(tones[0])[:4]))
+    with pytest.raises(UserError, match=r"other\.tsv: the output layer has none of its characters, which are Ä Ö Ü"):
+        run(recogniser, (other, other), tmp_path / "d", max_steps=2, freeze_steps=1)
+    lines = "".join(f"{u.path}\t{u.text}Ä\n" for u in utterances_of(tones[0])[:4])
+    other.write_text(lines)
+    run(recogniser, (other, other), tmp_path / "e", max_steps=2, freeze_steps=1)
+    assert "other.tsv: the output layer has no Ä, which count as errors" in caplog.text
 
 
 @pytest.mark.slow
 def test_a_stopped_run_resumes(random_model, tones, tmp_path):
     run(random_model, tones, tmp_path, max_steps=8, freeze_steps=2)
     steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "metrics.csv").open())]
-    with pytest.raises(UserError, match=r"last\.ckpt is of a run with other settings: max_steps 8 -> 16; to go on"):
+    with pytest.raises(UserError, match=r"of a run with other settings: optim\.max_steps 8 -> 16; to go on"):
         run(random_model, tones, tmp_path, max_steps=16, freeze_steps=2)
-    run(random_model, tones, tmp_path, max_steps=16, freeze_steps=2, on_request=True)
+    run(random_model, tones, tmp_path, "--continue_with_changes", max_steps=16, freeze_steps=2)
     again = [int(row["step"]) for row in csv.DictReader((tmp_path / "metrics.csv").open())]
     assert again[: len(steps)] == steps and max(again) > max(steps) and len(set(again)) == len(again)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["ckpts", "final.pth", "history.yaml", "metrics.csv", "results.json"]
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("events")}
+    assert left == {"ckpts", "config.yaml", "final.pth", "history.yaml", "hparams.yaml", "metrics.csv", "results.json"}
     start, change = yaml.safe_load((tmp_path / "history.yaml").read_text())
-    assert start["settings"]["max_steps"] == 8
-    assert change == {"update": 8, "changed": {"max_steps": [8, 16], "validate_every": [4, 8]}}
+    assert start["settings"]["optim.max_steps"] == 8
+    assert change["update"] == 8 and change["changed"]["optim.max_steps"] == [8, 16]
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["last.ckpt"]
 
     other = load_model(random_model)  # neither its weights nor its results may be taken for this one's
     with torch.no_grad():
         other.encoder.transformer.layers[0].attention.k_proj.bias[0] += 1
     save_model(tmp_path / "other.pth", other)
-    with pytest.raises(UserError, match=r"weights \w{12} -> \w{12}; weights cannot change in the middle of a run"):
-        run(tmp_path / "other.pth", tones, tmp_path, max_steps=16, freeze_steps=2, on_request=True)
+    with pytest.raises(UserError, match=r"teacher \w{12} -> \w{12}; .*teacher cannot change in the middle of a run"):
+        run(tmp_path / "other.pth", tones, tmp_path, "--continue_with_changes", max_steps=16, freeze_steps=2)
 
 
 @pytest.mark.slow
@@ -158,7 +183,7 @@ def test_a_stopped_and_killed_run_ends_as_an_uninterrupted_one(random_model, ton
     dropping.load_state_dict(model.state_dict())
     save_model(tmp_path / "dropping.pth", dropping)
     run(tmp_path / "dropping.pth", tones, tmp_path / "whole", **settings)
-    step = CTCModule.training_step
+    step = lightning.DistillModule.training_step
 
     def killed(self, batch, batch_idx):
         if self.global_step == 6:
@@ -171,15 +196,15 @@ def test_a_stopped_and_killed_run_ends_as_an_uninterrupted_one(random_model, ton
         return step(self, batch, batch_idx)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGUSR1 at update 3: saved in"):
-        patch.setattr(CTCModule, "training_step", stopped)
+        patch.setattr(lightning.DistillModule, "training_step", stopped)
         run(tmp_path / "dropping.pth", tones, tmp_path / "cut", **settings)
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
-        patch.setattr(CTCModule, "training_step", killed)
+        patch.setattr(lightning.DistillModule, "training_step", killed)
         run(tmp_path / "dropping.pth", tones, tmp_path / "cut", **settings)
     run(tmp_path / "dropping.pth", tones, tmp_path / "cut", **settings)
     whole, cut = (load_model(tmp_path / name / "final.pth").state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert (tmp_path / "whole" / "metrics.csv").read_text() == (tmp_path / "cut" / "metrics.csv").read_text()
+    assert learnt(tmp_path / "whole") == learnt(tmp_path / "cut")
 
 
 def test_greedy_decoding_by_hand():
@@ -199,8 +224,8 @@ def test_a_beam_adds_what_greedy_decoding_cannot():
 
 
 def test_rows_that_cannot_be_used_are_left_out_of_a_run(random_model, tones, tmp_path, caplog):
-    train = read_transcripts(tones[0])
-    assert len(train) == 160 and make_vocabulary(train) == VOCABULARY
+    train = utterances_of(tones[0])
+    assert len(train) == 160 and make_vocabulary(u.text for u in train) == VOCABULARY
     assert train[0].num_frames == soundfile.info(train[0].path).frames
     impossible = f"{train[0].path}\t{'ABCD' * 100}"
     lines = [f"{u.path}\t  {u.text.lower().replace(' ', '   ')} " for u in train[:8]]
@@ -216,8 +241,8 @@ def test_rows_that_cannot_be_used_are_left_out_of_a_run(random_model, tones, tmp
     assert "valid.tsv: 1 of 2 transcripts have more characters than frames and count as errors" in caplog.text
     rows = list(csv.DictReader((tmp_path / "exp" / "metrics.csv").open()))
     assert all(0 < float(row["train/loss"]) < math.inf for row in rows if row["train/loss"])
-    content = load_checkpoint(tmp_path / "exp" / "final.pth").extra["run"]["history"][0]["settings"]
-    assert content["case"] == "upper" and "audio" not in content
+    content = settings_of(tmp_path / "exp")
+    assert content["data.transcripts.case"] == "auto" and "data.transcripts.audio" not in content
     assert content["train list"].startswith("8 utterances") and content["valid list"].startswith("2 utterances")
     lists[0].write_text(impossible)
     with pytest.raises(UserError, match=r"train\.tsv: none of its 1 utterances can be used: 1 longer than its audio"):
@@ -229,7 +254,7 @@ def lists_of(tones: tuple[Path, Path], folder: Path, damaged: int) -> tuple[Path
     lists = folder / "train.tsv", folder / "valid.tsv"
     for source, listing in zip(tones, lists):
         lines = []
-        for number, (path, _, text, *_) in enumerate(read_transcripts(source)[:4]):
+        for number, (path, _, text, *_) in enumerate(utterances_of(source)[:4]):
             copy = folder / f"{listing.stem}{number}.flac"
             copy.write_bytes(path.read_bytes()[: path.stat().st_size // (2 if number < damaged else 1)])
             lines.append(f"{copy.name}\t{text}")
@@ -240,14 +265,13 @@ def lists_of(tones: tuple[Path, Path], folder: Path, damaged: int) -> tuple[Path
 def test_damaged_audio_is_left_out_of_its_batch(random_model, tones, tmp_path, monkeypatch, caplog):
     """Where it makes a batch alone, in training, validation and the last measurement; and resuming is exact."""
     lists = lists_of(tones, tmp_path, 1)
-    settings = {"max_steps": 8, "freeze_steps": 1, "seconds_per_batch": 0.1}  # saves after 4, all utterances once
-    assert run(random_model, lists, tmp_path / "whole", **settings)["cer"] > 0
-    left_out = [line.split("\t") for line in (tmp_path / "whole" / "left_out.tsv").read_text().splitlines()]
-    for kind, (path, place, reason) in zip(("train", "valid"), left_out, strict=True):
-        assert (path, place) == (f"{tmp_path}/{kind}0.flac", f"{tmp_path}/{kind}.tsv line 1")
-        assert reason.startswith("damaged audio: ")
-        assert caplog.text.count(f"{kind}.tsv: 1 left out, see {tmp_path}/whole/left_out.tsv: 1 damaged audio") == 1
-    step = CTCModule.training_step
+    settings = {"max_steps": 8, "freeze_steps": 1}  # saves after 4, all utterances once
+    alone = "--data.utterances_per_batch", 1, "--data.max_bad_share", 0.3
+    assert run(random_model, lists, tmp_path / "whole", *alone, **settings)["cer"] > 0
+    bad = (tmp_path / "whole" / "bad_files.tsv").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in bad) == [f"{tmp_path}/train0.flac", f"{tmp_path}/valid0.flac"]
+    assert caplog.text.count(f"left out of the training data from now on: {tmp_path}/train0.flac") == 1
+    step = lightning.DistillModule.training_step
 
     def killed(self, batch, batch_idx):
         if self.global_step == 6:
@@ -255,31 +279,29 @@ def test_damaged_audio_is_left_out_of_its_batch(random_model, tones, tmp_path, m
         return step(self, batch, batch_idx)
 
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
-        patch.setattr(CTCModule, "training_step", killed)
-        run(random_model, lists, tmp_path / "cut", **settings)
-    run(random_model, lists, tmp_path / "cut", **settings)
+        patch.setattr(lightning.DistillModule, "training_step", killed)
+        run(random_model, lists, tmp_path / "cut", *alone, **settings)
+    run(random_model, lists, tmp_path / "cut", *alone, **settings)
     whole, cut = (load_model(tmp_path / name / "final.pth").state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
 def test_too_much_damaged_audio_ends_a_run(random_model, tones, tmp_path):
-    lists = lists_of(tones, tmp_path, 0)
-    settings = {"max_steps": 4, "freeze_steps": 1}
-    run(random_model, lists, tmp_path / "exp", **settings)
     lists = lists_of(tones, tmp_path, 2)
-    with pytest.raises(UserError, match=r"valid\.tsv: 2 of 4 utterances cannot be decoded"):
-        run(random_model, lists, tmp_path / "exp", **settings)  # which only measures
-    with pytest.raises(UserError, match=r"train\.tsv: 2 of 4 utterances cannot be decoded so far, .* prepare_data\.py"):
-        run(random_model, lists, tmp_path / "other", **settings)
-    batch = SpeechDataset(read_transcripts(lists[0]), VOCABULARY)[[1, 2, 0, 3]]
-    assert len(batch.waveforms) == len(batch.texts) == 2 and len(batch.left_out) == 2
+    with pytest.raises(UserError, match=r"2 of 4 (training|validation) files cannot be used, .* prepare_data\.py"):
+        run(random_model, lists, tmp_path / "exp", max_steps=4, freeze_steps=1)
 
 
-def test_nothing_hides_what_cannot_be_learnt(random_model, tones):
-    utterance = read_transcripts(tones[1])[0]._replace(text="ABCD" * 100)
-    module = CTCModule(load_model(random_model), VOCABULARY, FinetuneConfig(), Standing(Path("x"), Record([])))
-    module.log = lambda *args, **kwargs: None
-    assert module.training_step(SpeechDataset([utterance], VOCABULARY)[[0]], 0) == math.inf
+def test_rows_that_cannot_be_read_take_their_text_with_them(tones, tmp_path):
+    lists = lists_of(tones, tmp_path, 2)
+    found = utterances_of(lists[0])
+    dataset = AudioDataset(Transcripts(lists[0], found).manifest, 16_000, Speller(VOCABULARY))
+    batch = dataset[MicroBatch(0, [Crop(i, 0, found[i].num_frames) for i in (1, 2, 0, 3)])]
+    assert batch.labels.texts == [found[2].text, found[3].text] and len(batch.errors) == 2
+    spelled = "".join(VOCABULARY[i] for i in batch.labels.symbols).replace("|", " ")
+    assert spelled == found[2].text + found[3].text and batch.labels.counts.tolist() == [
+        len(u.text) for u in found[2:4]
+    ]
 
 
 @pytest.mark.parametrize("merged", [None, 2, 3])
@@ -289,42 +311,33 @@ def test_the_output_layer_writes_once_in_merged_frames(tiny_config, merged):
     with torch.no_grad():
         logits, frames = model(torch.randn(len(lengths), int(lengths.max())), lengths)
     distinct = [len(row[:count].unique_consecutive(dim=0)) for row, count in zip(logits, frames)]
-    assert head_frames(model, lengths).tolist() == distinct
+    assert model.symbol_frames(lengths).tolist() == distinct
 
 
 def test_a_segment_is_read_from_its_start(tones):
-    path = read_transcripts(tones[1])[0].path
-    batch = SpeechDataset([Utterance(path, 4000, "A", 1000)], VOCABULARY)[[0]]
+    path = utterances_of(tones[1])[0].path
+    manifest = Transcripts(tones[1], [Utterance(path, 4000, "A", 1000)]).manifest
+    batch = AudioDataset(manifest, 16_000, Speller(VOCABULARY))[MicroBatch(0, [Crop(0, 0, 4000)])]
     assert np.array_equal(batch.waveforms[0].numpy(), soundfile.read(path, dtype="float32")[0][1000:5000])
 
 
-def test_batches_lose_nothing_hold_the_budget_and_change():
-    utterances = [Utterance(Path("x"), n, "A") for n in torch.randint(8_000, 240_000, (97,)).tolist()]
-    batches = LengthBatches(utterances, 40.0, 0)
-    first, second = batches.epoch(0), batches.epoch(1)
-    for epoch in (first, second):
-        assert sorted(i for batch in epoch for i in batch) == list(range(97))
-        assert all(len(b) * max(utterances[i].num_frames for i in b) <= 40 * 16_000 for b in epoch)
-        assert len(epoch) < 40
-    assert sorted(map(sorted, first)) != sorted(map(sorted, second))
-    both = [*first, *second]
-    for start in (0, 3, len(first), len(first) + 2):  # a resumed run goes on where the other was
-        stream = iter(LengthBatches(utterances, 40.0, 0, start))
-        assert list(itertools.islice(stream, len(both) - start)) == both[start:]
-    fixed = LengthBatches(utterances, 40.0, None)
-    assert list(fixed) == list(fixed)
-    alone = LengthBatches([Utterance(Path("x"), 10**6, "A")] * 2, 10.0, 0)
-    assert [len(batch) for batch in alone.epoch(0)] == [1, 1]
+def test_flags_of_recipes_go_on():
+    words = "m.pth --train t --optim.eps 1e-6 --lr 1 --data.crop=false --seed 3 --trainer.devices 2".split()  # noqa: SIM905
+    own, others = split(words)
+    assert own == ["m.pth", "--train", "t", "--lr", "1", "--seed", "3"]
+    assert others == ["--optim.eps", "1e-6", "--data.crop=false", "--trainer.devices", "2"]
 
 
 def test_mistakes_in_settings():
     with pytest.raises(UserError, match="--freeze_steps 5: it must be at least 0 and less than --max_steps 5"):
-        FinetuneConfig(max_steps=5, freeze_steps=5)
+        Flags(Path("a"), Path("b"), Path("c"), max_steps=5, freeze_steps=5)
 
 
 def test_mistakes_on_the_command_line(random_model, tones, script_error, tmp_path):
     words = [random_model, "--train", tones[0], "--valid", tones[1], "--exp_dir", tmp_path / "exp"]
-    assert "--validate_every must be at least 1" in script_error("finetune_ctc.py", *words, "--validate_every", 0)
+    assert "validate_every is 0: it must be at least 1" in script_error(
+        "finetune_ctc.py", *words, "--validate_every", 0
+    )
     assert f"--audio {tmp_path / 'no'} is not a folder" in script_error(
         "finetune_ctc.py", *words, "--audio", tmp_path / "no"
     )

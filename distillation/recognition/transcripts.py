@@ -101,11 +101,6 @@ class Transcripts:
             )
 
 
-def read_transcripts(source: Path, audio: Path | None = None, case: Case = "upper") -> list[Utterance]:
-    """The usable utterances of one source; arguments and errors of :func:`read_sets`."""
-    return read_sets([source], audio, case)[0].utterances
-
-
 def read_sets(sources: Sequence[Path], audio: Path | None = None, case: Case = "upper") -> list[Transcripts]:
     """Read and check transcribed utterances of one run, whose transcripts are all written in the same letters.
 

@@ -40,6 +40,10 @@ class Kinds:
     rates: frozenset[str]  # length and rates: may change on request
     meant: Mapping[str, Any] = field(default_factory=dict)  # by versions that had no such setting, where that counts
 
+    def completed(self, settings: Settings) -> Settings:
+        """With what the version that wrote them had no setting for."""
+        return {**self.meant, **_with_sections(settings)}
+
     def of(self, name: str) -> str:
         """One of elsewhere, free, rates and identity."""
         prefixes = {name, *(f"{parent}." for parent in _parents(name))}
@@ -143,7 +147,7 @@ class Record:
         Raises:
             UserError: a change that is not allowed, with all differences.
         """
-        changed = differences({**identity.kinds.meant, **self.settings}, identity.settings)
+        changed = differences(identity.kinds.completed(self.settings), identity.settings)
         kinds = {name: identity.kinds.of(name) for name in changed}
         fixed = {name: change for name, change in changed.items() if kinds[name] == "identity"}
         rates = {name: change for name, change in changed.items() if kinds[name] == "rates"}

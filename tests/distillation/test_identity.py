@@ -1,4 +1,4 @@
-"""Every setting of a recipe and of a fine-tuning has its place: part of what a run is, or free to change."""
+"""Every setting of a recipe has its place: part of what a run is, or free to change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from finetuning.config import KINDS, FinetuneConfig, FinetuneRun
 
 from distillation.config import Recipe, flat_settings, parse_recipe
 from distillation.data.manifest import Manifest
@@ -28,6 +27,7 @@ from distillation.identity import (
     step_1_identity,
     step_2_identity,
 )
+from distillation.lists import Lists
 from distillation.training.record import RUN, Identity, Kinds, Record, differences
 from distillation.training.standing import Standing
 from tests.configs import TINY
@@ -39,6 +39,7 @@ from wav2vec2.checkpoint import Checkpoint
 RECIPE = {
     ("identity", "identity", "identity"): """
         seed data.sample_rate data.min_frames data.max_frames data.long data.num_buckets data.crop data.reshuffle
+        data.transcripts.case data.noise.share data.noise.snr data.noise.babble data.noise.reverberation
         objective.layer_to_layer.l1 objective.layer_to_layer.l2 objective.layer_to_layer.cos
         objective.layer_to_layer.cos_type objective.layer_to_layer.layers
         objective.prediction_layer.l1 objective.prediction_layer.l2 objective.prediction_layer.cos
@@ -48,6 +49,7 @@ RECIPE = {
         objective.masking.min_spans objective.masking.layers objective.masking.last objective.masking.hint
         objective.temporal_relation.layer objective.temporal_relation.intra objective.temporal_relation.attention
         objective.temporal_relation.layers objective.temporal_relation.relative
+        objective.ctc.weight objective.ctc.distill objective.ctc.temperature objective.ctc.vocabulary
         objective.scale_gradients objective.extractor_gradient""",
     ("identity", "elsewhere", "identity"): """
         student.thin.num_layers student.thin.width student.thin.heads student.thin.ffn student.thin.channels
@@ -60,9 +62,11 @@ RECIPE = {
     ("elsewhere", "identity", "identity"): "final.decays",
     ("rates", "elsewhere", "rates"): """
         pruning.lr_masks pruning.lr_lagrangian pruning.constant_lr optim.max_steps optim.max_epochs optim.lr
+        optim.freeze_steps optim.lr_new
         optim.warmup_steps optim.warmup_ratio optim.schedule optim.betas optim.eps optim.weight_decay optim.clip""",
     ("elsewhere", "rates", "rates"): """
-        final.max_steps final.max_epochs final.lr final.warmup_steps final.warmup_ratio final.schedule final.betas
+        final.max_steps final.max_epochs final.lr final.freeze_steps final.lr_new
+        final.warmup_steps final.warmup_ratio final.schedule final.betas
         final.eps final.weight_decay final.clip""",
     ("free", "free", "free"): """
         data.seconds_per_batch data.utterances_per_batch data.num_workers data.valid_seconds_per_batch
@@ -72,14 +76,9 @@ RECIPE = {
     # names of files and folders, whose content counts, and what is only checked or asked for
     ("elsewhere", "elsewhere", "elsewhere"): """
         base teacher_ckpt teacher_id teacher_layers teacher_width student_ckpt exp_dir data.tsv_dir data.train
-        data.valid pruning.latency continue_with_changes""",
+        data.valid data.transcripts.train data.transcripts.valid data.transcripts.audio data.noise.folders
+        data.noise.impulse_responses pruning.latency continue_with_changes""",
 }  # fmt: skip
-FINETUNE = {
-    "identity": "case seconds_per_batch train_extractor seed",
-    "rates": "max_steps freeze_steps lr head_lr warmup_ratio",
-    "free": "validate_every beam_size accelerator precision workers",
-    "elsewhere": "model train valid audio exp_dir continue_with_changes",
-}
 
 
 def names_of(kind: type, prefix: str = "") -> Iterator[str]:
@@ -103,17 +102,11 @@ def test_every_setting_of_a_recipe_is_placed():
     assert found == {place: set(names.split()) for place, names in RECIPE.items()}
 
 
-def test_every_setting_of_a_fine_tuning_is_placed():
-    found: dict[str, set[str]] = {}
-    for name in names_of(FinetuneRun):
-        found.setdefault(KINDS.of(name.removeprefix("config.")), set()).add(name.removeprefix("config."))
-    assert found == {place: set(names.split()) for place, names in FINETUNE.items()}
-
-
 @pytest.fixture(scope="module")
-def lists() -> dict[str, Manifest]:
+def lists() -> Lists:
     frames = np.array([20000, 30000])
-    return {kind: Manifest(Path("/data"), [f"{kind}/a.flac", f"{kind}/b.flac"], frames) for kind in ("train", "valid")}
+    kinds = ("train", "valid")
+    return Lists(*(Manifest(Path("/data"), [f"{kind}/a.flac", f"{kind}/b.flac"], frames) for kind in kinds))
 
 
 @pytest.fixture(scope="module")
@@ -227,15 +220,17 @@ def test_names_of_folders_do_not_count(verdicts):
 
 def test_content_counts_wherever_it_lies(lists, model):
     recipe = recipe_of()
-    same = {kind: dataclasses.replace(manifest, root=Path("/mnt")) for kind, manifest in lists.items()}
+    same = Lists(*(dataclasses.replace(manifest, root=Path("/mnt")) for manifest in lists.manifests.values()))
     content = content_of(recipe, model, lists)
     assert content_of(recipe, model, same) == content
     for kind in ("train", "valid"):
         for other in (
-            dataclasses.replace(lists[kind], paths=[f"{kind}/a.flac", f"{kind}/c.flac"]),
-            dataclasses.replace(lists[kind], num_frames=np.array([20000, 30001])),
+            dataclasses.replace(lists.manifests[kind], paths=[f"{kind}/a.flac", f"{kind}/c.flac"]),
+            dataclasses.replace(lists.manifests[kind], num_frames=np.array([20000, 30001])),
         ):
-            assert differences(content, content_of(recipe, model, {**lists, kind: other})).keys() == {f"{kind} list"}
+            assert differences(
+                content, content_of(recipe, model, dataclasses.replace(lists, **{kind: other}))
+            ).keys() == {f"{kind} list"}
     other_teacher = copy.deepcopy(model)
     with torch.no_grad():
         other_teacher.encoder.transformer.layers[3].final_layer_norm.bias[0] += 1e-7
@@ -339,9 +334,8 @@ def test_a_damaged_record_is_refused(history):
 
 
 def test_flat_settings_are_plain():
-    flat = flat_settings(FinetuneRun("m", Path("a"), Path("b"), Path("c"), FinetuneConfig()))
-    assert flat["train"] == "a" and flat["config.max_steps"] == 20_000
-    assert flat_settings(recipe_of())["optim.betas"] == [0.9, 0.999]
+    flat = flat_settings(recipe_of())
+    assert flat["optim.betas"] == [0.9, 0.999] and flat["data.tsv_dir"] == "data" and flat["data.noise"] is None
 
 
 def test_a_run_of_a_version_without_other_budgets_was_pruned_by_parameters(lists, model):

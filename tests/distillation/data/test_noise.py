@@ -21,6 +21,8 @@ from tests.helpers import write_noise
 RATE = 16_000
 NO_NOISE = 1e-12  # a share that no draw reaches
 
+SNR = "it must be two numbers of dB in [-100, 100], the lower first"
+
 
 def make_rows(*lengths: int, seed: int = 0) -> list[np.ndarray]:
     random = np.random.default_rng(seed)

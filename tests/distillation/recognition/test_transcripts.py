@@ -12,16 +12,14 @@ import torch
 
 import prepare_data
 from distillation.errors import UserError
+from distillation.recognition.labels import make_vocabulary
 from distillation.recognition.manifests import read_rows
 from distillation.recognition.transcripts import (
     ADVICE,
     LEFT_OUT,
     Utterance,
-    describe,
     learnable,
-    make_vocabulary,
     read_sets,
-    read_transcripts,
     report_left_out,
     shortages,
 )
@@ -47,13 +45,17 @@ def write(folder: Path, content: str | bytes, name: str = "list.tsv") -> Path:
 
 def refusal(source: Path) -> str:
     with pytest.raises(UserError) as caught:
-        read_transcripts(source)
+        read_sets([source])
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
+def utterances_of(source: Path) -> list[Utterance]:
+    return read_sets([source])[0].utterances
+
+
 def texts(source: Path, **settings) -> list[tuple[str, str]]:
-    return [(u.path.name, u.text) for u in read_transcripts(source, **settings)]
+    return [(u.path.name, u.text) for u in read_sets([source], **settings)[0].utterances]
 
 
 def test_own_lists(audio):
@@ -76,8 +78,8 @@ def test_languages_of_one_run_are_written_alike(audio):
     valid = write(audio, "a.wav\tk\u0131s\u0131r", "valid.tsv")
     (first, second), (third,) = (found.utterances for found in read_sets([train, valid]))
     assert [first.text, second.text, third.text] == ["K\u0130S\u0130R", "STRAßE გამარჯობა", "KISIR"]
-    assert read_transcripts(train)[0].text == "KISIR"
-    assert make_vocabulary([third]) == ["<pad>", "|", "I", "K", "R", "S"]
+    assert read_sets([train])[0].utterances[0].text == "KISIR"
+    assert make_vocabulary([third.text]) == ["<pad>", "|", "I", "K", "R", "S"]
 
 
 def test_librispeech(audio, tmp_path, noise):
@@ -179,7 +181,7 @@ def converted(noise, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def seconds_of(source: Path, **settings) -> list[int]:
-    return [round(u.num_frames / 16_000) for u in read_transcripts(source, **settings)]
+    return [round(u.num_frames / 16_000) for u in read_sets([source], **settings)[0].utterances]
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -216,7 +218,7 @@ def test_librispeech_folders_are_walked_as_audio_is(noise, tmp_path):
     write(root / ".trash", "1-2-0000 HELLO\n", "1-2.trans.txt")
     (root / "part").symlink_to(tmp_path / "disk")
     (chapter / "again").symlink_to(tmp_path / "disk")
-    (utterance,) = read_transcripts(root)
+    (utterance,) = read_sets([root])[0].utterances
     assert utterance.path == root / "part" / "1" / "2" / "1-2-0000.flac"
 
 
@@ -226,7 +228,7 @@ def test_json_lines(audio):
         {"audio_filepath": str(audio / "b.wav"), "text": "part", "offset": 0.25, "duration": 0.5},
         {"audio_filepath": "clips/c.flac", "text": "rest", "offset": 2, "duration": None},
     ]
-    found = read_transcripts(write(audio, "\n".join(json.dumps(r, ensure_ascii=False) for r in rows), "list.json"))
+    found = utterances_of(write(audio, "\n".join(json.dumps(r, ensure_ascii=False) for r in rows), "list.json"))
     assert [(u.num_frames, u.text, u.start) for u in found] == [
         (16_000, "WHOLE FILE", 0), (8_000, "PART", 4_000), (16_000, "REST", 32_000)
     ]  # fmt: skip
@@ -317,12 +319,3 @@ def test_impossible_transcripts_are_refused(audio):
     (found,) = read_sets([source])
     with pytest.raises(UserError, match=r"none of its 1 utterances can be used: 1 longer than .* 49 frames for 287"):
         learnable(found, lambda samples: (samples - 80) // 320)
-
-
-def test_what_identifies_a_set():
-    """Written down: runs of earlier versions go on."""
-    utterances = [Utterance(Path("/x/a.flac"), 16000, "A CAB"), Utterance(Path("/y/b.flac"), 32001, "ÉÀ 'S")]
-    digest = "ac379d35c0571699e4d25d2ec5c8286452f4dc3f90608f934c1e52aaf21551ef"
-    assert describe(utterances) == f"2 utterances of 0.00 h, {digest}"
-    assert describe([u._replace(place="list line 7", path=Path("/z", u.path.name)) for u in utterances])[-64:] == digest
-    assert describe([utterances[0]._replace(start=1), utterances[1]])[-64:] != digest

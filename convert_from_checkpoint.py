@@ -3,6 +3,7 @@
 python convert_from_checkpoint.py --checkpoint hubert_base_ls960.pt
 python convert_from_checkpoint.py --checkpoint student.ckpt --config student.yaml
 python convert_from_checkpoint.py --checkpoint distilhubert.ckpt
+python convert_from_checkpoint.py --checkpoint hubert_large_ll60k_finetune_ls960.pt --ctc_dict dict.ltr.txt
 """
 
 import logging
@@ -14,7 +15,8 @@ from distillation.commandline import command_of
 from distillation.errors import UserError
 from distillation.yamlfile import read_yaml
 from wav2vec2.checkpoint import model_from_state
-from wav2vec2.importers import Source, check_replaced, load_pickled, naming, recognise, save_imported
+from wav2vec2.importers import Source, check_replaced, keep_head, load_pickled, naming, recognise, save_imported
+from wav2vec2.importers.vocabulary import FAIRSEQ_HEAD, read_dictionary
 
 logger = logging.getLogger("convert")
 
@@ -26,6 +28,7 @@ def convert(
     config: Path | None = None,
     out: Path | None = None,
     normalize: Literal["auto", "yes", "no"] = "auto",
+    ctc_dict: Path | None = None,
 ) -> None:
     """Convert a checkpoint to a .pth file, without running its pickle; what it holds says which kind it is.
 
@@ -35,13 +38,16 @@ def convert(
 
     Args:
         checkpoint: a .pt file with HuBERT (ContentVec's legacy files too) or wav2vec 2.0 in fairseq's old (args) or new
-            (cfg) layout, UniSpeech or UniSpeech-SAT of Microsoft, or WavLM of unilm; fine-tuned ones lose their head.
-            Or the .ckpt file of FitHuBERT, FitW2V2, MaskHuBERT, ARMHuBERT, ARMwavLM, STaRHuBERT, or of DistilHuBERT in
-            s3prl.
+            (cfg) layout, UniSpeech or UniSpeech-SAT of Microsoft, or WavLM of unilm; fine-tuned ones lose their head
+            without --ctc_dict. Or the .ckpt file of FitHuBERT, FitW2V2, MaskHuBERT, ARMHuBERT, ARMwavLM, STaRHuBERT, or
+            of DistilHuBERT in s3prl.
         config: for a released student, the .yaml file published or written beside it.
         out: the file; by default pretrained/NAME.fairseq.pth, pretrained/NAME.student.pth for a student.
         normalize: give the waveform zero mean and unit variance; auto does what the model was trained with.
+        ctc_dict: keep the output layer of a model that fairseq fine-tuned with CTC, and its vocabulary: the dictionary
+            that it was trained with, such as dict.ltr.txt.
     """
+    vocabulary = None if ctc_dict is None else read_dictionary(ctc_dict)
     content = load_pickled(checkpoint)
     with naming(checkpoint):
         layout = recognise(content)
@@ -53,10 +59,13 @@ def convert(
     settings = None if config is None else read_yaml(config, MAX_YAML_BYTES, "the settings of a student", aliases=False)
     files = [checkpoint] if config is None else [checkpoint, config]
     out = Path("pretrained") / f"{checkpoint.stem}.{layout.suffix}.pth" if out is None else out
-    check_replaced(out, str(checkpoint), files)
+    check_replaced(out, str(checkpoint), files, ctc=vocabulary is not None)
     source = " with ".join(map(str, files))
     with naming(source):
         imported = layout.read(content, settings, None if normalize == "auto" else normalize == "yes")
+        if vocabulary is not None:
+            with naming(f"--ctc_dict {ctc_dict}"):
+                imported = keep_head(imported, content.get("model", {}), FAIRSEQ_HEAD, vocabulary)
     if imported.dropped:
         parts = Counter(name.split(".")[0] for name in imported.dropped)
         last = {name.split(".")[0]: name for name in imported.dropped}

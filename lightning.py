@@ -42,7 +42,7 @@ from distillation.training.resuming import AtomicCheckpointIO, check_state, supe
 from distillation.training.standing import LAST, Standing, open_run, save_result
 from distillation.training.step import TrainingStep, seed_micro_batch
 from wav2vec2 import Wav2Vec2Model, kernels
-from wav2vec2.checkpoint import VOCABULARY
+from wav2vec2.vocabulary import VOCABULARY
 
 logger = logging.getLogger(__name__)
 

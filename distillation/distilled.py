@@ -11,7 +11,8 @@ from distillation.budget import BUDGET, Budget, Parameters
 from distillation.errors import UserError
 from distillation.training.record import RUN, Record
 from wav2vec2 import Wav2Vec2Model
-from wav2vec2.checkpoint import VOCABULARY, model_from_state, read_torch_file
+from wav2vec2.checkpoint import model_from_state, read_torch_file
+from wav2vec2.vocabulary import VOCABULARY
 
 STUDENT = "student."
 ENTRIES: dict[str, type] = {"student_config": dict, "state_dict": dict, "heads": dict}

@@ -14,13 +14,15 @@ from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.importers import ImportedModel, import_huggingface, import_torchaudio, naming
 from wav2vec2.importers.folder import Settings, check_folder, find_weights, locate_folder
 from wav2vec2.importers.source import TORCHAUDIO
+from wav2vec2.importers.vocabulary import Vocabulary, read_labels, read_vocabulary
 
 
-def describe_original(model: str) -> dict[str, Any]:
+def describe_original(model: str, ctc: bool = False) -> dict[str, Any]:
     """Flat config of a teacher before its conversion: of its files only the settings are fetched and read.
 
     Args:
         model: hub id or local folder of a transformers model, or torchaudio:NAME.
+        ctc: with the output layer, as :func:`find_vocabulary` says.
 
     Returns:
         The arguments of :func:`wav2vec2.wav2vec2_model`; the waveform is normalised as the model was trained with.
@@ -38,11 +40,38 @@ def describe_original(model: str) -> dict[str, Any]:
             find_weights(folder)
         with naming(folder):
             config = import_huggingface(complete, {}).config
+    if ctc:
+        config["aux_num_out"] = len(find_vocabulary(model).symbols)
     try:
         check_config(dict(config), is_wavlm="encoder_remaining_heads" in config)
     except ValueError as error:
         raise CheckpointError(f"{model}: its config builds no model: {error}") from error
     return config
+
+
+def find_vocabulary(model: str) -> Vocabulary:
+    """What the output layer of a model fine-tuned with CTC has rows for: of its files only the settings are needed.
+
+    Args:
+        model: hub id or local folder of a transformers model, or torchaudio:NAME.
+
+    Raises:
+        CheckpointError: no such model, or no vocabulary that models here can have.
+        UserError: no such bundle, or one that is not fine-tuned.
+    """
+    if model.startswith(TORCHAUDIO):
+        bundle = find_bundle(model)
+        if not hasattr(bundle, "get_labels"):
+            raise UserError(f"{model} is not fine-tuned with CTC, so it has no output layer to keep: leave --ctc out")
+        with naming(model):
+            return read_labels(bundle.get_labels(), bundle._params["aux_num_out"])
+    folder = locate_folder(model, weights=False, tokenizer=True)
+    _, config = read_settings(folder)
+    if config.get("add_adapter"):
+        raise CheckpointError(
+            f"{folder}: add_adapter is true in its config: an output layer on an adapter cannot be kept"
+        )
+    return read_vocabulary(folder, config)
 
 
 def read_settings(folder: Path) -> tuple[Settings, dict[str, Any]]:

@@ -25,8 +25,12 @@ def load_teacher(recipe: Recipe) -> Wav2Vec2Model:
     """
     path, wanted_id = recipe.teacher_ckpt, recipe.teacher_id
     if wanted_id is not None and not path.exists():
-        raise UserError(f"{path}: no such file; convert_hubert_from_hf.py --model {wanted_id} --out {path} makes it")
+        head = " --ctc" if wants_head(recipe) else ""
+        raise UserError(
+            f"{path}: no such file; convert_hubert_from_hf.py --model {wanted_id} --out {path}{head} makes it"
+        )
     checkpoint = load_checkpoint(path)
+    _check_head(recipe, checkpoint.config)
     source = check_source(recipe, checkpoint)
     if source is None:
         logger.info("teacher: %s, which does not say what it was converted from", path)
@@ -79,6 +83,21 @@ def wants_head(recipe: Recipe) -> bool:
     return ctc is not None and (ctc.vocabulary == "model" or ctc.distill > 0)
 
 
+def _check_head(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Look whether a teacher has the output layer that the recipe wants.
+
+    Raises:
+        UserError: it has not.
+    """
+    if wants_head(recipe) and config.get("aux_num_out") is None:
+        path, model = recipe.teacher_ckpt, recipe.teacher_id or "MODEL"
+        raise UserError(
+            f"{path}: has no output layer, which objective.ctc takes over: convert a fine-tuned model with it, "
+            f"convert_hubert_from_hf.py --model {model} --ctc, or set objective.ctc.vocabulary transcripts and "
+            "objective.ctc.distill 0"
+        )
+
+
 def teacher_config(recipe: Recipe) -> dict[str, Any]:
     """Flat config of the teacher: of its file where that is there, else of what it would be converted from.
 
@@ -89,7 +108,8 @@ def teacher_config(recipe: Recipe) -> dict[str, Any]:
     if recipe.teacher_ckpt.exists():
         checkpoint = load_checkpoint(recipe.teacher_ckpt)
         check_source(recipe, checkpoint)
+        _check_head(recipe, checkpoint.config)
         return checkpoint.config
     if recipe.teacher_id is None:
         raise UserError(f"{recipe.teacher_ckpt}: no such file, and no --teacher_id to make it from")
-    return describe_original(recipe.teacher_id)
+    return describe_original(recipe.teacher_id, wants_head(recipe))

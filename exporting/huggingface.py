@@ -18,11 +18,11 @@ from exporting.source import Exported, ExportOptions, Source
 from exporting.verify import ExportedOutputs, require_agreement
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.transformer import torch_spelling
+from wav2vec2.vocabulary import SPACE, written
 
 ROOT = Path(__file__).parent.parent
 CODE = ("configuration_compressed_speech", "modeling_compressed_speech")
 RELATIVE_IMPORT = r"^\s*from \.(\w+) import"
-WORD_DELIMITER = "|"
 
 
 def export(source: Source, out: Path, options: ExportOptions) -> Exported:
@@ -101,14 +101,17 @@ def _write(whole: PreTrainedModel, folder: Path, vocabulary: list[str] | None, n
     extractor = Wav2Vec2FeatureExtractor(do_normalize=normalize, return_attention_mask=True)
     extractor.save_pretrained(folder)
     if vocabulary is not None:
-        (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+        # Transformers writes every symbol that it knows but the blank, and takes what it does not know for unk_token:
+        # special symbols are left out, and pass for the blank.
+        known = {symbol: row for row, symbol in enumerate(vocabulary) if row == 0 or written(symbol)}
+        (folder / "vocab.json").write_text(json.dumps(known))
         tokenizer = Wav2Vec2CTCTokenizer(
             str(folder / "vocab.json"),
             bos_token=None,
             eos_token=None,
             unk_token=vocabulary[0],
             pad_token=vocabulary[0],
-            word_delimiter_token=WORD_DELIMITER,
+            word_delimiter_token=SPACE if SPACE in known else vocabulary[0],
         )
         Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)
 

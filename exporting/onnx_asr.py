@@ -21,6 +21,7 @@ from exporting.source import Exported, ExportOptions, Source
 from exporting.verify import ExportedOutputs, make_batches, max_difference, require_agreement, run_exported
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.feature_extractor import SAMPLE_RATE, valid_frames
+from wav2vec2.vocabulary import written
 
 TYPE = Path(__file__).with_name("wav2vec2_ctc.py")
 UNIT = SAMPLE_RATE // 100  # samples of the frames that the package counts a model's frames in
@@ -83,7 +84,10 @@ def export(source: Source, out: Path, options: ExportOptions) -> Exported:
     """
     vocabulary = source.vocabulary
     if vocabulary is None:
-        raise UserError(f"{source.path}: has no output layer, so it writes nothing; fine-tune with finetune_ctc.py")
+        raise UserError(
+            f"{source.path}: has no output layer, so it writes nothing; fine-tune with finetune_ctc.py, or convert "
+            "a fine-tuned model with --ctc"
+        )
     shift = source.model.feature_extractor.frame_shift
     if shift % UNIT:
         raise UserError(f"{source.path}: {shift} samples per frame; onnx-asr counts in multiples of {UNIT}")
@@ -120,12 +124,13 @@ def _write_texts(
         shift: samples per frame.
         options: of the export.
     """
-    tokens = ["<blk>", *("\u2581" if token == "|" else token for token in vocabulary[1:])]
+    texts_of = [written(symbol) for symbol in vocabulary]
+    tokens = ["<blk>", *("\u2581" if text.isspace() else text for text in texts_of[1:])]
     quantization = f', quantization="{options.quantize}"' if options.quantize else ""
     texts = {
         "config.json": json.dumps({"model_type": "wav2vec2-ctc", "subsampling_factor": shift // UNIT}) + "\n",
         "vocab.txt": "".join(f"{token} {i}\n" for i, token in enumerate(tokens)),
-        "README.md": README.format(name=name, source=source, count=len(tokens) - 1, quantization=quantization),
+        "README.md": README.format(name=name, source=source, count=sum(map(bool, texts_of)), quantization=quantization),
         TYPE.name: TYPE.read_text(encoding="utf-8"),
     }
     for file, text in texts.items():
@@ -138,7 +143,7 @@ def require_texts(kind: str, folder: Path, vocabulary: Sequence[str], shift: int
         texts, times = [], []
         for row in torch.from_numpy(result["logprobs"]).argmax(-1):
             first = (row != 0) & (row != F.pad(row, (1, 0))[:-1])
-            text = "".join(vocabulary[i] for i in row[first].tolist()).replace("|", " ")
+            text = "".join(written(vocabulary[i]) for i in row[first].tolist())
             texts.append(" ".join(text.split()))
             times.append(first.nonzero()[:, 0] * shift / SAMPLE_RATE)
         if result["texts"].tolist() != texts:

@@ -30,9 +30,10 @@ from .model import Wav2Vec2Model, wav2vec2_model
 from .placement import check_placement
 from .safetensors import read_safetensors, write_safetensors
 from .transformer import own_spelling
+from .vocabulary import VOCABULARY
 
 DUMMY_WEIGHT = "feature_extractor.dummy_weight"
-HEADS, EXTRA, VOCABULARY = "distill_linear_projs", "extra", "vocabulary"
+HEADS, EXTRA = "distill_linear_projs", "extra"
 CLASSIFIER = ("projector.", "classifier.", "layer_weights")  # of AutoModelForAudioClassification
 ZIP_MAGIC = b"PK\x03\x04"
 # What DiariZen's files have in their config besides ours: how their masks were drawn, and remarks on the sizes.

@@ -5,6 +5,7 @@ written.
 """
 
 BLANK, SPACE = "<pad>", "|"  # as transformers writes them
+VOCABULARY = "vocabulary"  # entry of a model file
 
 
 def written(symbol: str) -> str:

@@ -1,4 +1,4 @@
-"""CTC in the loop: its formula by listing all alignments, padding, rows that cannot be, error rates, what is refused."""
+"""CTC in the loop: its formula by listing all alignments, padding, impossible rows, error rates, what is refused."""
 
 from __future__ import annotations
 
@@ -199,13 +199,13 @@ def test_trial_labels_fit_their_waveforms(teacher):
 
 
 def test_what_cannot_be(teacher, make_student):
-    with pytest.raises(UserError, match="objective.ctc: the student has no output layer: set data.transcripts"):
+    with pytest.raises(UserError, match=r"objective\.ctc: the student has no output layer: set data\.transcripts"):
         CTC(CTC.Config(), teacher, teacher)
     for other in (teacher, writing(teacher, ["<pad>", "|", "A"])):
-        with pytest.raises(UserError, match="objective.ctc.distill: the teacher has no output layer over the same"):
+        with pytest.raises(UserError, match=r"objective\.ctc\.distill: the teacher has no output layer over the same"):
             CTC(CTC.Config(distill=1.0), writing(teacher), other)
     for settings in ({"weight": -1.0}, {"temperature": 0.0}):
-        with pytest.raises(UserError, match="objective.ctc"):
+        with pytest.raises(UserError, match=r"objective\.ctc"):
             CTC.Config(**settings)
 
 

@@ -56,7 +56,7 @@ def test_any_objective_trains_any_student(make_student, teacher, batch, name, ki
         teacher = with_output_layer(teacher, SYMBOLS).double().eval()
     student = copy.deepcopy(teacher) if kind == "copy" else make_student(**changes)
     if name == "ctc" and kind != "copy":
-        student = with_output_layer(student, SYMBOLS)
+        student = with_output_layer(student, SYMBOLS).double()
     if pruned:
         flags = {key: True for key in ("extractor_prune_conv_channels", "encoder_prune_attention_heads",
                                        "encoder_prune_feed_forward_intermediate")}  # fmt: skip

@@ -9,10 +9,12 @@ from .pickles import load_pickled
 from .source import Source, check_replaced, converted_file
 from .students import import_student
 from .torchaudio import import_torchaudio
+from .vocabulary import Vocabulary, keep_head
 
 __all__ = [
     "ImportedModel",
     "Source",
+    "Vocabulary",
     "check_replaced",
     "converted_file",
     "import_distiller",
@@ -20,6 +22,7 @@ __all__ = [
     "import_huggingface",
     "import_student",
     "import_torchaudio",
+    "keep_head",
     "load_pickled",
     "naming",
     "recognise",

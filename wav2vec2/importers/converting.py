@@ -11,6 +11,7 @@ import torch
 from wav2vec2.checkpoint import CheckpointError, save_model
 from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.model import Wav2Vec2Model
+from wav2vec2.vocabulary import VOCABULARY
 
 from .distiller import DISTILLER, import_distiller
 from .fairseq import import_fairseq
@@ -87,7 +88,7 @@ def recognise(content: Any) -> Layout:
 
 
 def save_imported(out: Path, imported: ImportedModel, model: Wav2Vec2Model, source: Source) -> None:
-    """Write a ``.pth`` file that names its source, with mask embedding and distillation heads where that has them.
+    """Write a ``.pth`` file that names its source, with mask embedding, vocabulary and distillation heads if any.
 
     Args:
         out: the file.
@@ -104,7 +105,8 @@ def save_imported(out: Path, imported: ImportedModel, model: Wav2Vec2Model, sour
     if not all(tensor.isfinite().all() for tensor in (output, *heads)):
         raise CheckpointError(f"{source}: the converted model gives values that are not finite; nothing saved")
     extra: dict[str, Any] = {} if imported.mask_embedding is None else {MASK_EMBEDDING: imported.mask_embedding}
-    save_model(out, model, imported.heads, **extra, **{SOURCE: source.entry()})
+    texts = {} if imported.vocabulary is None else {VOCABULARY: imported.vocabulary}
+    save_model(out, model, imported.heads, **extra, **texts, **{SOURCE: source.entry()})
     num_params, num_head_params = (sum(tensor.numel() for tensor in group) for group in (tensors, heads))
     logger.info(
         "%s: %s parameters and %s in heads, %d layers; %d tensors saved, %d dropped",

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
 EXTRACTOR = "feature_extractor"  # section of PROCESSOR, and of some PREPROCESSOR
+VOCAB = "vocab.json"
+TOKENIZER_FILES = (VOCAB, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -56,12 +58,13 @@ class Settings:
         return decided
 
 
-def locate_folder(model: str, weights: bool = True) -> Path:
+def locate_folder(model: str, weights: bool = True, tokenizer: bool = False) -> Path:
     """Local folder of a transformers model; a hub id is fetched to the hub's cache first.
 
     Args:
         model: folder or hub id.
         weights: of a hub id, fetch them too.
+        tokenizer: of a hub id, fetch its files too.
 
     Raises:
         CheckpointError: no such folder, the hub does not give it, or what it gives is refused by
@@ -88,7 +91,7 @@ def locate_folder(model: str, weights: bool = True) -> Path:
 
     with _fetching(model):
         folder = download(model, CONFIG).parent
-        for name in (PREPROCESSOR, PROCESSOR):
+        for name in (PREPROCESSOR, PROCESSOR, *(TOKENIZER_FILES if tokenizer else ())):
             fetch(name)
     if weights:
         check_folder(folder)
@@ -113,7 +116,7 @@ def check_folder(folder: Path) -> Settings:
     Raises:
         CheckpointError: another architecture or sample rate, or a broken file.
     """
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     with naming(folder / CONFIG):
         check_model_type(config)
     settings = Settings(config, *_read_extractor(folder))
@@ -129,10 +132,10 @@ def _read_extractor(folder: Path) -> tuple[dict[str, Any] | None, Path]:
 
     As there, what PROCESSOR has comes before PREPROCESSOR, and within PREPROCESSOR its own keys before nested ones.
     """
-    if (path := folder / PROCESSOR).is_file() and (nested := _section(_read_json(path), path)) is not None:
+    if (path := folder / PROCESSOR).is_file() and (nested := _section(read_json(path), path)) is not None:
         return nested, path
     if (path := folder / PREPROCESSOR).is_file():
-        content = _read_json(path)
+        content = read_json(path)
         return {**(_section(content, path) or {}), **content}, path
     return None, path
 
@@ -201,8 +204,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: {error}; if it is damaged, download it again") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        CheckpointError: no such file, or it holds something else.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
@@ -216,7 +223,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _shards(index: Path) -> list[str]:
     """Names of the files that the index of a sharded model lists."""
-    files = _read_json(index).get("weight_map")
+    files = read_json(index).get("weight_map")
     names = list(files.values()) if isinstance(files, dict) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise CheckpointError(f"{index}: its weight_map does not name files of this folder")

@@ -35,6 +35,7 @@ class ImportedModel:
         mask_embedding: [D], which replaces masked frames in pre-training; None where the source has none.
         dropped: names in the source of heads that were left out, whatever is stored there.
         heads: state of the distillation heads, under the names of the objectives that made them.
+        vocabulary: what the rows of ``aux`` stand for; None where the output layer was left out or there is none.
     """
 
     config: dict[str, Any]
@@ -42,6 +43,7 @@ class ImportedModel:
     mask_embedding: Tensor | None
     dropped: list[str]
     heads: dict[str, Tensor] = field(default_factory=dict)
+    vocabulary: list[str] | None = None
 
 
 def import_tensors(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wav2vec2.checkpoint import CheckpointError, load_checkpoint
+from wav2vec2.vocabulary import VOCABULARY
 
 SOURCE = "source"  # entry of a converted file
 TORCHAUDIO = "torchaudio:"  # before the name of a bundle of torchaudio.pipelines
@@ -84,22 +85,28 @@ def converted_file(model: str) -> Path:
     return Path("pretrained") / f"{Path(model.removeprefix(TORCHAUDIO)).resolve().name}.{kind}.pth"
 
 
-def check_replaced(out: Path, model: str, files: Sequence[Path]) -> None:
+def check_replaced(out: Path, model: str, files: Sequence[Path], ctc: bool) -> None:
     """Look that a conversion replaces no model of another source.
 
     Args:
         out: the file to be written; what is no converted model, or names no source, may be replaced.
         model: to convert, as the user names it.
         files: of it, where they are local.
+        ctc: keep its output layer. The same source makes two models, with it and without.
 
     Raises:
         CheckpointError: the file holds another model.
     """
     try:
-        recorded = Source.read(load_checkpoint(out).extra)
+        extra = load_checkpoint(out).extra
     except CheckpointError:  # not there, or damaged
         return
-    if recorded is not None and (difference := recorded.difference(model, files)):
+    if (recorded := Source.read(extra)) is None:
+        return
+    difference = recorded.difference(model, files)
+    if difference is None and (VOCABULARY in extra) != ctc:
+        difference = f"was converted {'without' if ctc else 'with'} the output layer of {recorded}"
+    if difference is not None:
         raise CheckpointError(f"{out} {difference}: give another file by --out, or remove this one first")
 
 

@@ -3,7 +3,7 @@
     scripts/demo.sh demo_out                             # once: the corpus and the tiny teacher
     python -m benchmarks.recognisers --demo demo_out     # then hours on the CPU; run again to resume
 
-All compressed models have one size and all recognisers saw equally many updates:
+All compressed models have one size, and all compressed recognisers were trained for equally many updates:
 
 - compress_tune: the teacher is compressed by its features, then fine-tuned with CTC;
 - tune_compress: it is fine-tuned, then compressed by features alone; the output layer is the teacher's, behind the map
@@ -29,7 +29,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.compare_methods import train
+from benchmarks.compare_methods import DEMO_UPDATES, train
 from benchmarks.minisuperb.evaluate import STRENGTHS, Data, Features, start
 from benchmarks.noises import make_noises
 from benchmarks.plots import write
@@ -75,10 +75,12 @@ class Setup:
     """Any of compress_tune, tune_compress, tune_ctc, tune_ctc_noise, features, features_noise."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """A run each."""
-    steps: tuple[int, int] = (500, 200)
-    """Updates of both steps of a compression."""
+    steps: tuple[int, int] = (850, 350)
+    """Updates of both steps where a fine-tuned teacher is compressed."""
+    features: tuple[int, int] = (350, 150)
+    """Updates of both steps of the others; the rest, to as many in all, fine-tunes compress_tune."""
     tuning: int = 1500
-    """Updates of a fine-tuning."""
+    """Updates of the teacher's own fine-tuning."""
     num_params: int = 388_000
     """Size of the compressed models, without output layer."""
 
@@ -93,11 +95,14 @@ class Setup:
         return [(self.demo / "corpus" / "LibriSpeech" / part).resolve() for part in ("train-clean-100", "dev-clean")]
 
 
-def recipe_of(setup: Setup, teacher: Path, seed: int, objective: dict[str, Any], noise: bool) -> dict[str, Any]:
+def recipe_of(
+    setup: Setup, teacher: Path, seed: int, steps: tuple[int, int], objective: dict[str, Any], noise: bool
+) -> dict[str, Any]:
     """The demo recipe on whole transcribed utterances, to the wanted size."""
     model = load_checkpoint(teacher).model
     before = count_params(model)
-    first, second = setup.steps
+    first, second = steps
+    faster = max(1.0, DEMO_UPDATES / first)
     train_set, valid_set = setup.transcripts
     return {
         "base": "",
@@ -112,6 +117,8 @@ def recipe_of(setup: Setup, teacher: Path, seed: int, objective: dict[str, Any],
         "pruning": {
             "target_sparsity": 1 - (setup.num_params + count_params(model.aux)) / before,
             "warmup_steps": round(0.6 * first),
+            "lr_lagrangian": 0.015 * faster,
+            "lr_masks": 0.05 * faster,
         },
         "optim": {"max_steps": first, "warmup_steps": max(1, first // 10)},
         "final": {"max_steps": second, "warmup_steps": max(1, second // 10)},
@@ -119,15 +126,15 @@ def recipe_of(setup: Setup, teacher: Path, seed: int, objective: dict[str, Any],
     }
 
 
-def tune(setup: Setup, model: Path, exp: Path, seed: int) -> Path:
+def tune(setup: Setup, model: Path, exp: Path, seed: int, updates: int) -> Path:
     """Fine-tune a model, or go on; the recogniser."""
     final, (train_set, valid_set) = exp / "final.pth", setup.transcripts
     if (exp / "results.json").is_file():
         return final
     words = [
         sys.executable, ROOT / "finetune_ctc.py", model, "--train", train_set, "--valid", valid_set, "--exp_dir", exp,
-        "--max_steps", setup.tuning, "--freeze_steps", 100, "--seconds_per_batch", 24, "--lr", 1e-3, "--head_lr", 5e-3,
-        "--validate_every", setup.tuning, "--workers", 0, "--seed", seed, "--accelerator", "cpu",
+        "--max_steps", updates, "--freeze_steps", 50, "--seconds_per_batch", 20, "--lr", 1e-3, "--head_lr", 5e-3,
+        "--validate_every", updates, "--workers", 0, "--seed", seed, "--accelerator", "cpu",
     ]  # fmt: skip
     exp.mkdir(parents=True, exist_ok=True)
     with (exp / "log.txt").open("a") as log:
@@ -163,13 +170,13 @@ def run(setup: Setup, arm: str, seed: int) -> Path:
     """
     plain, exp = (setup.demo / "teacher.pth").resolve(), setup.folder / arm / f"seed{seed}"
     if arm == "compress_tune":
-        return tune(setup, run(setup, "features", seed), exp, seed)
+        return tune(setup, run(setup, "features", seed), exp, seed, sum(setup.steps) - sum(setup.features))
     if arm.startswith("features"):
-        return train(exp, recipe_of(setup, plain, seed, {}, arm.endswith("noise")))
-    teacher = tune(setup, plain, setup.folder / "teacher", 0)
+        return train(exp, recipe_of(setup, plain, seed, setup.features, {}, arm.endswith("noise")))
+    teacher = tune(setup, plain, setup.folder / "teacher", 0, setup.tuning)
     if arm == "tune_compress":
-        return behind_the_map(train(exp, recipe_of(setup, teacher, seed, {}, False)))
-    return train(exp, recipe_of(setup, teacher, seed, {"ctc": CTC}, arm.endswith("noise")))
+        return behind_the_map(train(exp, recipe_of(setup, teacher, seed, setup.steps, {}, False)))
+    return train(exp, recipe_of(setup, teacher, seed, setup.steps, {"ctc": CTC}, arm.endswith("noise")))
 
 
 def words_in_noise(model: Wav2Vec2Model, data: Data, noise: Path) -> list[float]:
@@ -260,7 +267,9 @@ def compare(setup: Setup) -> None:
         runs = [(arm, seed) for seed in setup.seeds for arm in setup.arms]
         finals = {key: run(setup, *key) for key in tqdm(runs, desc="train", unit="run", dynamic_ncols=True)}
         if any(arm in RECOGNISERS for arm in setup.arms):
-            rates["teacher"] = [measured(tune(setup, plain.resolve(), out / "teacher", 0), "wer", error_rates)]
+            rates["teacher"] = [
+                measured(tune(setup, plain.resolve(), out / "teacher", 0, setup.tuning), "wer", error_rates)
+            ]
         if any(arm not in RECOGNISERS for arm in setup.arms):
             words["teacher"] = [measured(plain.resolve(), "noise", lambda model: words_in_noise(model, data, noise))]
         for (arm, _), final in tqdm(finals.items(), desc="measure", unit="model", dynamic_ncols=True):

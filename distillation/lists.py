@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from distillation.config import Recipe
+from distillation.data.config import DataConfig
 from distillation.data.manifest import Manifest, read_tsv
 from distillation.data.noise import Noise
 from distillation.errors import UserError
@@ -75,12 +76,7 @@ def read_lists(recipe: Recipe, student: Wav2Vec2Model, known: list[str] | None) 
             raise UserError("objective.ctc needs to know what is said: set data.transcripts")
         train, valid = (read_tsv(data.tsv_dir / name) for name in (data.train, data.valid))
         return Lists(train, valid, noise=noise)
-    sources = [data.transcribed("train"), data.transcribed("valid")]
-    for source in sources:
-        if not source.exists():
-            raise UserError(f"{source}: no such file; prepare_data.py --transcripts writes it, or set data.transcripts")
-    case = case_of(known) if data.transcripts.case == "auto" else data.transcripts.case
-    found = read_sets(sources, data.transcripts.audio, case)
+    found = _read_transcripts(data, [data.transcribed("train"), data.transcribed("valid")], known)
     if recipe.objective.ctc is not None:
         found[0] = learnable(found[0], student.symbol_frames)
     train, valid = found[0].manifest, found[1].manifest
@@ -88,6 +84,31 @@ def read_lists(recipe: Recipe, student: Wav2Vec2Model, known: list[str] | None) 
     for transcripts in found:
         _look(transcripts, vocabulary, student)
     return Lists(train, valid, vocabulary, noise, found)
+
+
+def read_valid(recipe: Recipe, vocabulary: list[str] | None) -> Manifest:
+    """The validation list of a recipe alone.
+
+    Args:
+        recipe: all of its settings.
+        vocabulary: symbols of the output layer; decides in which case transcripts are written.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    data = recipe.data
+    if data.transcripts is None:
+        return read_tsv(data.tsv_dir / data.valid)
+    return _read_transcripts(data, [data.transcribed("valid")], vocabulary)[0].manifest
+
+
+def _read_transcripts(data: DataConfig, sources: list[Path], vocabulary: list[str] | None) -> list[Transcripts]:
+    assert data.transcripts is not None
+    for source in sources:
+        if not source.exists():
+            raise UserError(f"{source}: no such file; prepare_data.py --transcripts writes it, or set data.transcripts")
+    case = case_of(vocabulary) if data.transcripts.case == "auto" else data.transcripts.case
+    return read_sets(sources, data.transcripts.audio, case)
 
 
 def model_vocabulary(recipe: Recipe, student: Wav2Vec2Model) -> list[str] | None:

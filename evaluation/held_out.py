@@ -18,10 +18,12 @@ from distillation.config import Recipe
 from distillation.data.batching import Selection, ValidationBatches, select_utterances
 from distillation.data.config import DataConfig
 from distillation.data.loaders import AudioDataset
-from distillation.data.manifest import Manifest, read_tsv
+from distillation.data.manifest import Manifest
 from distillation.errors import UserError
+from distillation.lists import read_valid
 from distillation.objectives import Objectives, Teacher
-from distillation.objectives.base import masked_mean
+from distillation.objectives.base import Ratios, masked_mean
+from distillation.recognition.labels import Speller
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import Checkpoint
 from wav2vec2.feature_extractor import SAMPLE_RATE, valid_frames
@@ -39,6 +41,7 @@ class Distance:
     # Means per layer 0..L; empty where depth or width differ.
     cosine: list[float] = field(default_factory=list)  # 1 - cosine similarity
     l1: list[float] = field(default_factory=list)  # absolute difference
+    rates: dict[str, float] = field(default_factory=dict)  # what the objective counts: error rates of recognisers, %
 
 
 @dataclass
@@ -84,8 +87,10 @@ def evaluate(
     Raises:
         UserError: the list or a file of it cannot be read.
     """
-    manifest, selection = _choose(recipe.data, max_seconds)
-    audio = AudioDataset(manifest, recipe.data.sample_rate)
+    vocabulary = next((s.model.vocabulary for s in students.values() if s.model.vocabulary is not None), None)
+    manifest = read_valid(recipe, vocabulary)
+    selection = _choose(manifest, recipe.data, max_seconds)
+    audio = AudioDataset(manifest, recipe.data.sample_rate, None if vocabulary is None else Speller(vocabulary))
     batches = ValidationBatches(selection, recipe.data)
     frozen = OnceTeacher(teacher.to(device))
     objectives: dict[str, Objectives] = {}
@@ -100,6 +105,7 @@ def evaluate(
             without_loss[name] = str(error)
     comparable = {name for name, student in students.items() if _same_shape(student.model, teacher)}
     losses: dict[str, list[dict[str, Tensor]]] = {name: [] for name in students}
+    counted: dict[str, list[Ratios]] = {name: [] for name in students}
     layers: dict[str, list[dict[str, Tensor]]] = {name: [] for name in students}
     seconds: list[float] = []
     with torch.inference_mode(), tqdm(total=len(batches) * len(students), desc="held-out", unit="batch",
@@ -114,15 +120,16 @@ def evaluate(
             states = teacher.extract_features(batch.waveforms, batch.lengths)[0] if comparable else []
             for name, student in students.items():
                 if name in objectives:
-                    loss = objectives[name](frozen, student.model, batch.waveforms, batch.lengths)
+                    loss = objectives[name](frozen, student.model, batch.waveforms, batch.lengths, labels=batch.labels)
                     losses[name].append({"loss": loss.total, **loss.terms})
+                    counted[name].append(loss.ratios)
                 if name in comparable:
                     layers[name].append(compare_layers(states, student.model, batch.waveforms, batch.lengths))
                 bar.update()
     results = {}
     for name in students:
         terms, rows = _means(losses[name], seconds), _means(layers[name], seconds)
-        results[name] = Distance(terms.pop("loss", None), terms, **rows)
+        results[name] = Distance(terms.pop("loss", None), terms, **rows, rates=_rates(counted[name]))
     count = len(np.unique(selection.index))
     data = f"{count:,} utterances, {sum(seconds) / 60:.1f} min of {recipe.data.valid}"
     return HeldOut(data, results, without_loss)
@@ -154,6 +161,8 @@ def floor_of(recipe: Recipe, teacher: Wav2Vec2Model) -> float | None:
         objectives = Objectives(recipe.objective, teacher, teacher)
     except UserError:
         return None
+    if objectives.uses_labels:
+        return None
     heads = [head for part in objectives.parts.values() for head in part.heads]  # type: ignore[union-attr]
     if not all(isinstance(head, nn.Linear) and _is_identity(head) for head in heads):
         return None
@@ -168,9 +177,8 @@ def _is_identity(head: nn.Linear) -> bool:
     return torch.equal(weight, torch.eye(*weight.shape)) and not head.bias.any()
 
 
-def _choose(config: DataConfig, max_seconds: float) -> tuple[Manifest, Selection]:
+def _choose(manifest: Manifest, config: DataConfig, max_seconds: float) -> Selection:
     """Every n-th utterance of the validation list within the length limits, up to ``max_seconds``."""
-    manifest = read_tsv(config.tsv_dir / config.valid)
     selection = select_utterances(manifest, config)
     used = np.unique(selection.index)
     total = selection.num_frames.sum() / config.sample_rate
@@ -182,7 +190,7 @@ def _choose(config: DataConfig, max_seconds: float) -> tuple[Manifest, Selection
     )  # fmt: skip
     seconds = selection.num_frames.sum() / config.sample_rate
     logger.info("held-out data, %s; %d of them are used, %.0f s", selection.summary, count, seconds)
-    return manifest, selection
+    return selection
 
 
 def _same_shape(student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> bool:
@@ -190,6 +198,12 @@ def _same_shape(student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> bool:
     return (student.embed_dim, student.num_layers) == (teacher.embed_dim, teacher.num_layers) and bool(
         student.output_length(one_second) == teacher.output_length(one_second)
     )
+
+
+def _rates(batches: list[Ratios]) -> dict[str, float]:
+    """Sums over batches, divided."""
+    names = batches[0] if batches else ()
+    return {name: float(sum(b[name][0] for b in batches) / sum(b[name][1] for b in batches)) for name in names}
 
 
 def _means(batches: list[dict[str, Tensor]], seconds: list[float]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ COSTS = {
     "macs": ("multiply-accumulates", "GMACs", 1e9),
     "milliseconds": ("milliseconds", "ms", 1.0),
 }  # name in recipes -> (in words, unit of its chart, how many make one)
+RATES = {"wer": "word error rate", "cer": "character error rate"}
 DEVICES = (("cpu", "CPU"), ("cuda", "GPU"))
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -113,6 +114,9 @@ def table_rows(page: Page, sparsity: bool = False) -> list[Row]:
     def term(name: str) -> Value:
         return lambda model: model.held_out.terms.get(name) if model.held_out else None
 
+    def rate(name: str) -> Value:
+        return lambda model: model.held_out.rates.get(name) if model.held_out else None
+
     def faster(now: float, before: float) -> str:
         return f"{before / now:.1f}{TIMES} faster"
 
@@ -134,6 +138,8 @@ def table_rows(page: Page, sparsity: bool = False) -> list[Row]:
     row("Held-out loss", lambda m: m.loss, _signed)
     for name in dict.fromkeys(name for m in page.models if m.held_out for name in m.held_out.terms):
         row(f"Loss term {name}", term(name), _signed)
+    for name, label in RATES.items():
+        row(f"Held-out {label}", rate(name), percent)
     return rows
 
 
@@ -219,11 +225,13 @@ def _curves(step: Step, budget: BudgetReport | None) -> list[str]:
         costs.append(Series("target", target, color=1, dashed=True))
         unit = unit if cost == "params" else budget.unit
     lambdas = line("lagrangian/lambda1", "\u03bb1") + line("lagrangian/lambda2", "\u03bb2", color=1)
+    errors = [s for i, name in enumerate(RATES) for s in line(f"valid/{name}", RATES[name], color=i, markers=True)]
     speed = line("speed/audio_seconds_per_second", "")
     chart = partial(line_chart, x_label="update")
     charts = (
         chart("Distillation loss", loss),
         chart("Loss terms", terms, unit="unweighted"),
+        chart("Error rates, held out", errors, unit="%", from_zero=True),
         chart("Sparsity", sparsity, unit=f"share of the teacher's {what} that is gone", from_zero=True),
         chart("Expected cost", costs, unit=unit, from_zero=True),
         chart("Lagrange multipliers", lambdas),

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from distillation import identity
 from distillation.budget import BUDGET, Budget
 from distillation.config import Recipe, flat_settings, parse_recipe
-from distillation.data.manifest import read_tsv
 from distillation.distilled import read_distilled
 from distillation.errors import UserError
 from distillation.latency import LatencyTable, read_latency
+from distillation.lists import model_vocabulary, read_valid
 from distillation.sparsity import PruningConfig
 from distillation.training.record import RUN, Record, Settings
 from wav2vec2 import prune, save_model
@@ -200,7 +200,8 @@ def _compare_content(run: Subject, recipe: Recipe, record: Record | None) -> Non
         run.notes.append(f"The teacher {path} of {run.name} was not found: nothing is compared with it.")
         return
     try:
-        teacher = fingerprint(load_checkpoint(path).model)
+        model = load_checkpoint(path).model
+        teacher = fingerprint(model)
     except CheckpointError as error:
         run.notes.append(f"{error}: nothing is compared with the teacher of {run.name}.")
         return
@@ -209,7 +210,8 @@ def _compare_content(run: Subject, recipe: Recipe, record: Record | None) -> Non
         return
     run.teacher = path
     with contextlib.suppress(UserError):  # it is missed later
-        valid = identity.describe_list(read_tsv(recipe.data.tsv_dir / recipe.data.valid), recipe.data.sample_rate)
+        listed = read_valid(recipe, model_vocabulary(recipe, model))
+        valid = identity.describe_list(listed, recipe.data.sample_rate)
         if trained.get("valid list", valid) != valid:
             run.notes.append(f"{recipe.data.valid} holds other utterances now than {run.name} was validated on.")
 

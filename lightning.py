@@ -26,7 +26,7 @@ from distillation.config import Recipe, save_resolved
 from distillation.data.batching import BatchStream, select_utterances
 from distillation.data.loaders import Batch, Place, make_train_loader, make_valid_loader
 from distillation.identity import content_of, step_1_identity
-from distillation.lists import Lists, model_vocabulary, prepared_to_write, read_lists
+from distillation.lists import Lists, prepared_to_write, read_lists, wanted_vocabulary
 from distillation.optimisation import OptimConfig, group_factor
 from distillation.sparsity import check_budget, make_budget, make_prunable
 from distillation.stopping import keeping
@@ -385,7 +385,7 @@ def first_step(recipe: Recipe, resolved: str) -> tuple[Wav2Vec2Model, TrainingSt
     """
     teacher = load_teacher(recipe)
     start = starting_student(recipe, teacher)
-    lists = read_lists(recipe, start, model_vocabulary(recipe, start))
+    lists = read_lists(recipe, start, wanted_vocabulary(recipe, start, teacher))
     data = AudioDataModule(recipe, lists)
     content = content_of(recipe, teacher, lists)
     identity = step_1_identity(recipe, content, None if recipe.student_ckpt is None else start)

@@ -111,29 +111,31 @@ def _read_transcripts(data: DataConfig, sources: list[Path], vocabulary: list[st
     return read_sets(sources, data.transcripts.audio, case)
 
 
-def model_vocabulary(recipe: Recipe, student: Wav2Vec2Model) -> list[str] | None:
-    """Symbols of the output layer that a student brings along, where the recipe wants it; None for a new one.
+def wanted_vocabulary(recipe: Recipe, student: Wav2Vec2Model, teacher: Wav2Vec2Model) -> list[str] | None:
+    """Symbols that the student's output layer has, or is to get from its teacher; None for those of the transcripts.
 
     Raises:
-        UserError: the recipe wants what the student has not.
+        UserError: the recipe wants what neither has.
     """
     wanted = "auto" if recipe.objective.ctc is None else recipe.objective.ctc.vocabulary
-    if wanted == "model" and student.vocabulary is None:
+    known = student.vocabulary or teacher.vocabulary
+    if wanted == "model" and known is None:
         raise UserError(
             "objective.ctc.vocabulary is model, and the model has no output layer with a vocabulary: convert a "
             "fine-tuned one with --ctc, or set it to transcripts"
         )
-    return None if wanted == "transcripts" else student.vocabulary
+    return None if wanted == "transcripts" else known
 
 
 def prepared_to_write(recipe: Recipe, student: Wav2Vec2Model, vocabulary: list[str] | None) -> Wav2Vec2Model:
     """The student with the output layer that the recipe's objective wants: its own, or a new one."""
-    if recipe.objective.ctc is None or vocabulary is None:
+    ctc = recipe.objective.ctc
+    if ctc is None or vocabulary is None:
         return student
-    if model_vocabulary(recipe, student) is not None:
+    if student.vocabulary is not None and ctc.vocabulary != "transcripts":
         logger.info("output layer: the model's own, %d symbols", len(vocabulary))
         return student
-    logger.info("output layer: a new one over the %d symbols of the transcripts", len(vocabulary))
+    logger.info("output layer: a new one, %d symbols", len(vocabulary))
     torch.manual_seed(recipe.seed)
     return with_output_layer(student, vocabulary)
 

@@ -23,7 +23,7 @@ from distillation.config import Recipe, flat_settings, parse_recipe
 from distillation.distilled import read_distilled
 from distillation.errors import UserError
 from distillation.latency import LatencyTable, read_latency
-from distillation.lists import model_vocabulary, read_valid
+from distillation.lists import read_valid, wanted_vocabulary
 from distillation.sparsity import PruningConfig
 from distillation.training.record import RUN, Record, Settings
 from wav2vec2 import prune, save_model
@@ -210,7 +210,7 @@ def _compare_content(run: Subject, recipe: Recipe, record: Record | None) -> Non
         return
     run.teacher = path
     with contextlib.suppress(UserError):  # it is missed later
-        listed = read_valid(recipe, model_vocabulary(recipe, model))
+        listed = read_valid(recipe, wanted_vocabulary(recipe, model, model))
         valid = identity.describe_list(listed, recipe.data.sample_rate)
         if trained.get("valid list", valid) != valid:
             run.notes.append(f"{recipe.data.valid} holds other utterances now than {run.name} was validated on.")

@@ -12,7 +12,7 @@ from transformers import HubertConfig, HubertForCTC
 
 from distillation.config import parse_recipe
 from distillation.errors import UserError
-from distillation.lists import case_of, model_vocabulary, read_lists
+from distillation.lists import case_of, prepared_to_write, read_lists, wanted_vocabulary
 from evaluation.recognition import Measuring, measure, table
 from tests.helpers import (
     HF_BASE,
@@ -144,7 +144,7 @@ def test_mistakes_in_one_line(flags, lists, spoken, teacher_path, tmp_path):
     assert "data.noise.folders" in error("--data.noise.folders", f"[{tmp_path / 'none'}]")
     with pytest.raises(UserError, match=r"objective\.ctc\.vocabulary is model, and the model has no output layer"):
         recipe = parse_recipe([*map(str, flags), "--objective.ctc.vocabulary", "model"])[0]
-        model_vocabulary(recipe, load_model(teacher_path))
+        wanted_vocabulary(recipe, *[load_model(teacher_path)] * 2)
     assert not (tmp_path / "exp").exists()
 
 
@@ -157,6 +157,20 @@ def test_the_case_of_transcripts_follows_the_output_layer(flags, recogniser, tmp
         found = read_lists(recipe, model, symbols)
         assert found.train.texts[0] == text and found.vocabulary == symbols
         assert found.speller(["x", text]).counts.tolist() == [0, 4]
+
+
+def test_whose_symbols_the_output_layer_has(flags, recogniser, teacher_path):
+    """A student without an output layer, such as a thin one, gets one over its teacher's symbols."""
+    plain, teacher = load_model(teacher_path), load_model(recogniser)
+    words = [str(word) for word in flags]
+    auto = parse_recipe(words)[0]
+    assert wanted_vocabulary(auto, plain, teacher) == VOCABULARY and wanted_vocabulary(auto, plain, plain) is None
+    assert prepared_to_write(auto, teacher, VOCABULARY) is teacher
+    made = prepared_to_write(auto, plain, VOCABULARY)
+    assert made.vocabulary == VOCABULARY and made.aux.out_features == 5 and plain.aux is None
+    new = parse_recipe([*words, "--objective.ctc.vocabulary", "transcripts"])[0]
+    assert wanted_vocabulary(new, teacher, teacher) is None
+    assert prepared_to_write(new, teacher, ["<pad>", "|", "X"]).aux.out_features == 3
 
 
 def test_json_lines_say_what_is_said_in_the_lists(lists, spoken, tmp_path, caplog):

@@ -30,12 +30,13 @@ SHORTER = {
     "extract_features.py": "",
     "export.py": "",
     "finetune_ctc.py": "--max_steps 4 --freeze_steps 2 --validate_every 2 --accelerator cpu --workers 0",
+    "evaluation.recognition": "--device cpu",
     "evaluation.cost": "--rounds 1 --seconds 1 --batch 1 --device cpu",
 }
 STAGES = ("distill.py", "final_distill.py", "fit_batch.py")  # their flags are the recipe's
 TWO_STEPS = {
     "run_dphubert.sh": "dphubert_base", "slurm_dphubert.sh": "dphubert_base", "run_dpwavlm.sh": "dpwavlm_base_plus",
-    "run_dpwav2vec2.sh": "dpwav2vec2_base",
+    "run_dpwav2vec2.sh": "dpwav2vec2_base", "run_recogniser.sh": "dpctc_base",
 }  # fmt: skip
 FOLDERS = "benchmarks|conf|demo|distillation|docs|evaluation|exporting|requirements|scripts|tests|wav2vec2"
 OTHERS = ("evaluation.s3prl_upstream",)  # takes the flags of s3prl

@@ -103,14 +103,14 @@ def test_every_truncation_of_a_model_is_refused(tiny, tmp_path):
 @pytest.mark.parametrize("architecture", ["hubert_base", "wavlm_large"])
 def test_model_round_trip(tiny, flags, architecture, tmp_path):
     model = prune(tiny(architecture, tuple(flags)))[0]
-    content = {"mask_embedding": torch.ones(16), "vocabulary": ["a", "b"]}
+    content = {"mask_embedding": torch.ones(16), "notes": ["a", "b"]}
     for name in ("x.pth", "x.safetensors"):
         save_model(tmp_path / name, model, {"0.weight": torch.randn(3, 2)}, **content)
     pth, ours = (load_checkpoint(tmp_path / name) for name in ("x.pth", "x.safetensors"))
     assert same(ours.model.state_dict(), pth.model.state_dict()) and ours.model.config == pth.model.config
     assert [layer.__class__ for layer in ours.model.config["extractor_conv_layer_config"]] == [tuple] * 3
     assert list(ours.heads) == ["0.weight"] and ours.heads["0.weight"].shape == (3, 2)
-    assert ours.extra["vocabulary"] == ["a", "b"] and torch.equal(ours.model.mask_embedding, torch.ones(16))
+    assert ours.extra["notes"] == ["a", "b"] and torch.equal(ours.model.mask_embedding, torch.ones(16))
     waveforms = torch.randn(1, 500)
     assert torch.equal(ours.model(waveforms)[0], pth.model(waveforms)[0])
 

@@ -129,8 +129,9 @@ def finetune(flags: Flags, model: Path, others: list[str]) -> dict[str, float]:
     """
     recipe, resolved = parse_recipe(["--config", str(RECIPE), *flags.words(model), *others])
     from distillation.data.loaders import make_valid_loader
-    from distillation.lists import read_lists
+    from distillation.lists import read_valid
     from distillation.recognition.decoding import beam_decoder, greedy_decoder
+    from distillation.recognition.labels import Speller
     from distillation.recognition.scoring import error_rates
     from distillation.stopping import keeping
     from lightning import first_step, is_first_process  # takes seconds: not for --help
@@ -146,8 +147,8 @@ def finetune(flags: Flags, model: Path, others: list[str]) -> dict[str, float]:
     if flags.beam_size:
         decoders["beam_"] = beam_decoder(student.vocabulary, flags.beam_size)
     with keeping(f"the model is in {flags.exp_dir / 'final.pth'}, its error rates are not measured yet"):
-        lists = read_lists(recipe, student, student.vocabulary)
-        loader = make_valid_loader(lists.valid, recipe.data, speller=lists.speller)
+        valid, speller = read_valid(recipe, student.vocabulary), Speller(student.vocabulary)
+        loader = make_valid_loader(valid, recipe.data, speller=speller)
         results, _ = error_rates(student, loader, decoders)
     write_text(flags.exp_dir / "results.json", json.dumps(results, indent=1) + "\n")
     return results

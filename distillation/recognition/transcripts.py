@@ -31,21 +31,21 @@ logger = logging.getLogger(__name__)
 
 LEFT_OUT = "left_out.tsv"  # in the folder of a run: path, place in its list, reason
 
+AUDIO = "--audio (of a recipe: --data.transcripts.audio)"
 # kind of a row that cannot be used -> what to do where all are so
 ADVICE = {
-    NOT_FOUND: "do its paths start from another folder? Name it with --audio",
+    NOT_FOUND: f"do its paths start from another folder? Name it with {AUDIO}",
     MALFORMED: "is it a list of this kind?",
     BY_COMMAND: "run the commands of wav.scp, and name what they give there",
     "unreadable audio": "copy them again, or convert formats that cannot be read here with prepare_data.py --convert",
-    "not 16 kHz mono": "convert the files with prepare_data.py --convert and name their new folder with --audio",
-    "damaged audio": "copy the files again, or take them out of the list; prepare_data.py --check names all such files",
+    "not 16 kHz mono": f"convert the files with prepare_data.py --convert and name their new folder with {AUDIO}",
     "outside its audio": "do start and end belong to these files?",
     "too short for a frame": f"the models need {MIN_INPUT_FRAMES} samples",
     "empty transcript": "is the text in this file?",
     f"{SPACE} in the transcript": "it stands for the space: replace it",
     "longer than its audio allows": "do the transcripts belong to these files?",
 }
-_, _, _, UNREADABLE, WRONG_FORMAT, DAMAGED, OUTSIDE, TOO_SHORT, EMPTY, WITH_SPACE, TOO_LONG = ADVICE
+_, _, _, UNREADABLE, WRONG_FORMAT, OUTSIDE, TOO_SHORT, EMPTY, WITH_SPACE, TOO_LONG = ADVICE
 
 
 class Utterance(NamedTuple):
@@ -207,11 +207,6 @@ def report_left_out(sets: Sequence[Transcripts], exp_dir: Path) -> None:
             total = len(rows) + len(transcripts.utterances)
             of = transcripts.source, len(rows), total, exp_dir / LEFT_OUT
             logger.warning("%s: %d of %d left out, see %s: %s", *of, summary(rows))
-    list_left_out(sets, exp_dir)
-
-
-def list_left_out(sets: Sequence[Transcripts], exp_dir: Path) -> None:
-    """Write ``left_out.tsv``."""
     listing = exp_dir / LEFT_OUT
     lines = []
     for path, place, kind, detail in (row for transcripts in sets for row in transcripts.left_out):

@@ -7,19 +7,25 @@ import signal
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from transformers import HubertConfig, HubertForCTC
 
+import export
 from distillation.config import parse_recipe
 from distillation.errors import UserError
 from distillation.lists import case_of, prepared_to_write, read_lists, wanted_vocabulary
+from distillation.recognition.decoding import greedy_decoder
 from evaluation.recognition import Measuring, measure, table
+from exporting import verify
+from exporting.source import ExportOptions
 from tests.helpers import (
     HF_BASE,
     ROOT,
     assert_same_run,
     metrics,
     run_error,
+    run_exported_here,
     run_here,
     run_shell,
     tiny_hf,
@@ -213,9 +219,10 @@ def test_segments_of_long_recordings_keep_their_places(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_a_model_of_transformers_to_a_compressed_recogniser(server, spoken, tmp_path):
+def test_from_a_model_of_transformers_to_a_compressed_recogniser(server, spoken, tmp_path, monkeypatch, exported_here):
     """The shell recipe: head and vocabulary kept, lists and transcripts made, error rates of both at the end."""
-    model = tiny_hf(HubertForCTC, HubertConfig, **HF_BASE, vocab_size=5, pad_token_id=4)
+    convs = {"conv_dim": [16] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2]}
+    model = tiny_hf(HubertForCTC, HubertConfig, **HF_BASE, **convs, vocab_size=5, pad_token_id=4)
     folder = tmp_path / "my-recogniser"
     model.save_pretrained(folder)
     symbols = {"a": 0, "b": 1, "c": 2, "|": 3, "[PAD]": 4}
@@ -235,6 +242,24 @@ def test_from_a_model_of_transformers_to_a_compressed_recogniser(server, spoken,
     assert f"Done: {final}" in printed
     again = run_shell("run_recogniser.sh", *words, python=server.bin)
     assert "is up to date" in again or "is complete" in again
+
+    from transformers import pipeline
+
+    monkeypatch.setattr(verify, "BATCHES", [[0.05]])
+    export.run(final, "hf", tmp_path / "recogniser", ExportOptions())
+    recognise = pipeline("automatic-speech-recognition", model=str(tmp_path / "recogniser"), trust_remote_code=True)
+    waveform, _ = soundfile.read(next(spoken.rglob("*.flac")), dtype="float32")
+    with torch.no_grad():
+        logits, frames = load_model(final)(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
+    (expected,) = greedy_decoder(["<pad>", "a", "b", "c", "|"])(logits, frames)
+    assert " ".join(recognise(waveform)["text"].split()) == expected
+    onnx_asr = pytest.importorskip("onnx_asr")
+    monkeypatch.setattr("exporting.onnx_asr.run_exported", run_exported_here)
+    export.run(final, "onnx-asr", tmp_path / "onnx", ExportOptions())
+    monkeypatch.syspath_prepend(tmp_path / "onnx")
+    import wav2vec2_ctc  # noqa: F401
+
+    assert onnx_asr.load_model("wav2vec2-ctc", tmp_path / "onnx").recognize(waveform).strip() == expected
 
 
 def test_the_recipe_says_how_it_is_run():

@@ -110,7 +110,7 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
         if word.startswith("--"):
             place = others if "." in name else own
         place.append(word)
-        if equals:
+        if equals or not word.startswith("--"):
             place = own
     return own, others
 
@@ -128,6 +128,11 @@ def finetune(flags: Flags, model: Path, others: list[str]) -> dict[str, float]:
         Stopped: a signal asked for it; everything is saved.
     """
     recipe, resolved = parse_recipe(["--config", str(RECIPE), *flags.words(model), *others])
+    if recipe.pruning.units or recipe.objective.ctc is None:
+        raise UserError(
+            "--pruning and --objective: this fine-tunes a model as it is, by CTC; to prune, run "
+            "scripts/run_recogniser.sh, or distill.py with objective.ctc"
+        )
     from distillation.data.loaders import make_valid_loader
     from distillation.lists import read_valid
     from distillation.recognition.decoding import beam_decoder, greedy_decoder

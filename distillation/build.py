@@ -32,7 +32,11 @@ def starting_student(recipe: Recipe, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
 
 def planned_student(recipe: Recipe, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
     """The same before anything is read: an output layer whose symbols are yet to be found out has a stand-in's."""
-    student = starting_student(recipe, teacher)
+    return with_stand_in(recipe, starting_student(recipe, teacher))
+
+
+def with_stand_in(recipe: Recipe, student: Wav2Vec2Model) -> Wav2Vec2Model:
+    """A student with some output layer where the recipe's objective wants one."""
     if recipe.objective.ctc is None or student.aux is not None:
         return student
     return with_output_layer(student, STAND_IN)
@@ -59,8 +63,9 @@ def build_step(
         if pruning.warmup_steps >= optim.max_steps:
             logger.warning("pruning.warmup_steps is %d of %d updates: the target sparsity is never asked for",
                            pruning.warmup_steps, optim.max_steps)  # fmt: skip
-    if optim.warmup_steps >= optim.max_steps:
-        logger.warning("the learning rate warms up over %d of %d updates", optim.warmup_steps, optim.max_steps)
+    if optim.freeze_steps + optim.warmup_steps >= optim.max_steps:
+        rises = f"{optim.freeze_steps} frozen and {optim.warmup_steps}" if optim.freeze_steps else optim.warmup_steps
+        logger.warning("the learning rate warms up over %s of %d updates", rises, optim.max_steps)
     objectives = Objectives(recipe.objective, student, teacher, recipe.trainer.recompute)
     logger.info(
         "student: %s parameters, and %s in heads that only training uses",

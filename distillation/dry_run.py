@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
 import resource
 import sys
@@ -25,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from distillation.budget import Parameters
-from distillation.build import build_step, planned_student, starting_student
+from distillation.build import build_step, planned_student, starting_student, with_stand_in
 from distillation.config import Recipe, TrainerConfig
 from distillation.data.batching import BatchStream, ValidationBatches, select_utterances
 from distillation.data.manifest import read_tsv
@@ -117,14 +118,15 @@ def _audio(plan: Plan) -> tuple[float, np.ndarray, str]:
     data, remarks = plan.recipe.data, ""
     if plan.transcripts and plan.has_lists:
         assert plan.teacher is not None
-        with torch.device("meta"):
-            start = starting_student(plan.recipe, wav2vec2_model(**copy.deepcopy(plan.teacher)))
+        start = starting_student(plan.recipe, wav2vec2_model(**copy.deepcopy(plan.teacher)))
         lists = read_lists(plan.recipe, start, None)
         manifest, validation = lists.train, lists.valid
     elif plan.has_lists:
         manifest, validation = map(read_tsv, plan.lists)
     else:
         found = survey(plan.audio)
+        if plan.transcripts:  # recordings may be of many utterances, whose lengths are not known yet
+            data = dataclasses.replace(data, transcripts=None, crop=True, long="split")
         manifest, validation = found.lists[data.train], found.lists[data.valid]
         if found.num_converted:
             remarks = f"; copies at 16 kHz first: {found.hours_converted:.2f} h in {found.gigabytes:.3f} GB"
@@ -180,7 +182,7 @@ def measure(
     ]
     if plan.budget is not None:
         with contextlib.suppress(UserError):  # smaller than any slice: what the start takes is then said of the end
-            small = uniform_slice(teacher, plan.budget.cost, plan.budget.target)
+            small = with_stand_in(recipe, uniform_slice(teacher, plan.budget.cost, plan.budget.target))
             students.append((small, recipe.final or recipe.optim, None))
     row = float(kept.mean())
     found = [

@@ -15,7 +15,7 @@ from distillation.data.manifest import Manifest, read_tsv
 from distillation.data.noise import Noise
 from distillation.errors import UserError
 from distillation.recognition.labels import Speller, make_vocabulary
-from distillation.recognition.letters import Case
+from distillation.recognition.letters import Case, capital
 from distillation.recognition.transcripts import Transcripts, learnable, read_sets, report_left_out, shortages
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import with_output_layer
@@ -82,7 +82,7 @@ def read_lists(recipe: Recipe, student: Wav2Vec2Model, known: list[str] | None) 
     train, valid = found[0].manifest, found[1].manifest
     vocabulary = known or make_vocabulary(train.texts or [])
     for transcripts in found:
-        _look(transcripts, vocabulary, student)
+        look_at(transcripts, vocabulary, student)
     return Lists(train, valid, vocabulary, noise, found)
 
 
@@ -106,7 +106,9 @@ def _read_transcripts(data: DataConfig, sources: list[Path], vocabulary: list[st
     assert data.transcripts is not None
     for source in sources:
         if not source.exists():
-            raise UserError(f"{source}: no such file; prepare_data.py --transcripts writes it, or set data.transcripts")
+            made = source.suffix == ".jsonl"
+            advice = "; prepare_data.py --transcripts writes it, or set data.transcripts" if made else " or folder"
+            raise UserError(f"{source}: no such file{advice}")
     case = case_of(vocabulary) if data.transcripts.case == "auto" else data.transcripts.case
     return read_sets(sources, data.transcripts.audio, case)
 
@@ -143,13 +145,13 @@ def prepared_to_write(recipe: Recipe, student: Wav2Vec2Model, vocabulary: list[s
 def case_of(vocabulary: list[str] | None) -> Case:
     """Of the letters that an output layer writes; capitals where there is none."""
     letters = "".join(map(written, vocabulary or []))
-    has_upper, has_lower = letters != letters.lower(), letters != letters.upper()
+    has_upper, has_lower = letters != letters.lower(), any(capital(letter) != letter for letter in letters)
     if has_upper and has_lower:
         return "keep"
     return "lower" if has_lower else "upper"
 
 
-def _look(transcripts: Transcripts, vocabulary: list[str], student: Wav2Vec2Model) -> None:
+def look_at(transcripts: Transcripts, vocabulary: list[str], student: Wav2Vec2Model) -> None:
     """Say what can never be written right.
 
     Raises:

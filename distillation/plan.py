@@ -5,7 +5,8 @@
 With --adapt the recipe follows teacher, audio and machine where it is written for others; the flags win over what is
 derived. Prints a line per answer for scripts/common.sh: "plan", the folder of the lists to make, what to convert the
 teacher from (both empty where they are there), the teacher's file, the folder of the run, what it prunes, whether the
-teacher keeps its output layer, what is said in the validation audio (both empty where that does not matter), all flags.
+teacher keeps its output layer, what is said in the validation audio, where its files are, in which case it is written
+(empty where that does not matter), all flags.
 A new run gets recipe.yaml, which says the same as all flags together.
 """
 
@@ -29,6 +30,7 @@ from distillation.build import planned_student
 from distillation.config import MAX_RECIPE_BYTES, RECIPES, Recipe, flat_settings, parse_recipe
 from distillation.data.conversion import copies_of
 from distillation.data.corpus import Layout, find, layout_of
+from distillation.data.noise import Noise
 from distillation.deriving import LIST_100H, Derived, for_audio, for_length, for_machine, for_teacher, run_name
 from distillation.errors import Problems, UserError, command
 from distillation.identity import step_1_identity
@@ -189,6 +191,8 @@ def _check(plan: Plan, layout: Layout | None, accelerator: str | None) -> None:
     recipe, teacher = plan.recipe, plan.teacher
     if layout is not None:
         plan.look(_check_lists, plan, layout)
+    if recipe.data.noise is not None:
+        plan.look(Noise, recipe.data.noise, recipe.seed)
     if accelerator is not None:
         plan.look(recipe.trainer.micro_batches, plan.world_size)
     if os.environ.get("FIT_BATCH") == "1" and accelerator == "cpu" and not (recipe.exp_dir / BATCH).is_file():
@@ -267,14 +271,15 @@ def _check_lists(plan: Plan, layout: Layout) -> None:
             if not path.exists():
                 plan.problems.append(f"{path}: no such file or folder")
         return
-    if plan.has_lists:
-        train, valid = plan.lists
+    train, valid = plan.lists
+    if plan.has_lists or train.is_file():
         root = _root_of(train)
         if root is not None and not _holds(root, data.tsv_dir, plan.audio):
             raise UserError(
                 f"{train} lists audio of {root}, not of {plan.audio}: name another folder with --data.tsv_dir, or "
                 f"remove {data.tsv_dir} where no run needs it"
             )
+    if plan.has_lists:
         logger.info("lists: %s and %s, made before", train, valid)
         return
     plan.look(find, layout.root, layout.parts)
@@ -350,8 +355,9 @@ def answers(plan: Plan) -> list[str]:
     teacher_id = "" if recipe.teacher_ckpt.exists() else recipe.teacher_id
     units = ",".join(recipe.pruning.units) or "none"
     head = "--ctc" if wants_head(recipe) else ""
-    spoken = plan.transcripts[1] if plan.transcripts else ""
-    told = lists, teacher_id, recipe.teacher_ckpt, recipe.exp_dir, units, head, spoken
+    transcripts = recipe.data.transcripts
+    said = ["", "", ""] if transcripts is None else [plan.transcripts[1], transcripts.audio or "", transcripts.case]
+    told = lists, teacher_id, recipe.teacher_ckpt, recipe.exp_dir, units, head, *said
     return ["plan", *map(str, told), *plan.words]
 
 

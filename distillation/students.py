@@ -229,6 +229,7 @@ def _copied_layers(config: CopiedLayers, teacher: Wav2Vec2Model) -> Wav2Vec2Mode
     model = wav2vec2_model(**flat)
     fresh = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(norms)}
     model.load_state_dict(state | fresh)
+    model.vocabulary = copy.copy(teacher.vocabulary)
     return model
 
 

@@ -92,9 +92,9 @@ def _check_head(recipe: Recipe, config: dict[str, Any]) -> None:
     if wants_head(recipe) and config.get("aux_num_out") is None:
         path, model = recipe.teacher_ckpt, recipe.teacher_id or "MODEL"
         raise UserError(
-            f"{path}: has no output layer, which objective.ctc takes over: convert a fine-tuned model with it, "
-            f"convert_hubert_from_hf.py --model {model} --ctc, or set objective.ctc.vocabulary transcripts and "
-            "objective.ctc.distill 0"
+            f"{path}: has no output layer, which objective.ctc takes over: remove it and convert a fine-tuned model "
+            f"again, convert_hubert_from_hf.py --model {model} --ctc --out {path}; or set objective.ctc.vocabulary "
+            "transcripts and objective.ctc.distill 0"
         )
 
 

@@ -1,15 +1,17 @@
 """Word and character error rates of recognisers, side by side, on clean audio and in noise.
 
     python -m evaluation.recognition teacher.pth exp/dpctc_base/final/final.pth --data data/valid.jsonl
-    python -m evaluation.recognition final.pth --data dev-clean --snr '[20,10,5,0]' --noise /path/to/musan/noise
+    python -m evaluation.recognition final.pth --data dev-clean --snr 20 10 5 0 --noise /path/to/musan/noise
 
-Models are .pth or .safetensors files with an output layer and its vocabulary. Decoding is greedy; --beam_size adds a
+Models are .pth or .safetensors files, or folders of export.py, with an output layer and its vocabulary; others are left
+out, and so are utterances that cannot be used, which are named. Decoding is greedy; --beam_size adds a
 beam. The noise is the same for all models; without --noise it is made on the spot, from white to brown.
 """
 
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -19,16 +21,19 @@ from distillation.data.loaders import make_valid_loader
 from distillation.data.manifest import MAX_FRAMES
 from distillation.data.noise import Noise, NoiseConfig
 from distillation.errors import UserError, command
-from distillation.lists import case_of
+from distillation.lists import case_of, look_at
 from distillation.machine import find_accelerator
 from distillation.recognition.decoding import Decoder, beam_decoder, greedy_decoder
 from distillation.recognition.labels import Speller
+from distillation.recognition.letters import Case
 from distillation.recognition.scoring import error_rates
-from distillation.recognition.transcripts import read_sets
+from distillation.recognition.transcripts import read_sets, summary
+from distillation.students import backbone_params
 from evaluation.tables import markdown_table
 from wav2vec2 import Wav2Vec2Model, prune
 from wav2vec2.checkpoint import load_checkpoint
-from wav2vec2.counting import count_params
+from wav2vec2.feature_extractor import SAMPLE_RATE
+from wav2vec2.placement import check_placement
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,8 @@ class Measuring:
     """Transcribed audio: LibriSpeech or Kaldi folder, Common Voice .tsv, JSON lines, or lines of path<TAB>text."""
     audio: Path | None = None
     """Folder of the audio, as for finetune_ctc.py."""
+    case: Literal["auto"] | Case = "auto"
+    """Of the transcripts; auto for that of each model's output layer."""
     snr: list[float] = field(default_factory=list)
     """Also in noise at these ratios in dB."""
     noise: list[Path] = field(default_factory=list)
@@ -61,6 +68,10 @@ class Measuring:
             raise UserError("--beam_size and --workers must be at least 0")
         if self.audio is not None and not self.audio.is_dir():
             raise UserError(f"--audio {self.audio} is not a folder")
+        if not all(-100 <= snr <= 100 for snr in self.snr):
+            raise UserError(f"--snr {self.snr}: they must lie in [-100, 100] dB")
+        if self.seed < 0 or not self.seconds_per_batch > 0:
+            raise UserError("--seed must be at least 0, --seconds_per_batch positive")
 
 
 def measure(model: Wav2Vec2Model, measuring: Measuring, source: object) -> dict[str, dict[str, float]]:
@@ -82,24 +93,32 @@ def measure(model: Wav2Vec2Model, measuring: Measuring, source: object) -> dict[
     place = measuring.device
     if place == "auto":
         place = "cuda" if find_accelerator() == "gpu" else "cpu"
+    try:
+        model = model.eval().to(check_placement(place, torch.float32))
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
     decoders: dict[str, Decoder] = {"": greedy_decoder(vocabulary)}
     if measuring.beam_size:
         decoders["beam_"] = beam_decoder(vocabulary, measuring.beam_size)
-    (found,) = read_sets([measuring.data], measuring.audio, case_of(vocabulary))
+    case = case_of(vocabulary) if measuring.case == "auto" else measuring.case
+    (found,) = read_sets([measuring.data], measuring.audio, case)
+    look_at(found, vocabulary, model)
+    if found.left_out:
+        logger.warning("%s: %d left out: %s", found.source, len(found.left_out), summary(found.left_out))
+    longest = max(u.num_frames for u in found.utterances) / SAMPLE_RATE
     config = DataConfig(
         min_frames=400,
         max_frames=MAX_FRAMES,
         crop=False,
         transcripts=TranscriptsConfig(),
         num_workers=measuring.workers,
-        valid_seconds_per_batch=measuring.seconds_per_batch,
+        valid_seconds_per_batch=max(measuring.seconds_per_batch, longest),
     )
     conditions: dict[str, Noise | None] = {"clean": None}
     for snr in measuring.snr:
         disturbing = NoiseConfig(share=1.0, snr=(snr, snr), folders=measuring.noise, babble=0.0)
         conditions[f"{snr:g} dB"] = Noise(disturbing, measuring.seed)
     rates = {}
-    model = model.eval().to(place)
     for condition, noise in conditions.items():
         loader = make_valid_loader(found.manifest, config, speller=Speller(vocabulary), noise=noise)
         rates[condition], errors = error_rates(model, loader, decoders)
@@ -127,17 +146,25 @@ def main() -> None:
     """Parse the command line, measure, print."""
     parser = make_parser(__doc__)
     parser.add_argument("models", type=Path, nargs="+", help="Files of recognisers.")
-    parser.add_class_arguments(Measuring, as_group=False)
+    parser.add_class_arguments(Measuring, as_group=False, skip={"snr", "noise"})
+    text = "Also in noise at these ratios in dB: 20 10 5 0."
+    parser.add_argument("--snr", type=float, nargs="+", default=[], help=text)
+    parser.add_argument("--noise", type=Path, nargs="+", default=[], help="Folders of noise recordings.")
     given = vars(parse_arguments(parser))
     models, measuring = given.pop("models"), Measuring(**given)
     logging.getLogger("distillation.data.loaders").setLevel(logging.WARNING)
     rows = []
     for path in models:
         model = load_checkpoint(path).model
+        if model.vocabulary is None and len(models) > 1:
+            logger.warning("%s is no recogniser: left out", path)
+            continue
         model = prune(model)[0] if model.masks() else model
-        rows.append((str(path), count_params(model), measure(model, measuring, path)))
+        rows.append((str(path), backbone_params(model), measure(model, measuring, path)))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    if not rows:
+        raise UserError(f"none of {', '.join(map(str, models))} is a recogniser: fine-tune with finetune_ctc.py")
     print(table(rows))
 
 

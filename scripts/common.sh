@@ -101,9 +101,11 @@ from_caller() {
             --data.transcripts.*=*)
             flag=${word%%=*} value=${word#*=}
             [ ! -e "$CALLER_DIR/$value" ] || word=$flag=$(from_here "$value") ;;
+        --data.noise.*=*) word=${word%%=*}=$(all_from_here "${word#*=}") ;;
         esac
         case $flag in --teacher_id | --teacher_ckpt | --student_ckpt | --config | --pruning.latency | --data.transcripts.*)
             [ ! -e "$CALLER_DIR/$word" ] || word=$(from_here "$word") ;;
+        --data.noise.folders | --data.noise.impulse_responses) word=$(all_from_here "$word") ;;
         esac
         FLAGS+=("$word")
         flag=$word
@@ -112,6 +114,17 @@ from_caller() {
 
 # from_here PATH: as it is where the caller is in the repository, else the absolute path.
 from_here() { if [ "$CALLER_DIR" = "$PWD" ]; then echo "$1"; else realpath -- "$CALLER_DIR/$1"; fi; }
+
+# all_from_here '[PATH,PATH]': the same with each path that is there as from_here gives it.
+all_from_here() {
+    local path found=()
+    IFS=, read -r -a paths <<<"$(sed 's/^\[//; s/\]$//' <<<"$1")"
+    for path in "${paths[@]}"; do
+        path=${path# }
+        if [ -e "$CALLER_DIR/$path" ]; then found+=("$(from_here "$path")"); else found+=("$path"); fi
+    done
+    if [[ $1 == \[* ]]; then (IFS=,; echo "[${found[*]}]"); else echo "${found[*]}"; fi
+}
 
 # answers_of COMMAND...: sets ANSWERS to the lines that it prints, the first of which is "plan"; else shows them and ends.
 answers_of() {
@@ -130,7 +143,7 @@ answers_of() {
 # whole_recipe ADAPT AUDIO_DIR RECIPE [FLAGS...]: everything from audio to final.pth and a report. ADAPT is --adapt to have
 # the recipe follow teacher, audio and machine, or empty. With --dry_run among the flags the plan is printed, no more.
 whole_recipe() {
-    local adapt=$1 audio recipe=conf/$3.yaml lists teacher teacher_id exp units head spoken final
+    local adapt=$1 audio recipe=conf/$3.yaml lists teacher teacher_id exp units head spoken copies case final
     audio=$(cd "$CALLER_DIR" && realpath -m -- "$2")
     [ -f "$recipe" ] || die "$recipe: no such recipe; there are $(cd conf && echo *.yaml)"
     shift 3
@@ -143,8 +156,8 @@ whole_recipe() {
     esac
     answers_of python -m distillation.plan "$@" # all that is wrong, at once
     lists=${ANSWERS[1]} teacher_id=${ANSWERS[2]} teacher=${ANSWERS[3]} exp=${ANSWERS[4]} units=${ANSWERS[5]}
-    head=${ANSWERS[6]} spoken=${ANSWERS[7]}
-    set -- "${ANSWERS[@]:8}"
+    head=${ANSWERS[6]} spoken=${ANSWERS[7]} copies=${ANSWERS[8]} case=${ANSWERS[9]}
+    set -- "${ANSWERS[@]:10}"
     if [ -n "$lists" ]; then
         stage python prepare_data.py --data "$audio" --out "$lists" --convert "$lists/audio" \
             ${adapt:+--skip_broken} ${spoken:+--transcripts "$audio"}
@@ -159,7 +172,8 @@ whole_recipe() {
         final=$exp/final/final.pth
     fi
     stage python report.py "$exp" --if_changed
-    [ -z "$spoken" ] || stage python -m evaluation.recognition "$teacher" "$final" --data "$spoken"
+    [ -z "$spoken" ] || stage python -m evaluation.recognition "$teacher" "$final" --data "$spoken" --case "$case" \
+        ${copies:+--audio "$copies"}
     echo "Done: $final, $exp/report.html"
 }
 

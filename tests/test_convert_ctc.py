@@ -172,7 +172,7 @@ def test_of_a_hub_id_the_vocabulary_comes_before_the_weights(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("model_class", "options", "files", "message"),
     [
-        (HubertModel, {}, {}, "vocab.json: no such file; without it the rows of an output layer stand for nothing"),
+        (HubertModel, {}, {}, "vocab.json: no such file, which says what an output layer writes"),
         (HubertModel, {}, {"vocab.json": FACEBOOK}, "no output layer of a model fine-tuned with CTC (lm_head.weight"),
         (HubertForSequenceClassification, {}, {"vocab.json": FACEBOOK}, "no output layer of a model fine-tuned with"),
         (HubertForCTC, {}, {"vocab.json": {"eng": FACEBOOK}}, "vocab.json: a vocabulary for each of several languages"),

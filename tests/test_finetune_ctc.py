@@ -322,10 +322,10 @@ def test_a_segment_is_read_from_its_start(tones):
 
 
 def test_flags_of_recipes_go_on():
-    words = "m.pth --train t --optim.eps 1e-6 --lr 1 --data.crop=false --seed 3 --trainer.devices 2".split()  # noqa: SIM905
+    words = "--trainer.devices 2 m.pth --train t --optim.eps 1e-6 --lr 1 --data.crop=false --seed 3".split()  # noqa: SIM905
     own, others = split(words)
     assert own == ["m.pth", "--train", "t", "--lr", "1", "--seed", "3"]
-    assert others == ["--optim.eps", "1e-6", "--data.crop=false", "--trainer.devices", "2"]
+    assert others == ["--trainer.devices", "2", "--optim.eps", "1e-6", "--data.crop=false"]
 
 
 def test_mistakes_in_settings():

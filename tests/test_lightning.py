@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from unittest import mock
 
@@ -12,7 +13,7 @@ from distillation.build import build_step
 from distillation.config import Recipe, TrainerConfig
 from distillation.data.config import DataConfig
 from distillation.errors import UserError
-from distillation.objectives import LayerToLayer, ObjectiveConfig
+from distillation.objectives import LayerToLayer, ObjectiveConfig, Objectives
 from distillation.optimisation import OptimConfig
 from distillation.sparsity import PruningConfig, make_prunable
 from distillation.training.guards import BatchGuard
@@ -126,6 +127,16 @@ def test_trial_updates_take_the_room_of_real_ones_and_change_nothing(tiny_config
 
 def out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_trials_measure_what_comes_after_the_freeze(tiny_config, monkeypatch):
+    module = build(tiny_config, [[0], [4]], None)
+    step = dataclasses.replace(module.step, optim=OptimConfig(max_steps=10, warmup_steps=2, freeze_steps=5))
+    trial, frozen = TrialUpdates(step, torch.float32, DataConfig()), []
+    forward = Objectives.forward
+    monkeypatch.setattr(Objectives, "forward", lambda self, *args: (frozen.append(args[-1]), forward(self, *args))[1])
+    trial(torch.randn(1, 6000))
+    assert frozen == [False]
 
 
 def test_batches_are_fitted_to_gpus_alone(server, tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -13,9 +15,14 @@ from transformers import HubertConfig, HubertForCTC
 
 import export
 from distillation.config import parse_recipe
+from distillation.data.manifest import Manifest
 from distillation.errors import UserError
 from distillation.lists import case_of, prepared_to_write, read_lists, wanted_vocabulary
 from distillation.recognition.decoding import greedy_decoder
+from distillation.recognition.manifests import find_sources
+from distillation.recognition.preparation import write_transcripts
+from distillation.students import CopiedLayers, StudentConfig, build_student
+from evaluation import recognition
 from evaluation.recognition import Measuring, measure, table
 from exporting import verify
 from exporting.source import ExportOptions
@@ -32,7 +39,7 @@ from tests.helpers import (
     weights,
     write_noise,
 )
-from wav2vec2 import load_model, save_model
+from wav2vec2 import CheckpointError, load_model, save_model
 from wav2vec2.checkpoint import load_checkpoint, with_output_layer
 
 VOCABULARY = ["<pad>", "|", "A", "B", "C"]
@@ -102,7 +109,7 @@ def test_the_chain_ends_in_a_recogniser(reference, recogniser, lists):
     assert found.keys() == {"clean", "10 dB"} and found["clean"].keys() == {"wer", "cer"}
     assert "| final | 7 | " in table([("final", 7, found)]) and "WER, 10 dB" in table([("final", 7, found)])
     settings = load_checkpoint(reference / "final" / "final.pth").extra["run"]["history"][0]["settings"]
-    assert settings["vocabulary"] == " ".join(VOCABULARY) and settings["noise"].startswith("noise: made")
+    assert settings["vocabulary"] == " ".join(VOCABULARY) and settings["noise"].startswith("made; ")
 
 
 def test_two_processes_equal_accumulation(reference, server, flags, tmp_path):
@@ -157,6 +164,8 @@ def test_mistakes_in_one_line(flags, lists, spoken, teacher_path, tmp_path):
 def test_the_case_of_transcripts_follows_the_output_layer(flags, recogniser, tmp_path):
     assert case_of(None) == case_of(VOCABULARY) == "upper"
     assert case_of(["<pad>", "<unk>", "|", "a"]) == "lower" and case_of(["<pad>", "|", "a", "B"]) == "keep"
+    assert case_of(["<pad>", "|", "A", "ß", "ΐ", "ა"]) == "upper", "some letters have no capital of their own"
+    assert case_of(["<pad>", "|", "a", "ß"]) == "lower"
     recipe = parse_recipe([str(word) for word in flags])[0]
     model = load_model(recogniser)
     for symbols, text in ((VOCABULARY, "AB C"), (["<pad>", "|", "a", "b", "c"], "ab c")):
@@ -202,6 +211,78 @@ def test_json_lines_say_what_is_said_in_the_lists(lists, spoken, tmp_path, caplo
     assert f"{tmp_path / 'audio'}: nothing in it says what is spoken; known are" in run_error(
         "prepare_data.py", *words, "--transcripts", tmp_path / "audio"
     )
+
+
+def test_of_common_voice_nothing_rejected_or_kept_to_test_is_learnt(tmp_path):
+    clips = tmp_path / "cv" / "clips"
+    rows = {"train": "ab", "dev": "c", "test": "d", "invalidated": "e"}
+    for name, said in rows.items():
+        for letter in said:
+            write_noise(clips / f"{letter}.flac", 1, ord(letter))
+        lines = [f"x\t{letter}.flac\tsays {letter}" for letter in said]
+        (tmp_path / "cv" / f"{name}.tsv").write_text("\n".join(["client_id\tpath\tsentence", *lines]) + "\n")
+    lengths = "".join(f"{letter}.flac\t1000\n" for letter in "abcde")
+    (tmp_path / "cv" / "clip_durations.tsv").write_text(f"clip\tduration[ms]\n{lengths}")
+    assert [path.name for path in find_sources(tmp_path / "cv")] == ["train.tsv"]
+    write_transcripts(tmp_path / "cv", {"all.tsv": Manifest(clips, [f"{x}.flac" for x in "abcde"], np.full(5, 16000))},
+                      tmp_path, None, 16000)  # fmt: skip
+    said = [json.loads(line)["text"] for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert said == ["says a", "says b"]
+    (tmp_path / "cv" / "train.tsv").unlink()
+    (tmp_path / "cv" / "validated.tsv").write_text("client_id\tpath\tsentence\nx\tc.flac\tsays c\n")
+    assert [path.name for path in find_sources(tmp_path / "cv")] == ["validated.tsv"]
+
+
+def test_a_folder_of_transformers_keeps_its_symbols(reference, lists, tmp_path, monkeypatch, exported_here):
+    monkeypatch.setattr(verify, "BATCHES", [[0.05]])
+    final = reference / "final" / "final.pth"
+    export.run(final, "hf", tmp_path / "folder", ExportOptions())
+    assert load_model(tmp_path / "folder").vocabulary == VOCABULARY
+    ours, theirs = (measure(load_model(path), Measuring(lists / "valid.jsonl"), path) for path in
+                    (final, tmp_path / "folder"))  # fmt: skip
+    assert ours == theirs
+    (tmp_path / "folder" / "vocab.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"vocab\.json: no vocabulary of an output layer"):
+        load_model(tmp_path / "folder")
+
+
+def test_few_layers_of_a_recogniser_keep_its_symbols(recogniser):
+    teacher = load_model(recogniser)
+    student = build_student(StudentConfig(layers=CopiedLayers(layers=[1, 2])), teacher)
+    assert student.vocabulary == VOCABULARY and torch.equal(student.aux.weight, teacher.aux.weight)
+
+
+def test_error_rates_of_what_is_a_recogniser_and_can_be_used(reference, teacher_path, lists, tmp_path, caplog, capsys):
+    final = reference / "final" / "final.pth"
+    rows = [json.loads(line) for line in (lists / "valid.jsonl").read_text().splitlines()]
+    rows += [{"audio_filepath": "gone.flac", "text": "A"}, {"audio_filepath": rows[0]["audio_filepath"], "text": "AÄ"}]
+    (tmp_path / "valid.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def run(*words: object) -> str:
+        with monkeypatch_argv("recognition", *words):
+            recognition.main()
+        return capsys.readouterr().out
+
+    found = run(teacher_path, final, "--data", tmp_path / "valid.jsonl", "--device", "cpu", "--seconds_per_batch", 1)
+    assert str(final) in found and str(teacher_path) not in found
+    for said in ("is no recogniser: left out", "1 left out: 1 missing audio", "the output layer has no Ä"):
+        assert said in caplog.text
+    for words, message in (
+        ([teacher_path, "--data", lists / "valid.jsonl"], "is no recogniser, it has no output layer"),
+        ([final, "--data", lists / "valid.jsonl", "--snr", 200], "--snr [200.0]: they must lie in [-100, 100] dB"),
+        ([final, "--data", lists / "valid.jsonl", "--device", "toaster"], "--device: device 'toaster': no such device"),
+        ([final, "--data", tmp_path / "none.jsonl"], "none.jsonl"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(*words)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def monkeypatch_argv(*words: object):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", list(map(str, words)))
+        yield
 
 
 def test_segments_of_long_recordings_keep_their_places(tmp_path):

@@ -231,7 +231,21 @@ def read_transformers_folder(path: Path) -> dict[str, Any]:
     state = {re.sub(r"^(.*\.)?backbone\.", "", name).replace("lm_head.", "aux."): t for name, t in tensors.items()}
     if "aux.weight" in state and isinstance(flat, dict):
         flat["aux_num_out"] = len(state["aux.weight"])
+        symbols = _folder_vocabulary(path / "vocab.json", flat["aux_num_out"])
+        return {"config": flat, "state_dict": state, **({} if symbols is None else {VOCABULARY: symbols})}
     return {"config": flat, "state_dict": state}
+
+
+def _folder_vocabulary(path: Path, rows: int) -> list[str] | None:
+    """What the rows of an output layer stand for; those that write nothing are not in the file."""
+    if not path.is_file():
+        return None
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+        symbols = {int(row): str(symbol) for symbol, row in ids.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path}: no vocabulary of an output layer") from None
+    return [symbols.get(row, f"<unused{row}>") for row in range(rows)]
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -81,7 +81,7 @@ class Noise:
 
     def describe(self) -> str:
         """Which recordings, wherever their folders are mounted."""
-        noises = f"noise: {self._noises.describe()}" if len(self._noises) else "noise: made"
+        noises = self._noises.describe() if len(self._noises) else "made"
         return f"{noises}; impulse responses: {self._responses.describe() if len(self._responses) else 'none'}"
 
     def __call__(self, rows: Sequence[np.ndarray], number: int) -> tuple[list[np.ndarray], dict[str, str]]:

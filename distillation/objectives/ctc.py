@@ -55,7 +55,10 @@ class CTC(Objective):
         self.config = config
         if student.aux is None:
             raise UserError("objective.ctc: the student has no output layer: set data.transcripts")
-        if config.distill and (teacher.aux is None or teacher.aux.out_features != student.aux.out_features):
+        same = teacher.aux is not None and teacher.aux.out_features == student.aux.out_features
+        if student.vocabulary is not None and teacher.vocabulary is not None:
+            same = same and student.vocabulary == teacher.vocabulary
+        if config.distill and not same:
             raise UserError(
                 "objective.ctc.distill: the teacher has no output layer over the same symbols: take one that is "
                 "fine-tuned, converted with --ctc, or set it to 0"

@@ -16,6 +16,8 @@ from wav2vec2.vocabulary import BLANK, SPACE, written
 
 TRIAL_RATE = 12.0  # symbols per second of fast speech, where only time and memory are measured
 
+NEVER = 2**40  # more frames than there are
+
 
 @dataclass
 class Labels:
@@ -23,7 +25,9 @@ class Labels:
 
     symbols: Tensor  # int64 [sum of S], of one row after the other
     counts: Tensor  # int64 [B], S
-    needed: Tensor  # int64 [B], frames that CTC needs: one for each symbol, and one for a blank between two equal ones
+    # int64 [B], frames that CTC needs: one for each symbol, and one for a blank between two equal ones; NEVER where the
+    # vocabulary has no character of a text
+    needed: Tensor
     texts: list[str]  # as they are to be written, with what the vocabulary lacks
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Labels:
@@ -49,6 +53,8 @@ class Speller:
         rows = [[self.ids[character] for character in text if character in self.ids] for text in texts]
         doubled = [sum(a == b for a, b in itertools.pairwise(row)) for row in rows]
         counts = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        unwritable = [not row and bool(text) for row, text in zip(rows, texts, strict=True)]
+        doubled = [NEVER if never else count for never, count in zip(unwritable, doubled, strict=True)]
         symbols = torch.tensor([symbol for row in rows for symbol in row], dtype=torch.long)
         return Labels(symbols, counts, counts + torch.tensor(doubled, dtype=torch.long), list(texts))
 

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 KEYS = ("audio_filepath", "text", "offset", "duration")  # of NeMo's JSON; times in seconds, where there are any
 LISTS = (".tsv", ".txt", ".json", ".jsonl")  # suffixes of lists that are looked for in a folder
+COMMON_VOICE = ("train.tsv", "validated.tsv")  # the first that is there stands for its folder
 HALF_PAIR = re.compile("[\ud800-\udfff]")  # what JSON can hold and UTF-8 cannot
 
 
@@ -154,6 +155,9 @@ def find_sources(place: Path) -> list[Path]:
     if not place.is_dir() or _is_kaldi(place, "") or _listings(place):
         return [place]
     found = []
+    for name in COMMON_VOICE:  # its other lists hold what was rejected, what is to test on, or lengths
+        if (place / name).is_file() and _first_line(place / name).startswith("client_id\t"):
+            return [place / name]
     for inner in sorted(place.iterdir()):
         if inner.name.startswith(".") or (not inner.is_dir() and inner.suffix not in LISTS):
             continue
@@ -166,9 +170,13 @@ def find_sources(place: Path) -> list[Path]:
 
 
 def _lists_something(path: Path) -> bool:
+    first = _first_line(path)
+    return any(format.fits(path, first) for format in FORMATS[2:4]) or first.count("\t") == 1
+
+
+def _first_line(path: Path) -> str:
     with path.open("rb") as file:
-        first = file.readline(10_000).decode("utf-8", "replace").removeprefix("\ufeff")
-    return any(format.fits(path, first) for format in FORMATS[2:4]) or first.rstrip().count("\t") == 1
+        return file.readline(10_000).decode("utf-8", "replace").removeprefix("\ufeff").rstrip("\r\n")
 
 
 def _row(

@@ -25,7 +25,8 @@ def error_rates(
         decoders: by what is put before the names of their rates.
 
     Returns:
-        Rates in percent by name, wer and cer of each decoder; path and reason of each file that cannot be decoded.
+        Rates in percent by name, wer and cer of each decoder; path and reason of each file that cannot be decoded,
+        of noise too.
 
     Raises:
         UserError: none of the files can be decoded.
@@ -40,7 +41,7 @@ def error_rates(
     seen = 0
     model.eval()
     for batch in tqdm(batches, "decoding", leave=False, disable=None):
-        errors |= batch.errors
+        errors |= batch.errors | batch.noise_errors
         if not batch.files:
             continue
         assert batch.labels is not None

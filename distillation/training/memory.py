@@ -37,11 +37,12 @@ def probe_lengths(waveforms: Tensor, data: DataConfig) -> Tensor | None:
 
 
 def probe_loss(step: TrainingStep, waveforms: Tensor, data: DataConfig, update: int) -> Tensor:
-    """The loss of an update on waveforms [B, N] that takes the time and the memory of real ones."""
+    """The loss of an update on waveforms [B, N] that takes the time and the memory of real ones, once all learn."""
     aux = step.student.aux
     labels = None
     if step.objectives.uses_labels and aux is not None:
         labels = trial_labels(waveforms, aux.out_features, data.sample_rate)
+    update = max(update, step.optim.freeze_steps)
     return step.loss(waveforms, probe_lengths(waveforms, data), update, labels=labels).total
 
 

@@ -13,7 +13,7 @@ from distillation.errors import UserError
 from distillation.objectives import ObjectiveConfig, Objectives, Passes, Teacher
 from distillation.objectives.ctc import CTC
 from distillation.objectives.layer_to_layer import LayerToLayer
-from distillation.recognition.labels import Speller, make_vocabulary, trial_labels
+from distillation.recognition.labels import NEVER, Speller, make_vocabulary, trial_labels
 from wav2vec2.checkpoint import add_masks, with_output_layer
 from wav2vec2.passes import PassOptions
 
@@ -180,9 +180,10 @@ def test_error_rates_by_hand(objective):
 
 
 def test_what_the_vocabulary_lacks_is_in_no_label():
-    labels = Speller(VOCABULARY)(["A-B", "ÄÄ", "AA A"])
-    assert labels.counts.tolist() == [2, 0, 4] and labels.needed.tolist() == [2, 0, 5]
-    assert labels.symbols.tolist() == [2, 3, 2, 2, 1, 2] and labels.texts == ["A-B", "ÄÄ", "AA A"]
+    labels = Speller(VOCABULARY)(["A-B", "ÄÄ", "AA A", ""])
+    assert labels.counts.tolist() == [2, 0, 4, 0]
+    assert labels.needed.tolist() == [2, NEVER, 5, 0], "nothing that can be written is no silence"
+    assert labels.symbols.tolist() == [2, 3, 2, 2, 1, 2] and labels.texts == ["A-B", "ÄÄ", "AA A", ""]
     assert Speller(VOCABULARY).unknown(["A-B", "Ä A"]) == ["-", "Ä"]
     assert Speller(["<pad>", "<s>", "|", "a"]).ids == {" ": 2, "a": 3}, "special symbols are never written"
     assert make_vocabulary(["b a", "ab"]) == ["<pad>", "|", "a", "b"]
@@ -204,6 +205,8 @@ def test_what_cannot_be(teacher, make_student):
     for other in (teacher, writing(teacher, ["<pad>", "|", "A"])):
         with pytest.raises(UserError, match=r"objective\.ctc\.distill: the teacher has no output layer over the same"):
             CTC(CTC.Config(distill=1.0), writing(teacher), other)
+    with pytest.raises(UserError, match=r"objective\.ctc\.distill: .* over the same symbols"):
+        CTC(CTC.Config(distill=1.0), writing(teacher), writing(teacher, ["<pad>", "A", "|", "B"]))
     for settings in ({"weight": -1.0}, {"temperature": 0.0}):
         with pytest.raises(UserError, match=r"objective\.ctc"):
             CTC.Config(**settings)

@@ -351,3 +351,37 @@ def test_a_folder_of_another_run_is_told_at_once(teacher, audio):
     words = [audio, "--adapt", "--config", BASE, *flags, "--seed", 3, "--trainer.batches_per_update", 2]
     found = problems(*words, "--trainer.accelerator", "gpu")
     assert len(found) == 2 and "seed 2022 -> 3" in found[1] and "cannot change in the middle of a run" in found[1]
+
+
+CTC = ("--adapt", "--config", ROOT / "conf" / "dpctc_base.yaml")
+NEW_HEAD = ("--objective.ctc.vocabulary", "transcripts", "--objective.ctc.distill", 0)
+
+
+def test_a_recogniser_is_planned_with_what_is_said(teacher, librispeech):
+    """Lists without transcripts are made again, those of other audio are not replaced."""
+    words = [str(word) for word in (librispeech, *CTC, "--teacher_id", teacher, *NEW_HEAD)]
+    (librispeech / "dev-clean" / "1" / "1" / "1-1.trans.txt").write_text("1 A B\n")
+    made = read_words(words)
+    assert answers(made)[1:2] == ["data"] and answers(made)[6:10] == ["", "data/valid.jsonl", "", "auto"]
+    assert made.recipe.data.long == "drop" and made.sizes is not None
+    (message,) = problems(*words[:-4])
+    assert "CTC" in message and str(teacher) in message
+    Path("data").mkdir()
+    for name in ("train100.tsv", "valid.tsv"):
+        (Path("data") / name).write_text(f"{librispeech}\ntrain-clean-100/1/1/1.flac\t32000\n")
+    assert answers(read_words(words))[1] == "data", "what is said is not there yet"
+    for name in ("train100.jsonl", "valid.jsonl"):
+        (Path("data") / name).write_text('{"audio_filepath": "x", "text": "A"}\n')
+    assert answers(read_words(words))[1] == ""
+    (Path("data") / "valid.jsonl").unlink()
+    other = librispeech.parent / "other"
+    other.mkdir()
+    Path("mine").mkdir()
+    for name in ("train100.tsv", "valid.tsv"):
+        (Path("mine") / name).write_text(f"{other}\na.flac\t32000\n")
+    (message,) = problems(*words, "--data.tsv_dir", "mine")
+    assert message.startswith(f"mine/train100.tsv lists audio of {other}, not of {librispeech}")
+    (message,) = problems(*words, "--data.noise.folders", "[nowhere]")
+    assert message == "data.noise.folders: nowhere is not a folder"
+    own = ("--data.transcripts.train", librispeech / "train-clean-100", "--data.transcripts.valid", "gone.jsonl")
+    assert problems(*words, *map(str, own)) == ["gone.jsonl: no such file or folder"]

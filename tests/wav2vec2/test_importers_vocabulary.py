@@ -95,9 +95,7 @@ def test_folders_whose_vocabulary_cannot_be_kept(tmp_path, vocab, num_rows, blan
 
 
 def test_no_vocabulary(tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"vocab.json: no such file; without it the rows of an output layer stand"
-    ):
+    with pytest.raises(CheckpointError, match=r"vocab.json: no such file, which says what an output layer writes"):
         read_vocabulary(tmp_path, {})
 
 

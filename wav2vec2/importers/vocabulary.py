@@ -129,7 +129,9 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
     """
     path = folder / VOCAB
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; without it the rows of an output layer stand for nothing")
+        raise CheckpointError(
+            f"{path}: no such file, which says what an output layer writes: is it fine-tuned with CTC?"
+        )
     content = read_json(path)
     if nested := next((key for key, row in content.items() if isinstance(row, dict)), None):
         raise CheckpointError(

@@ -470,7 +470,7 @@ def test_description_is_of_the_content(folders, tmp_path):
         return Noise(NoiseConfig(folders=[folder], impulse_responses=[folders / "rooms"]), 0).describe()
 
     before = describe(folders / "long")
-    assert before.startswith("noise: 3 recordings of 0.00 h, ") and "; impulse responses: 3 recordings" in before
+    assert before.startswith("3 recordings of 0.00 h, ") and "; impulse responses: 3 recordings" in before
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(folders / "long", elsewhere)
     assert describe(elsewhere) == before
@@ -478,4 +478,4 @@ def test_description_is_of_the_content(folders, tmp_path):
     longer = describe(elsewhere)
     (elsewhere / "2.flac").rename(elsewhere / "3.flac")
     assert len({before, longer, describe(elsewhere)}) == 3
-    assert Noise(NoiseConfig(), 0).describe() == "noise: made; impulse responses: none"
+    assert Noise(NoiseConfig(), 0).describe() == "made; impulse responses: none"

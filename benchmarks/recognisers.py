@@ -236,7 +236,8 @@ def draw(rates: dict[str, list[list[float]]], words: dict[str, list[list[float]]
         axis.set_xticks(range(len(CONDITIONS)), CONDITIONS)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.2)
-        axis.legend(fontsize=7.5)
+        if rows:
+            axis.legend(fontsize=7.5)
     return figure
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 from pathlib import Path
 
@@ -280,9 +281,13 @@ def test_error_rates_of_what_is_a_recogniser_and_can_be_used(reference, teacher_
 
 @contextlib.contextmanager
 def monkeypatch_argv(*words: object):
+    log = logging.getLogger("distillation.data.loaders")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", list(map(str, words)))
-        yield
+        try:
+            yield
+        finally:
+            log.setLevel(logging.NOTSET)  # the command wants less of it
 
 
 def test_segments_of_long_recordings_keep_their_places(tmp_path):

@@ -398,7 +398,7 @@ def save_model(
     if not isinstance(model, Wav2Vec2Model):
         raise ValueError(f"model must be a Wav2Vec2Model, got {type(model).__name__}: save what it wraps")
     if model.vocabulary is not None:
-        extra[VOCABULARY] = model.vocabulary
+        extra.setdefault(VOCABULARY, model.vocabulary)
     _check_extra(extra)
     content: dict[str, Any] = {
         "state_dict": {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.state_dict().items()},

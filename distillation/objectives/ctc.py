@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.text import CharErrorRate, WordErrorRate
 
 from distillation.errors import UserError, require
 from distillation.objectives.base import Objective, Passes, Ratios, at_least_float32, masked_mean
@@ -94,6 +93,8 @@ class CTC(Objective):
 
     def ratios(self, passes: Passes) -> Ratios:
         """Word and character error rates of greedy decoding, in percent."""
+        from torchmetrics.text import CharErrorRate, WordErrorRate  # takes seconds: not for --help
+
         assert passes.labels is not None
         texts = self.decode(passes.student_logits(), passes.output_frames())
         found: Ratios = {}

@@ -133,12 +133,9 @@ def finetune(flags: Flags, model: Path, others: list[str]) -> dict[str, float]:
             "--pruning and --objective: this fine-tunes a model as it is, by CTC; to prune, run "
             "scripts/run_recogniser.sh, or distill.py with objective.ctc"
         )
-    from distillation.data.loaders import make_valid_loader
-    from distillation.lists import read_valid
-    from distillation.recognition.decoding import beam_decoder, greedy_decoder
-    from distillation.recognition.labels import Speller
-    from distillation.recognition.scoring import error_rates
+    from distillation.recognition.decoding import beam_decoder
     from distillation.stopping import keeping
+    from evaluation.recognition import Measuring, measure
     from lightning import first_step, is_first_process  # takes seconds: not for --help
 
     if flags.beam_size:
@@ -146,15 +143,13 @@ def finetune(flags: Flags, model: Path, others: list[str]) -> dict[str, float]:
     _, step = first_step(recipe, resolved)
     if not is_first_process():
         return {}
-    student = step.student
-    assert student.vocabulary is not None
-    decoders = {"": greedy_decoder(student.vocabulary)}
-    if flags.beam_size:
-        decoders["beam_"] = beam_decoder(student.vocabulary, flags.beam_size)
+    transcripts, device = recipe.data.transcripts, "cuda" if recipe.trainer.accelerator == "gpu" else "cpu"
+    assert transcripts is not None
+    measuring = Measuring(
+        recipe.data.transcribed("valid"), transcripts.audio, transcripts.case, beam_size=flags.beam_size, device=device
+    )
     with keeping(f"the model is in {flags.exp_dir / 'final.pth'}, its error rates are not measured yet"):
-        valid, speller = read_valid(recipe, student.vocabulary), Speller(student.vocabulary)
-        loader = make_valid_loader(valid, recipe.data, speller=speller)
-        results, _ = error_rates(student, loader, decoders)
+        results = measure(step.student, measuring, flags.exp_dir / "final.pth")["clean"]
     write_text(flags.exp_dir / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 

@@ -36,7 +36,7 @@ from benchmarks.plots import write
 from demo.frame_probe import linear_probe
 from demo.labels import IGNORE, Utterance
 from distillation.commandline import make_parser, parse_arguments
-from distillation.data.noise import Noise, NoiseConfig
+from distillation.data.noise import at_level
 from distillation.errors import UserError, command
 from distillation.stopping import keeping, run_child
 from evaluation.recognition import Measuring, measure
@@ -196,7 +196,7 @@ def words_in_noise(model: Wav2Vec2Model, data: Data, noise: Path) -> list[float]
 
 def disturbed(utterances: list[Utterance], snr: float, noise: Path) -> list[Utterance]:
     """The same utterances in noise."""
-    disturb = Noise(NoiseConfig(share=1.0, snr=(snr, snr), folders=[noise], babble=0.0), 0)
+    disturb = at_level(snr, [noise], 0)
     result = []
     for number, u in enumerate(utterances):
         (waveform,), _ = disturb([u.waveform.numpy()], number)

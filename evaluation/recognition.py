@@ -19,11 +19,11 @@ from distillation.commandline import make_parser, parse_arguments
 from distillation.data.config import DataConfig, TranscriptsConfig
 from distillation.data.loaders import make_valid_loader
 from distillation.data.manifest import MAX_FRAMES
-from distillation.data.noise import Noise, NoiseConfig
+from distillation.data.noise import Noise, at_level
 from distillation.errors import UserError, command
 from distillation.lists import case_of, look_at
 from distillation.machine import find_accelerator
-from distillation.recognition.decoding import Decoder, beam_decoder, greedy_decoder
+from distillation.recognition.decoding import decoders_of
 from distillation.recognition.labels import Speller
 from distillation.recognition.letters import Case
 from distillation.recognition.scoring import error_rates
@@ -97,9 +97,7 @@ def measure(model: Wav2Vec2Model, measuring: Measuring, source: object) -> dict[
         model = model.eval().to(check_placement(place, torch.float32))
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
-    decoders: dict[str, Decoder] = {"": greedy_decoder(vocabulary)}
-    if measuring.beam_size:
-        decoders["beam_"] = beam_decoder(vocabulary, measuring.beam_size)
+    decoders = decoders_of(vocabulary, measuring.beam_size)
     case = case_of(vocabulary) if measuring.case == "auto" else measuring.case
     (found,) = read_sets([measuring.data], measuring.audio, case)
     look_at(found, vocabulary, model)
@@ -115,9 +113,7 @@ def measure(model: Wav2Vec2Model, measuring: Measuring, source: object) -> dict[
         valid_seconds_per_batch=max(measuring.seconds_per_batch, longest),
     )
     conditions: dict[str, Noise | None] = {"clean": None}
-    for snr in measuring.snr:
-        disturbing = NoiseConfig(share=1.0, snr=(snr, snr), folders=measuring.noise, babble=0.0)
-        conditions[f"{snr:g} dB"] = Noise(disturbing, measuring.seed)
+    conditions |= {f"{snr:g} dB": at_level(snr, measuring.noise, measuring.seed) for snr in measuring.snr}
     rates = {}
     for condition, noise in conditions.items():
         loader = make_valid_loader(found.manifest, config, speller=Speller(vocabulary), noise=noise)

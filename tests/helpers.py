@@ -92,6 +92,17 @@ HF_SIZE = {
 HF_BASE = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
 HF_LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 
+# of torchaudio's models, in two conv layers at the usual 320 samples per frame
+TORCHAUDIO_SIZE = {
+    "extractor_conv_layer_config": [(16, 10, 5), (20, 64, 64)],
+    "encoder_embed_dim": 24,
+    "encoder_num_layers": 2,
+    "encoder_num_heads": 3,
+    "encoder_ff_interm_features": 36,
+    "encoder_pos_conv_groups": 4,
+    "encoder_pos_conv_kernel": 16,
+}
+
 
 def tiny_hf(model_class: type[PreTrainedModel], config_class: type, **options: object) -> PreTrainedModel:
     """Random weights of ordinary size everywhere; the library's own start hides biases, norms and position."""

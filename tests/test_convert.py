@@ -39,7 +39,7 @@ import convert_hubert_from_hf
 from distillation.errors import UserError
 from distillation.originals import describe_original
 from exporting import originals
-from tests.helpers import HF_BASE, HF_LARGE, tiny_hf
+from tests.helpers import HF_BASE, HF_LARGE, TORCHAUDIO_SIZE, tiny_hf
 from wav2vec2 import CheckpointError, load_model, save_model, wav2vec2_model
 from wav2vec2.checkpoint import load_checkpoint
 from wav2vec2.importers import ImportedModel
@@ -465,15 +465,7 @@ def test_large_activations_are_compared_relative_to_their_size(run: Run, tmp_pat
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_torchaudio_bundle(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalize: bool) -> None:
-    params = torchaudio.pipelines.WAVLM_BASE._params | {
-        "extractor_conv_layer_config": [(16, 10, 5), (20, 64, 64)],
-        "encoder_embed_dim": 24,
-        "encoder_num_layers": 2,
-        "encoder_num_heads": 3,
-        "encoder_ff_interm_features": 36,
-        "encoder_pos_conv_groups": 4,
-        "encoder_pos_conv_kernel": 16,
-    }
+    params = torchaudio.pipelines.WAVLM_BASE._params | TORCHAUDIO_SIZE
     bundle = torchaudio.pipelines.Wav2Vec2Bundle("tiny.pth", params, 16_000, normalize, "WavLM")
     state = torchaudio.models.wavlm_model(**params).state_dict()
 

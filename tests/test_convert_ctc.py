@@ -37,7 +37,7 @@ from exporting import onnx_asr as onnx_asr_export
 from exporting import originals, verify
 from exporting.source import Source
 from tests.exports import exported, waveforms
-from tests.helpers import HF_BASE, HF_LARGE, run_error, run_exported_here, run_here, tiny_hf
+from tests.helpers import HF_BASE, HF_LARGE, TORCHAUDIO_SIZE, run_error, run_exported_here, run_here, tiny_hf
 from tests.wav2vec2.test_importers_fairseq import fairseq_state, model_settings, teacher
 from wav2vec2 import CheckpointError, load_model
 from wav2vec2.checkpoint import load_checkpoint
@@ -193,16 +193,7 @@ def test_what_has_no_layer_to_keep(model_class, options, files, message, tmp_pat
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_torchaudio_bundle(tmp_path, monkeypatch, capsys, normalize):
-    params = torchaudio.pipelines.HUBERT_ASR_LARGE._params | {
-        "extractor_conv_layer_config": [(16, 10, 5), (20, 64, 64)],
-        "encoder_embed_dim": 24,
-        "encoder_num_layers": 2,
-        "encoder_num_heads": 3,
-        "encoder_ff_interm_features": 36,
-        "encoder_pos_conv_groups": 4,
-        "encoder_pos_conv_kernel": 16,
-        "aux_num_out": 4,
-    }
+    params = torchaudio.pipelines.HUBERT_ASR_LARGE._params | TORCHAUDIO_SIZE | {"aux_num_out": 4}
     state = torchaudio.models.wav2vec2_model(**params).state_dict()
     bundle = torchaudio.pipelines.Wav2Vec2ASRBundle(
         "tiny.pth", params, 16_000, normalize, "Wav2Vec2", _labels=("|", "e", "'")

@@ -112,19 +112,21 @@ class AudioDataset(Dataset[Batch]):
             levels.setdefault(level_of(waveform), []).append(str(path))
         waveforms, lengths = _pad(rows)
         heard, noise_errors = (None, {}) if self.noise is None else self.noise(rows, item.number)
+        padded = None if heard is None else _pad(heard)[0]
+        labels = None if self.speller is None else self.speller(texts)
         return Batch(
             waveforms,
             lengths,
             item.number,
             files,
             errors,
-            sum(map(len, rows)) / self.sample_rate,
-            time.perf_counter() - begin,
-            levels["silent"],
-            levels["clipped"],
-            None if heard is None else _pad(heard)[0],
-            noise_errors,
-            None if self.speller is None else self.speller(texts),
+            seconds=sum(map(len, rows)) / self.sample_rate,
+            read_seconds=time.perf_counter() - begin,
+            silent=levels["silent"],
+            clipped=levels["clipped"],
+            heard=padded,
+            noise_errors=noise_errors,
+            labels=labels,
         )
 
 

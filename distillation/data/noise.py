@@ -155,6 +155,11 @@ class Noise:
         return row
 
 
+def at_level(snr: float, folders: Sequence[Path], seed: int) -> Noise:
+    """Noise in every row at one ratio in dB, to measure in: of recordings, or made where there are no folders."""
+    return Noise(NoiseConfig(share=1.0, snr=(snr, snr), folders=list(folders), babble=0.0), seed)
+
+
 class _Recordings:
     """Audio files below some folders, of any rate and number of channels, read in pieces as one channel.
 

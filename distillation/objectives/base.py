@@ -102,6 +102,7 @@ class Passes:
         self._teacher_output: HiddenStates | None = None
         self._student_output: HiddenStates | None = None
         self._student_states: list[Tensor] | None = None
+        self._student_logits: Tensor | None = None
 
     def teacher_output(self) -> HiddenStates:
         """Everything from the teacher's pass, all with T frames. No gradient."""
@@ -161,8 +162,10 @@ class Passes:
 
     def student_logits(self) -> Tensor:
         """What the student's output layer gives, [B, T, V] with all frames, also those that time reduction loses."""
-        frames = None if self.lengths is None else self.output_frames()
-        return self._student.output(self.student_output(), frames)
+        if self._student_logits is None:
+            frames = None if self.lengths is None else self.output_frames()
+            self._student_logits = self._student.output(self.student_output(), frames)
+        return self._student_logits
 
     def output_frames(self) -> Tensor:
         """Valid frames [B] of :meth:`student_logits`."""

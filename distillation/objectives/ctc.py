@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distillation.errors import UserError, require
 from distillation.objectives.base import Objective, Passes, Ratios, at_least_float32, masked_mean
-from distillation.recognition.decoding import greedy_decoder
+from distillation.recognition.decoding import RATES, count_errors, greedy_decoder
 from distillation.recognition.labels import make_vocabulary
 from wav2vec2 import Wav2Vec2Model
 
@@ -28,7 +28,7 @@ class CTC(Objective):
     terms_look_alike = True
     uses_labels = uses_output_layer = True
     uses_upsampler = False
-    ratio_names = ("wer", "cer")
+    ratio_names = RATES
 
     @dataclass
     class Config:
@@ -93,12 +93,7 @@ class CTC(Objective):
 
     def ratios(self, passes: Passes) -> Ratios:
         """Word and character error rates of greedy decoding, in percent."""
-        from torchmetrics.text import CharErrorRate, WordErrorRate  # takes seconds: not for --help
-
         assert passes.labels is not None
         texts = self.decode(passes.student_logits(), passes.output_frames())
-        found: Ratios = {}
-        for name, metric in zip(self.ratio_names, (WordErrorRate(), CharErrorRate())):
-            metric.update(texts, passes.labels.texts)
-            found[name] = 100 * torch.as_tensor(metric.errors), torch.as_tensor(metric.total)
-        return found
+        counts = count_errors(texts, passes.labels.texts)
+        return {name: (100 * errors, total) for name, (errors, total) in counts.items()}

@@ -1,10 +1,12 @@
-"""From log-probabilities of characters to text: greedy, or lexicon-free beam search by torchaudio's flashlight binding.
+"""From log-probabilities of characters to text, greedily or by a beam (lexicon-free, torchaudio's flashlight binding);
+and how far texts are off.
 
 Shapes: B batch, T frames, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from distillation.errors import UserError
@@ -12,6 +14,7 @@ from wav2vec2.vocabulary import SPACE, written
 
 Decoder = Callable[[Tensor, Tensor], list[str]]
 """Log-probabilities [B, T, V] and valid frames [B] -> texts."""
+RATES = ("wer", "cer")  # of words and of characters
 
 
 def to_text(ids: Sequence[int], vocabulary: Sequence[str]) -> str:
@@ -53,3 +56,24 @@ def beam_decoder(vocabulary: Sequence[str], beam_size: int) -> Decoder:
         return [to_text(hypotheses[0].tokens.tolist() if hypotheses else [], vocabulary) for hypotheses in found]
 
     return decode
+
+
+def decoders_of(vocabulary: Sequence[str], beam_size: int) -> dict[str, Decoder]:
+    """Greedy decoding, and with a beam where it has a size; by what is put before the names of their rates.
+
+    Raises:
+        UserError: as :func:`beam_decoder`.
+    """
+    decoders = {"": greedy_decoder(vocabulary)}
+    return {**decoders, "beam_": beam_decoder(vocabulary, beam_size)} if beam_size else decoders
+
+
+def count_errors(texts: Sequence[str], expected: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Errors, and what they are a share of, by ``RATES``: scalars."""
+    from torchmetrics.text import CharErrorRate, WordErrorRate  # takes seconds: not for --help
+
+    found = {}
+    for name, metric in zip(RATES, (WordErrorRate(), CharErrorRate())):
+        metric.update(texts, expected)
+        found[name] = torch.as_tensor(metric.errors), torch.as_tensor(metric.total)
+    return found

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
-from torchmetrics.text import CharErrorRate, WordErrorRate
 from tqdm import tqdm
 
 from distillation.data.loaders import Batch
 from distillation.errors import UserError
-from distillation.recognition.decoding import Decoder
+from distillation.recognition.decoding import Decoder, count_errors
 from wav2vec2 import Wav2Vec2Model
 
 
@@ -32,11 +32,7 @@ def error_rates(
         UserError: none of the files can be decoded.
     """
     device = model.feature_extractor.dummy_weight.device
-    metrics = {
-        f"{prefix}{name}": metric()
-        for prefix in decoders
-        for name, metric in (("wer", WordErrorRate), ("cer", CharErrorRate))
-    }
+    counts: dict[str, tuple[Tensor, Tensor]] = {}
     errors: dict[str, str] = {}
     seen = 0
     model.eval()
@@ -51,10 +47,10 @@ def error_rates(
         samples = batch.lengths if batch.lengths is not None else torch.full(logits.shape[:1], batch.waveforms.shape[1])
         log_probs, frames = logits.float().log_softmax(-1), model.output_length(samples)
         for prefix, decode in decoders.items():
-            found = decode(log_probs, frames)
-            for name in ("wer", "cer"):
-                metrics[f"{prefix}{name}"].update(found, texts)
+            for name, (wrong, total) in count_errors(decode(log_probs, frames), texts).items():
+                before = counts.get(f"{prefix}{name}", (0, 0))
+                counts[f"{prefix}{name}"] = before[0] + wrong, before[1] + total
     if not seen:
         path, reason = next(iter(errors.items()))
         raise UserError(f"none of the {len(errors)} files can be decoded, e.g. {path}: {reason}")
-    return {name: 100 * metric.compute().item() for name, metric in metrics.items()}, errors
+    return {name: 100 * (wrong / total).item() for name, (wrong, total) in counts.items()}, errors

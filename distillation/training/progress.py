@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from distillation.config import Recipe
 from distillation.errors import UserError, is_out_of_gpu_memory
+from distillation.recognition.decoding import RATES
 from distillation.stopping import Stopped, StopRequest
 from distillation.training import memory
 from distillation.training.metrics import MetricsCSV
@@ -20,7 +21,6 @@ from distillation.training.step import TrainingStep
 logger = logging.getLogger(__name__)
 
 SHOWN = ("train/distill", "sparsity/expected", "sparsity/target")  # beside the bar
-RATES = ("wer", "cer")  # beside it from the last validation on
 HEADROOM = 1.2  # readers that give less than so many times what training takes are worth a word
 
 

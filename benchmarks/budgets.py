@@ -20,12 +20,13 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.compare_methods import train
 from benchmarks.latency import measured_table
 from benchmarks.minisuperb.evaluate import Row, measured, scores, start
 from benchmarks.plots import write
+from benchmarks.runs import train
 from distillation.budget import MACS_SECONDS
 from distillation.commandline import command_of
+from distillation.config import RECIPES
 from distillation.errors import UserError
 from distillation.stopping import keeping
 from evaluation.block_times import whole_times
@@ -70,6 +71,7 @@ class Result:
 def recipe_of(demo: Path, table: Path, budget: str, seed: int) -> dict[str, Any]:
     """What differs from the demo recipe."""
     return {
+        "base": str(RECIPES / "demo.yaml"),
         "teacher_ckpt": str(demo / "teacher.pth"),
         "seed": seed,
         "data": {"tsv_dir": str(demo / "data"), "seconds_per_batch": 10.0},

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.compare_methods import ROOT
 from benchmarks.plots import write
+from benchmarks.runs import ROOT
 from distillation.budget import Budget, Cost, Milliseconds, Parameters
 from distillation.commandline import command_of
 from distillation.errors import UserError

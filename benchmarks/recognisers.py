@@ -29,13 +29,14 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.compare_methods import DEMO_UPDATES, train
 from benchmarks.minisuperb.evaluate import STRENGTHS, Data, Features, start
 from benchmarks.noises import make_noises
 from benchmarks.plots import write
+from benchmarks.runs import ROOT, read_row, train
 from demo.frame_probe import linear_probe
 from demo.labels import IGNORE, Utterance
 from distillation.commandline import make_parser, parse_arguments
+from distillation.config import RECIPES
 from distillation.data.noise import at_level
 from distillation.errors import UserError, command
 from distillation.stopping import keeping, run_child
@@ -47,7 +48,7 @@ from wav2vec2.counting import count_params
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parent.parent
+DEMO = RECIPES / "demo.yaml"
 SNRS = (20.0, 10.0, 5.0, 0.0)
 CONDITIONS = ("clean", *(f"{snr:g} dB" for snr in SNRS))
 NOISE: dict[str, Any] = {"share": 0.5, "snr": [0.0, 20.0], "babble": 0.5}
@@ -102,10 +103,10 @@ def recipe_of(
     model = load_checkpoint(teacher).model
     before = count_params(model)
     first, second = steps
-    faster = max(1.0, DEMO_UPDATES / first)
+    faster = max(1.0, read_row(DEMO).optim.max_steps / first)
     train_set, valid_set = setup.transcripts
     return {
-        "base": "",
+        "base": str(DEMO),
         "teacher_ckpt": str(teacher),
         "seed": seed,
         "data": {

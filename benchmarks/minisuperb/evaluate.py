@@ -21,7 +21,7 @@ kept, of a model beside it, of the controls in OUT/controls.jsonl: run again, it
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.compare_methods import METHODS, used_params
 from benchmarks.minisuperb.abx import abx_right, draw_triples
 from benchmarks.minisuperb.score_plot import draw
 from benchmarks.plots import write
+from benchmarks.runs import finals_in, used_params
 from demo.corpus import DEV, TRAIN, CorpusSettings, make_corpus, read_marker, training_sentences
 from demo.frame_probe import linear_probe
 from demo.labels import HOP, IGNORE, FrameLabels, Utterance, read_split
@@ -172,31 +172,41 @@ def count(right: Tensor, speakers: list[int], weight: Tensor | None = None) -> d
     return result
 
 
-def evaluate(features: Features, data: Data, steps: int = 600) -> Counts:
-    """All tasks on one model. ``steps`` are the updates of each probe."""
+def evaluate(features: Features, data: Data, steps: int = 600, tasks: Collection[str] = TASKS) -> Counts:
+    """Tasks on one model. ``steps`` are the updates of each probe."""
     train, test = features(data.train), features(data.test)
-    result: Counts = {kind: frame_counts(kind, data, train, test, steps) for kind in data.labels}
+    result: Counts = {kind: frame_counts(kind, data, train, test, steps) for kind in data.labels if kind in tasks}
+    if "keywords" in tasks:
+        result["keywords"] = keyword_counts(data, features, steps // 2)
+    if "ABX" in tasks:
+        result["ABX"] = abx_counts(data, train, test)
+    if "speakers" in tasks:
+        result["speakers"] = speaker_counts(data, train, test, steps // 2)
+    return result
 
+
+def keyword_counts(data: Data, features: Features, steps: int) -> dict[str, list[float]]:
+    """Name the word of an isolated one."""
     fitting = {u.speaker for u in data.train}
     pooled = torch.stack([x.float().mean(0) for x in features(data.keywords)])
     names = sorted({u.text for u in data.keywords})
     classes = torch.tensor([names.index(u.text) for u in data.keywords])
     is_train = torch.tensor([u.speaker in fitting for u in data.keywords])
     choose = torch.tensor([u.speaker in data.choosing for u in data.keywords])
-    found = linear_probe(pooled[is_train], classes[is_train], pooled[~is_train], len(names), steps=steps // 2,
+    found = linear_probe(pooled[is_train], classes[is_train], pooled[~is_train], len(names), steps=steps,
                          strengths=STRENGTHS, choose=choose[is_train])  # fmt: skip
     speakers = [u.speaker for u in data.keywords if u.speaker not in fitting]
-    result["keywords"] = count(found == classes[~is_train], speakers)
+    return count(found == classes[~is_train], speakers)
 
+
+def abx_counts(data: Data, train: list[Tensor], test: list[Tensor]) -> dict[str, list[float]]:
+    """Tell words apart across speakers, in the layer that is best on the speakers that choose."""
     choosing = [i for i, u in enumerate(data.train) if u.speaker in data.choosing]
     triples, _ = draw_triples([data.train[i] for i in choosing], NUM_TRIPLES // 4)
     layers = range(train[0].shape[1])
     layer = max(layers, key=lambda k: abx_right([train[i][:, k] for i in choosing], triples).sum().item())
     triples, x_speakers = draw_triples(data.test, NUM_TRIPLES)
-    result["ABX"] = count(abx_right([x[:, layer] for x in test], triples), x_speakers)
-
-    result["speakers"] = speaker_counts(data, train, test, steps // 2)
-    return result
+    return count(abx_right([x[:, layer] for x in test], triples), x_speakers)
 
 
 def frame_counts(kind: str, data: Data, train: list[Tensor], test: list[Tensor], steps: int) -> dict[str, list[float]]:
@@ -289,15 +299,18 @@ def probe_settings(steps: int) -> dict[str, Any]:
     }
 
 
-def measured(path: Path, data: Data, steps: int) -> tuple[int, Counts]:
+def measured(path: Path, data: Data, steps: int, tasks: Collection[str] = TASKS) -> tuple[int, Counts]:
     """Parameters and counts of a model file, kept beside it."""
     kept = path.with_suffix(".minisuperb.json")
     model = load_model(path)
     settings = {"model": fingerprint(model), **probe_settings(steps)}
+    counts: Counts = {}
     if kept.is_file() and (saved := json.loads(kept.read_text())).get("settings") == settings:
-        return saved["num_params"], saved["counts"]
-    counts = evaluate(Features(model.extract_features), data, steps)
+        counts = saved["counts"]
     num_params = used_params(model)
+    if not (missing := [task for task in tasks if task not in counts]):
+        return num_params, counts
+    counts |= evaluate(Features(model.extract_features), data, steps, missing)
     write_text(kept, json.dumps({"settings": settings, "num_params": num_params, "counts": counts}))
     return num_params, counts
 
@@ -328,13 +341,7 @@ def run(
     compare = [demo / "compare"] if compare is None and (demo / "compare").is_dir() else compare or []
     finals: list[tuple[str, list[Path]]] = []
     for folder in compare:
-        for name, method in METHODS.items():
-            runs = sorted(folder.glob(f"{name}/seed*"))
-            files = [run / "final" / "final.pth" for run in runs] + [run / "final.pth" for run in runs]
-            if found := sorted(file for file in files if file.is_file()):
-                finals.append((method.title, found))
-        if not finals:
-            raise UserError(f"{folder}: no finished run of benchmarks.compare_methods in it")
+        finals += finals_in(folder).items()
     for path in models or []:
         finals.append((path.stem if path.stem != "final" else path.parent.name, [path]))
     out, data = start(demo, out, "teacher.pth")

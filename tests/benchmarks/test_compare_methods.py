@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import xml.etree.ElementTree
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.compare_methods import METHODS, Comparison, Result, fit_thin, recipe_of, table, used_params
+from benchmarks.compare_methods import METHODS, Comparison, Result, find_rows, settings_of, table
 from benchmarks.compare_plot import draw
 from benchmarks.linear_distance import Moments
 from benchmarks.plots import as_svg
+from benchmarks.runs import fit_thin, merged, read_row, scaled, used_params
 from distillation.config import parse_recipe
+from distillation.errors import UserError
 from distillation.objectives import Objectives
 from distillation.students import CopiedLayers, StudentConfig, build_student
 from tests.helpers import ROOT
@@ -75,14 +78,17 @@ def test_padding_does_not_count():
 # Sizes and recipes
 
 
-@pytest.mark.parametrize("name", METHODS)
+NAMES = sorted(path.stem for path in METHODS.glob("*.yaml") if path.stem != "fixed")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_students_have_the_budget(demo, name, tmp_path):
     teacher = load_model(demo / "teacher.pth")
     teacher.mask_embedding = torch.zeros(144)
     budget = used_params(build_student(StudentConfig(layers=CopiedLayers()), teacher))
-    settings = recipe_of(METHODS[name], teacher, budget, 3, Comparison(demo=tmp_path, steps=100))
-    settings["base"] = str(ROOT / "conf" / "demo.yaml")
-    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    (path,) = find_rows([name]).values()
+    settings = settings_of(path, teacher, budget, 3, Comparison(demo=tmp_path, steps=100))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings | {"base": os.path.relpath(path, tmp_path)}))
     recipe, _ = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
     student = build_student(recipe.student, teacher)
     Objectives(recipe.objective, student, teacher)
@@ -98,19 +104,41 @@ def test_students_have_the_budget(demo, name, tmp_path):
 def test_thin_students_keep_the_published_shape(demo):
     teacher = load_model(demo / "teacher.pth")
     budget = used_params(build_student(StudentConfig(layers=CopiedLayers()), teacher))
-    thin = {name: fit_thin(METHODS[name], teacher, budget) for name in ("fithubert", "starhubert", "armhubert")}
+    wanted = {
+        name: read_row(METHODS / f"{name}.yaml").student.thin for name in ("fithubert", "starhubert", "armhubert")
+    }
+    thin = {name: fit_thin(one, teacher, budget) for name, one in wanted.items()}
     assert thin["fithubert"].time_reduction == 2 and thin["armhubert"].reuse_attention
     assert thin["fithubert"].width > thin["starhubert"].width  # FFN units: 1 and 2.3 times the width
     for name, student in thin.items():
-        assert 0.6 < student.ffn / student.width / METHODS[name].ffn_ratio < 1.6
+        assert 0.6 < student.ffn / student.width * wanted[name].width / wanted[name].ffn < 1.6
+
+
+def test_all_lengths_of_a_recipe_are_scaled_and_short_runs_move_their_masks_faster(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"base: {os.path.relpath(ROOT / 'conf' / 'demo.yaml', tmp_path)}\n"
+        "optim: {max_steps: 600, warmup_steps: 60, freeze_steps: 30}\nfinal: {max_steps: 200, warmup_steps: 50}\n"
+        "pruning: {warmup_steps: 450, lr_masks: 0.04, lr_lagrangian: 0.02}\n"
+    )
+    recipe = read_row(path)
+    short, long = scaled(recipe, 80), scaled(recipe, 8000)
+    assert short["optim"] == {"max_steps": 60, "warmup_steps": 6, "freeze_steps": 3}
+    assert short["final"] == {"max_steps": 20, "warmup_steps": 5, "freeze_steps": 0}
+    assert short["pruning"] == pytest.approx({"warmup_steps": 45, "lr_masks": 0.4, "lr_lagrangian": 0.2})
+    assert long["pruning"] == pytest.approx({"warmup_steps": 4500, "lr_masks": 0.04, "lr_lagrangian": 0.02})
+    assert merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}}, {"d": 4}) == {"a": {"b": 1, "c": 3}, "d": 4}
+    path.write_text("optim: {max_epochs: 3}")
+    with pytest.raises(UserError, match="its length is in epochs"):
+        scaled(read_row(path), 80)
 
 
 def test_table_and_plot():
     results = [
-        Result(name, seed, 100, 7, [0.1 * seed, 0.5], [0, 1]) for name in ("dphubert", "slice") for seed in (1, 2)
+        Result(name, seed, 100, 7, 90.0, [0.1 * seed, 0.5], [0, 1]) for name in ("dphubert", "slice") for seed in (1, 2)
     ]
     text = table(results)
-    assert "| DPHuBERT | 100 | 7 | 15.0 ± 7.1 | 50.0 ± 0.0 | 32.5 ± 3.5 |" in text and text.count("\n") == 3
+    assert "| dphubert | 100 | 7 | 1.5 | 15.0 ± 7.1 | 50.0 ± 0.0 | 32.5 ± 3.5 |" in text and text.count("\n") == 3
     figure = draw({"a": [[0.1, 0.5], [0.2, 0.4]], "b < c": [[0.3, 0.3], [0.3, 0.3]]}, 100)
     (axis,) = figure.axes
     line, band = axis.lines[0].get_xydata(), axis.collections[0].get_paths()[0].vertices
@@ -140,23 +168,14 @@ def run(server):
 
 @pytest.mark.slow
 def test_two_methods_as_a_process(run, demo, tmp_path):
-    args = [
-        "--demo",
-        demo,
-        "--out",
-        tmp_path / "out",
-        "--methods",
-        "[dphubert,starhubert]",
-        "--seeds",
-        1,
-        "--steps",
-        10,
-    ]
+    other = tmp_path / "mine.yaml"
+    other.write_text(f"base: {os.path.relpath(METHODS / 'starhubert.yaml', tmp_path)}\n")
+    args = ["--demo", demo, "--out", tmp_path / "out", "--recipes", f"[dphubert,{other}]", "--seeds", 1, "--steps", 10]
     result = run(*args)
-    assert "| DPHuBERT | " in result.stdout and "| STaRHuBERT | " in result.stdout
+    assert "| dphubert | " in result.stdout and "| mine | " in result.stdout
     kept = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert [row["method"] for row in kept] == ["dphubert", "starhubert"]
-    assert all(len(row["unexplained"]) == 7 and min(row["unexplained"]) > 0 for row in kept)
+    assert [row["method"] for row in kept] == ["dphubert", "mine"]
+    assert all(len(row["unexplained"]) == 7 and min(row["unexplained"]) > 0 < row["cpu_seconds"] for row in kept)
     assert (tmp_path / "out" / "compare.svg").is_file()
     assert run(*args).stdout == result.stdout  # nothing is trained again
     line = run(*args[:-1], 20, code=2).stderr.strip().splitlines()[-1]
@@ -166,7 +185,7 @@ def test_two_methods_as_a_process(run, demo, tmp_path):
 @pytest.mark.slow
 def test_a_stop_reaches_the_stage_and_the_same_command_goes_on(server, demo, tmp_path):
     out = tmp_path / "out"
-    words = ["-m", "benchmarks.compare_methods", "--demo", demo, "--out", out, "--methods", "[slice]"]
+    words = ["-m", "benchmarks.compare_methods", "--demo", demo, "--out", out, "--recipes", "[slice]"]
     words += ["--seeds", 1, "--steps", 30]
     exp = out / "slice" / "seed1"
     process = server.start(*words)
@@ -176,13 +195,15 @@ def test_a_stop_reaches_the_stage_and_the_same_command_goes_on(server, demo, tmp
     assert stopped.code == 75
     assert stopped.error.startswith(f"stopped: SIGUSR1: the runs, also the one that was training, are in {out}; the ")
     assert not (exp / "final.pth").exists()  # the stage, for which the command waits, has stopped too
-    assert "| uniform slice |" in server.run(*words).stdout
+    assert "| slice |" in server.run(*words).stdout
     assert (exp / "final.pth").is_file() and not list(exp.glob(".*"))
 
 
 def test_mistakes_are_one_line(run, demo, tmp_path):
     assert (
-        "no method 'hubert'; there are dphubert, slice" in run("--demo", demo, "--methods", "[hubert]", code=2).stderr
+        "no recipe 'hubert'; give a path that ends in .yaml, or one of armhubert,"
+        in run("--demo", demo, "--recipes", "[hubert]", code=2).stderr
     )
-    assert "leave it out of --methods" in run("--demo", demo, "--num_params", 400_000, code=2).stderr
+    assert "two of them are named 'slice'" in run("--demo", demo, "--recipes", "[slice,slice]", code=2).stderr
+    assert "leave it out of --recipes" in run("--demo", demo, "--num_params", 400_000, code=2).stderr
     assert "run scripts/demo.sh" in run("--demo", tmp_path, code=2).stderr

@@ -148,7 +148,7 @@ def test_a_run(small, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "minisuperb.json").read_text())
     assert [row["name"] for row in rows] == [
-        "teacher", "uniform slice", "filter banks, 11 frames", "random weights", "teacher's layer 0"
+        "teacher", "slice", "filter banks, 11 frames", "random weights", "teacher's layer 0"
     ]  # fmt: skip
     for row in rows:
         assert f"| {row['name']} |" in printed

@@ -6,6 +6,7 @@ A recipe names another as its ``base`` and holds only what differs. Flags overri
 import dataclasses
 import functools
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from distillation.errors import UserError, require
 from distillation.machine import find_accelerator, find_precision
 from distillation.objectives import ObjectiveConfig
 from distillation.optimisation import OptimConfig
+from distillation.refit import RefitConfig
 from distillation.sparsity import PruningConfig
 from distillation.students import StudentConfig
 from distillation.yamlfile import read_yaml
@@ -116,6 +118,15 @@ class TrainerConfig:
             raise UserError(f"the recipe asks for {devices} GPUs and {gpus} are visible: set --trainer.devices {gpus}")
         return accelerator, devices
 
+    def find_device(self) -> torch.device:
+        """Where this process computes.
+
+        Raises:
+            UserError: the machine is not what the recipe asks for.
+        """
+        kind = "cuda" if self.find_devices()[0] == "gpu" else "cpu"
+        return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else 0)
+
 
 @dataclass
 class Recipe:
@@ -149,6 +160,8 @@ class Recipe:
     """What to prune in step 1."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Step 1."""
+    refit: RefitConfig | None = None
+    """Closed-form fit of the pruned model to the teacher, before step 2; null for none."""
     final: OptimConfig | None = field(default_factory=lambda: OptimConfig(max_steps=25000, lr=1e-4, warmup_steps=5000))
     """Step 2; null for none."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -40,9 +40,9 @@ OPTIM_RATES = (
     "max_steps", "max_epochs", "lr", "freeze_steps", "lr_new", "warmup_steps", "warmup_ratio", "schedule", "betas",
     "eps", "weight_decay", "clip",
 )  # fmt: skip
-NOT_YET = {"data.transcripts": None, "data.noise": None, "objective.ctc": None}  # in older versions
+NOT_YET = {"data.transcripts": None, "data.noise": None, "objective.ctc": None, "refit": None}  # in older versions
 STEP_1 = Kinds(
-    elsewhere=frozenset(NAMES | {"final", "final."}),
+    elsewhere=frozenset(NAMES | {"final", "final.", "refit", "refit."}),
     free=FREE,
     rates=frozenset(
         {f"optim.{name}" for name in OPTIM_RATES} | {"pruning.lr_masks", "pruning.lr_lagrangian", "pruning.constant_lr"}
@@ -55,6 +55,7 @@ STEP_1 = Kinds(
         "pruning.multiple_of": 1,
         "optim.freeze_steps": 0,
         "optim.lr_new": None,
+        "student.dropout": None,
     },
 )
 STEP_2 = Kinds(

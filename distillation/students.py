@@ -5,7 +5,7 @@ Shapes: C channels of the extractor, D Transformer width.
 """
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -97,9 +97,13 @@ class StudentConfig:
     """A few layers of the teacher."""
     slice: UniformSlice | None = None
     """A uniform slice of the teacher."""
+    dropout: float | None = None
+    """All rates of the student's dropout, in both steps and in its files: 0 for none; null for the teacher's, or those
+    of thin and layers."""
 
     def __post_init__(self) -> None:
-        names = [entry.name for entry in fields(self) if getattr(self, entry.name) is not None]
+        require(self, "student.", "lie in [0, 1)", lambda value: 0 <= value < 1, "dropout")
+        names = [entry for entry in ("thin", "layers", "slice") if getattr(self, entry) is not None]
         if len(names) > 1:
             raise UserError(f"student: {' and '.join(names)} are set, a student can be only one of them")
 
@@ -115,17 +119,30 @@ def build_student(config: StudentConfig, teacher: Wav2Vec2Model) -> Wav2Vec2Mode
         UserError: sizes that build no model, or that the teacher does not allow.
     """
     try:
-        if config.thin is not None:
-            return _thin(config.thin, teacher)
-        if config.layers is not None:
-            return _copied_layers(config.layers, teacher)
-        if config.slice is not None:
-            return uniform_slice(teacher, Parameters(), config.slice.num_params)
+        student = _of_kind(config, teacher)
     except UserError as error:
         raise UserError(f"student.slice: {error}") if config.slice is not None else error from None
     except ValueError as error:
         raise UserError(f"student: {error}") from None
+    return student if config.dropout is None else _with_dropout(student, config.dropout)
+
+
+def _of_kind(config: StudentConfig, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
+    if config.thin is not None:
+        return _thin(config.thin, teacher)
+    if config.layers is not None:
+        return _copied_layers(config.layers, teacher)
+    if config.slice is not None:
+        return uniform_slice(teacher, Parameters(), config.slice.num_params)
     return copy.deepcopy(teacher).requires_grad_(True)
+
+
+def _with_dropout(model: Wav2Vec2Model, rate: float) -> Wav2Vec2Model:
+    names = ("encoder_projection_dropout", "encoder_attention_dropout", "encoder_ff_interm_dropout", "encoder_dropout")
+    result = wav2vec2_model(**{**model.config, **dict.fromkeys(names, rate)})
+    result.load_state_dict(model.state_dict())
+    result.vocabulary = copy.copy(model.vocabulary)
+    return result
 
 
 def check_frame_rate(student: Wav2Vec2Model, teacher: Wav2Vec2Model, source: object) -> None:

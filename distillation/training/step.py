@@ -45,6 +45,7 @@ class TrainingStep:
     optim: OptimConfig
 
     def __post_init__(self) -> None:
+        self.student.train()  # a pruned model comes out of its file in eval, and Lightning leaves it there
         _freeze_unused(self.student, self.objectives)
 
     @property

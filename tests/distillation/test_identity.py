@@ -56,10 +56,10 @@ RECIPE = {
         student.thin.pos_conv_kernel student.thin.pos_conv_groups student.thin.time_reduction
         student.thin.reuse_attention student.thin.dropout student.thin.input_dropout
         student.layers.layers student.layers.norms student.layers.ffn_dropout student.layers.input_dropout
-        student.slice.num_params
+        student.slice.num_params student.dropout
         pruning.units pruning.cost pruning.target_sparsity pruning.target pruning.macs_seconds pruning.multiple_of
         pruning.warmup_steps pruning.drop_rates optim.decays""",
-    ("elsewhere", "identity", "identity"): "final.decays",
+    ("elsewhere", "identity", "identity"): "final.decays refit.minutes",
     ("rates", "elsewhere", "rates"): """
         pruning.lr_masks pruning.lr_lagrangian pruning.constant_lr optim.max_steps optim.max_epochs optim.lr
         optim.freeze_steps optim.lr_new

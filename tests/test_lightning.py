@@ -22,7 +22,7 @@ from distillation.training.record import Record
 from distillation.training.standing import Standing
 from distillation.training.step import seed_micro_batch
 from lightning import DistillModule
-from wav2vec2 import kernels, wav2vec2_model
+from wav2vec2 import kernels, load_model, save_model, wav2vec2_model
 from wav2vec2.passes import PassOptions
 
 
@@ -63,6 +63,20 @@ def test_every_trainable_parameter_gets_a_gradient(tiny_config, pre_norm, layers
             if not name.endswith("log_alpha")
         }
     assert frozen == expected
+
+
+def test_a_model_from_a_file_trains_with_its_dropout(tiny_config, tmp_path):
+    """The student of step 2 comes out of its file in eval, and Lightning leaves it as it is."""
+    torch.manual_seed(0)
+    save_model(tmp_path / "pruned.pth", wav2vec2_model(**{**tiny_config, "encoder_dropout": 0.5}))
+    teacher, student = (load_model(tmp_path / "pruned.pth") for _ in range(2))
+    recipe = Recipe(objective=ObjectiveConfig(layer_to_layer=LayerToLayer.Config(layers=[[0], [4]])))
+    recipe.trainer.precision = "32-true"
+    step = build_step(recipe, OptimConfig(), student, teacher, None)
+    waveforms = torch.randn(2, 6000)
+    first, second = (step.loss(waveforms, None, 0).total.item() for _ in range(2))
+    assert first != second and not step.teacher.model.training
+    assert all(module.training for module in step.trained.modules())
 
 
 def test_teacher_is_frozen_in_eval_and_in_no_checkpoint(tiny_config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from distillation.students import (
     build_student,
     check_frame_rate,
 )
-from wav2vec2 import prune, wav2vec2_model
+from wav2vec2 import load_model, prune, save_model, wav2vec2_model
 from wav2vec2.architecture import architecture
 
 
@@ -165,6 +166,29 @@ def test_slices_are_uniform_and_have_the_wanted_size(teacher, wavlm, kind, share
         student.double()
         for ours, theirs in zip(states(student), states(teacher), strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [StudentConfig(), StudentConfig(layers=CopiedLayers([2])), StudentConfig(slice=UniformSlice(15_000))],
+    ids=["copy", "layers", "slice"],
+)
+def test_dropout_is_the_students_own_and_travels_with_it(teacher, config, tmp_path):
+    plain = build_student(config, teacher).double()
+    student = build_student(replace(config, dropout=0.0), teacher).double()
+    for ours, theirs in zip(states(student), states(plain), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    masked = make_prunable(student, PruningConfig())
+    save_model(tmp_path / "pruned.pth", prune(masked)[0])
+    for model in (student, masked, load_model(tmp_path / "pruned.pth")):
+        rates = {key: rate for key, rate in model.config.items() if key.endswith("_dropout")}
+        assert len(rates) == 4 and not any(rates.values())
+        model.float().train()
+        first, second = (model.run(torch.ones(1, 3000), None, gates={})[0].layers[-1] for _ in range(2))
+        assert torch.equal(first, second)
+    assert any(rate for key, rate in plain.config.items() if key.endswith("_dropout"))
+    with pytest.raises(UserError, match=r"student\.dropout is 1\.0: it must lie in \[0, 1\)"):
+        StudentConfig(dropout=1.0)
 
 
 def test_a_slice_keeps_weights_of_the_teacher(teacher):

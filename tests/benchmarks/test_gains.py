@@ -1,0 +1,75 @@
+"""Gains in words over another recipe: intervals of pairs, and the command on a small corpus."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gains
+from benchmarks.compare_methods import Result
+from benchmarks.gains import Row, table
+from benchmarks.minisuperb import evaluate
+from distillation.errors import UserError
+
+
+def make_row(recipe: str, seeds: dict[int, list[int]]) -> Row:
+    """``seeds``: right ones of 100 words per test speaker."""
+    runs = []
+    for seed, right in seeds.items():
+        result = Result(recipe, seed, 100, 7, 120.0, [0.1, 0.2 * seed], [0, 1])
+        runs.append((result, {"words": {str(i): [n, 100] for i, n in enumerate(right)}}))
+    return Row(Path("c"), recipe, runs)
+
+
+def test_a_gain_is_that_of_the_same_speakers_and_seeds():
+    """Speakers differ by far more than recipes: the interval of the words is wide, that of the gain is not."""
+    plain = make_row("plain", {1: [10, 40, 70, 90], 2: [12, 41, 69, 90]})
+    better = make_row("better", {2: [15, 44, 72, 93], 1: [12, 43, 74, 93], 3: [0, 0, 0, 0]})
+    better.runs.sort(key=lambda run: run[0].seed)
+    point, low, high = better.gain(plain)
+    assert point == pytest.approx(3.0) and 2.0 < low < point < high < 4.0
+    words, lowest, highest = plain.words()
+    assert words == pytest.approx(52.75) and highest - lowest > 20
+    with pytest.raises(UserError, match="no seed in common"):
+        make_row("other", {7: [1, 1, 1, 1]}).gain(plain)
+    text = table([plain, better], "plain")
+    assert "| plain | 100 | 2 | 2.0 | 52.8 [" in text and "|  | 20.0 ± 7.1 | 30.0 ± 14.1 |" in text
+    assert "| better | 100 | 3 | 2.0 | " in text and "| +3.0 [" in text
+
+
+@pytest.mark.slow
+def test_the_command(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gains, "PROBE_STEPS", 4)
+    compare = tmp_path / "compare"
+    for recipe, source in (("dphubert", "final.pth"), ("mine", "teacher.pth")):
+        for seed in (1, 2):
+            final = compare / recipe / f"seed{seed}" / "final" / "final.pth"
+            final.parent.mkdir(parents=True)
+            shutil.copy(small / source, final)
+            kept = {"model": "", "result": asdict(Result(recipe, seed, 100, 7, 60.0, [0.1, 0.3], [0, 1]))}
+            final.with_suffix(".distance.json").write_text(json.dumps(kept))
+    gains.run([compare], small, threads=1)
+    printed = capsys.readouterr().out
+    assert "more than dphubert" in printed and "| mine | 100 | 2 | 1.0 | " in printed
+    rows = json.loads((compare / "gains.json").read_text())
+    assert [row["recipe"] for row in rows] == ["dphubert", "mine"] and len(rows[1]["runs"]) == 2
+    # the words that are known are not asked again where the other tasks are
+    asked = []
+
+    def probe(features: object, data: object, steps: int, tasks: list[str]) -> evaluate.Counts:
+        asked.append(tasks)
+        return {task: {} for task in tasks}
+
+    monkeypatch.setattr(evaluate, "evaluate", probe)
+    data = evaluate.start(small, None)[1]
+    _, counts = evaluate.measured(final, data, 4)
+    assert asked == [["phones", "keywords", "ABX", "speakers"]] and counts["words"]
+    with pytest.raises(UserError, match="no finished run of hubert; there are dphubert, mine"):
+        gains.run([compare], small, against="hubert")
+    final.with_suffix(".distance.json").unlink()
+    with pytest.raises(UserError, match=r"run benchmarks\.compare_methods first"):
+        gains.run([compare], small, threads=1)

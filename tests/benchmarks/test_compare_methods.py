@@ -18,7 +18,7 @@ from benchmarks.compare_plot import draw
 from benchmarks.linear_distance import Moments
 from benchmarks.plots import as_svg
 from benchmarks.runs import fit_thin, merged, read_row, scaled, used_params
-from distillation.config import parse_recipe
+from distillation.config import RECIPES, flat_settings, parse_recipe
 from distillation.errors import UserError
 from distillation.objectives import Objectives
 from distillation.students import CopiedLayers, StudentConfig, build_student
@@ -99,6 +99,20 @@ def test_students_have_the_budget(demo, name, tmp_path):
     else:
         assert used_params(student) == pytest.approx(budget, rel=0.01)
         assert recipe.optim.max_steps == 100 and recipe.final is None
+
+
+def test_plus_is_what_its_recipe_says():
+    """The row on the demo's teacher changes in DPHuBERT what the recipe changes in the published one."""
+    changed = []
+    for path, base in (
+        (METHODS / "plus.yaml", METHODS / "dphubert.yaml"),
+        (RECIPES / "dphubert_plus.yaml", RECIPES / "dphubert_base.yaml"),
+    ):
+        mine, other = (flat_settings(read_row(one)) for one in (path, base))
+        both = {name: mine.get(name) for name in mine.keys() | other.keys() if mine.get(name) != other.get(name)}
+        both.pop("exp_dir", None)
+        changed.append(both)
+    assert changed[0] == changed[1] and changed[0]["student.dropout"] == 0.0
 
 
 def test_thin_students_keep_the_published_shape(demo):
@@ -201,7 +215,7 @@ def test_a_stop_reaches_the_stage_and_the_same_command_goes_on(server, demo, tmp
 
 def test_mistakes_are_one_line(run, demo, tmp_path):
     assert (
-        "no recipe 'hubert'; give a path that ends in .yaml, or one of armhubert,"
+        "no recipe 'hubert'; give a path that ends in .yaml, or one of all_layers,"
         in run("--demo", demo, "--recipes", "[hubert]", code=2).stderr
     )
     assert "two of them are named 'slice'" in run("--demo", demo, "--recipes", "[slice,slice]", code=2).stderr

@@ -6,26 +6,26 @@
 The words are those of mini-SUPERB (benchmarks/minisuperb). Intervals are of 95 %, by bootstrap over test speakers and
 seeds; a gain is measured on the same speakers and, of both recipes, the same seeds. Unexplained variance is that of
 benchmarks/linear_distance.py, over all teacher layers and in the last, mean and standard deviation over seeds. What is
-measured of a model is kept beside it. Writes gains.json.
+measured of a model is kept beside it. Writes gains.json and gains.svg.
 """
 
-import json
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.compare_methods import Result, kept_result, spread
 from benchmarks.minisuperb.evaluate import Counts, measured, rates, start
+from benchmarks.plots import write
 from benchmarks.runs import finals_in
 from distillation.commandline import command_of
 from distillation.errors import UserError
 from distillation.stopping import keeping
 from evaluation.tables import markdown_table
-from wav2vec2.checkpoint import write_text
 
 DRAWS = 2000
 PROBE_STEPS = 600
@@ -77,12 +77,39 @@ def table(rows: list[Row], against: str) -> str:
     return markdown_table(head, lines)
 
 
-def run(compare: list[Path], demo: Path = Path("demo_out"), against: str = "dphubert", threads: int = 2) -> None:
-    """Measure what has not been measured, and print.
+def draw(gains: dict[str, dict[str, list[float]]], against: str) -> Figure:
+    """Gains with their intervals [point, low, high], by folder and recipe: a panel per folder."""
+    most = max(len(found) for found in gains.values())
+    figure = Figure(figsize=(2.2 + 2.8 * len(gains), 1.2 + 0.28 * most), layout="constrained")
+    for axis, (folder, found) in zip(figure.subplots(1, len(gains), squeeze=False)[0], gains.items()):
+        ordered = sorted(found, key=lambda recipe: found[recipe][0])
+        for height, (point, low, high) in enumerate(found[recipe] for recipe in ordered):
+            axis.errorbar(point, height, xerr=[[point - low], [high - point]], fmt="o", capsize=3, color="C0")
+            axis.annotate(f"{point:+.1f}", (high, height), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.set_yticks(range(len(ordered)), ordered)
+        axis.grid(axis="y", alpha=0.2)
+        axis.axvline(0, color="0.5", linewidth=1)
+        axis.set_title(folder, loc="left", fontsize=10)
+        axis.set_xlabel(f"points of words over {against}", fontsize=9)
+        axis.margins(x=0.2, y=0.15)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(labelsize=8.5)
+    return figure
+
+
+def run(
+    compare: list[Path],
+    demo: Path = Path("demo_out"),
+    out: Path | None = None,
+    against: str = "dphubert",
+    threads: int = 2,
+) -> None:
+    """Measure what has not been measured, print and plot.
 
     Args:
         compare: folders of benchmarks.compare_methods.
         demo: folder that scripts/demo.sh has left: teacher.pth and its corpus.
+        out: folder of gains.json and gains.svg; DEMO by default.
         against: recipe in each of them that the others are compared with.
         threads: of torch.
 
@@ -108,15 +135,19 @@ def run(compare: list[Path], demo: Path = Path("demo_out"), against: str = "dphu
                     runs.append((kept_result(file), measured(file, data, PROBE_STEPS, ["words"])[1]))
                     bar.update()
                 rows.append(Row(folder, recipe, runs))
+    gains: dict[str, dict[str, list[float]]] = {}
     for folder in compare:
         mine = [row for row in rows if row.compare == folder]
         print(f"\n{folder}: words per frame in %, unexplained variance in %, minutes of one core to train\n")
         print(table(mine, against))
-        content = [
-            {"recipe": row.recipe, "words": row.words(), "runs": [asdict(result) for result, _ in row.runs]}
-            for row in mine
-        ]
-        write_text(folder / "gains.json", json.dumps(content, indent=1) + "\n")
+        (other,) = (row for row in mine if row.recipe == against)
+        gains[folder.name] = {row.recipe: row.gain(other) for row in mine if row is not other}
+    content = [
+        {"compare": row.compare.name, "recipe": row.recipe, "words": row.words(),
+         "gain": gains[row.compare.name].get(row.recipe), "runs": [asdict(result) for result, _ in row.runs]}
+        for row in rows
+    ]  # fmt: skip
+    print(f"\n-> {write(out or demo, 'gains', content, draw(gains, against))}")
 
 
 main = command_of(run, __doc__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import xml.etree.ElementTree
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,11 +53,13 @@ def test_the_command(small, tmp_path, capsys, monkeypatch):
             shutil.copy(small / source, final)
             kept = {"model": "", "result": asdict(Result(recipe, seed, 100, 7, 60.0, [0.1, 0.3], [0, 1]))}
             final.with_suffix(".distance.json").write_text(json.dumps(kept))
-    gains.run([compare], small, threads=1)
+    gains.run([compare], small, tmp_path / "out", threads=1)
     printed = capsys.readouterr().out
     assert "more than dphubert" in printed and "| mine | 100 | 2 | 1.0 | " in printed
-    rows = json.loads((compare / "gains.json").read_text())
+    rows = json.loads((tmp_path / "out" / "gains.json").read_text())
     assert [row["recipe"] for row in rows] == ["dphubert", "mine"] and len(rows[1]["runs"]) == 2
+    assert rows[0]["gain"] is None and len(rows[1]["gain"]) == 3
+    xml.etree.ElementTree.fromstring((tmp_path / "out" / "gains.svg").read_text())
     # the words that are known are not asked again where the other tasks are
     asked = []
 

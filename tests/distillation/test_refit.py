@@ -170,13 +170,16 @@ def test_as_a_stage(server, reference, tiny_flags, tmp_path):
     args = ["final_distill.py", *tiny_flags, "--student_ckpt", reference / "pruned.pth", "--refit.minutes", 0.3]
     whole = server.run(*args, "--exp_dir", tmp_path / "whole")
     assert "refit: layer 1 " in whole.output
-    for update in (0, 4):
-        server.run(*args, "--exp_dir", tmp_path / "killed", fault=["kill", "update", update], code=-signal.SIGKILL)
+    server.run(*args, "--exp_dir", tmp_path / "killed", fault=["kill", "update", 4], code=-signal.SIGKILL)
     resumed = server.run(*args, "--exp_dir", tmp_path / "killed")
     assert "refit" not in resumed.output.replace("refit.minutes", "")
     final, plain = weights(tmp_path / "whole" / "final.pth"), weights(reference / "final" / "final.pth")
     assert all(torch.equal(final[k], v) for k, v in weights(tmp_path / "killed" / "final.pth").items())
     assert any(not torch.equal(final[k], v) for k, v in plain.items())
+    # two processes fit the same, and go on as one
+    server.run(*args, "--exp_dir", tmp_path / "two", "--trainer.devices", 2)
+    for name, weight in weights(tmp_path / "two" / "final.pth").items():
+        torch.testing.assert_close(weight, final[name], rtol=1e-4, atol=1e-5, msg=name)
     # without step 2 it is all that follows prune.py
     server.run(*args, "--exp_dir", tmp_path / "alone", "--final", "null")
     alone, before = load_model(tmp_path / "alone" / "final.pth"), load_model(reference / "pruned.pth")

@@ -36,7 +36,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean square of the inputs
 HELD_OUT = 0.25  # of the batches choose the ridge
 NUM_BATCHES = 16  # at least, but for long utterances
 Kind = Literal["attention", "feed_forward"]
-OUTPUT = {"attention": "out_proj", "feed_forward": "output_dense"}
+OUTPUT: dict[Kind, str] = {"attention": "out_proj", "feed_forward": "output_dense"}
 
 
 @dataclass
@@ -85,10 +85,10 @@ class Stream:
                 f"{OUTPUT[kind]}.bias": torch.zeros(size, device=self.x.device),
             }
         if kind == "attention":
-            given = (layer.attention_input(self.x), self.mask, self.position_bias, {})
-            return functional_call(block, weights, given)[0]
-        norm_first = layer.layer_norm_first
-        return functional_call(block, weights, (layer.final_layer_norm(self.x) if norm_first else self.x, {}))
+            x = layer.attention_input(self.x)
+            return functional_call(block, weights, (x, self.mask, self.position_bias, {}))[0]
+        x = layer.final_layer_norm(self.x) if layer.layer_norm_first else self.x
+        return functional_call(block, weights, (x, {}))
 
 
 def after_sum(layer: EncoderLayer, kind: Kind, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from benchmarks.compare_methods import METHODS, Comparison, Result, find_rows, s
 from benchmarks.compare_plot import draw
 from benchmarks.linear_distance import Moments
 from benchmarks.plots import as_svg
-from benchmarks.runs import fit_thin, merged, read_row, scaled, used_params
+from benchmarks.runs import CPU_SECONDS, cpu_seconds, fit_thin, merged, read_row, scaled, used_params
 from distillation.config import RECIPES, flat_settings, parse_recipe
 from distillation.errors import UserError
 from distillation.objectives import Objectives
@@ -147,6 +148,12 @@ def test_all_lengths_of_a_recipe_are_scaled_and_short_runs_move_their_masks_fast
         scaled(read_row(path), 80)
 
 
+def test_seconds_of_all_stages_that_ran_are_added_up(tmp_path):
+    assert math.isnan(cpu_seconds(tmp_path))
+    (tmp_path / CPU_SECONDS).write_text("1.5 distill.py\n2.0 distill.py\n0.5 prune.py\n")
+    assert cpu_seconds(tmp_path) == 4.0
+
+
 def test_table_and_plot():
     results = [
         Result(name, seed, 100, 7, 90.0, [0.1 * seed, 0.5], [0, 1]) for name in ("dphubert", "slice") for seed in (1, 2)
@@ -189,7 +196,9 @@ def test_two_methods_as_a_process(run, demo, tmp_path):
     assert "| dphubert | " in result.stdout and "| mine | " in result.stdout
     kept = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert [row["method"] for row in kept] == ["dphubert", "mine"]
-    assert all(len(row["unexplained"]) == 7 and min(row["unexplained"]) > 0 < row["cpu_seconds"] for row in kept)
+    assert all(len(row["unexplained"]) == 7 and min(row["unexplained"]) > 0 for row in kept)
+    stages = (tmp_path / "out" / "dphubert" / "seed1" / CPU_SECONDS).read_text().split()[1::2]
+    assert stages == ["distill.py", "prune.py", "final_distill.py"]
     assert (tmp_path / "out" / "compare.svg").is_file()
     assert run(*args).stdout == result.stdout  # nothing is trained again
     line = run(*args[:-1], 20, code=2).stderr.strip().splitlines()[-1]

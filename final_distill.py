@@ -13,7 +13,7 @@ from distillation.data.loaders import Place
 from distillation.errors import UserError, command
 from distillation.identity import check_student, content_of, step_1_identity, step_2_identity
 from distillation.lists import read_lists
-from distillation.refit import refit_on, some_batches
+from distillation.refit import refit_on
 from distillation.teacher import load_teacher
 from distillation.training.lock import run_lock
 from distillation.training.record import RUN
@@ -47,16 +47,9 @@ def main() -> None:
     check_student(student, path, step_1_identity(recipe, content), recipe.continue_with_changes)
     out = recipe.exp_dir / "final.pth"
 
-    def refit() -> None:
-        if recipe.refit is not None:
-            place = Place(worker_init_fn=outlive_stop_signal)
-            batches = some_batches(lists.train, recipe.data, recipe.seed, recipe.refit.minutes, place)
-            refit_on(batches, student.model, teacher, recipe.trainer.find_device())
-
     if recipe.final is None:
         if (recipe.exp_dir / LAST).exists():
             raise UserError(f"{recipe.exp_dir}: holds a run, and this recipe has no step 2: use another --exp_dir")
-        refit()
         save_result(out, student.model, student.heads, student.extra.get(RUN))
         logger.info("no step 2 in this recipe: %s is the pruned model", out)
         return
@@ -64,8 +57,10 @@ def main() -> None:
     with run_lock(recipe.exp_dir, owner=is_first_process()):
         run = open_run(recipe.exp_dir, identity, recipe.continue_with_changes)
         optim = run.resolve(recipe.final, data.updates_of)
-        if not run.step:
-            refit()
+        if recipe.refit is not None and not run.step and is_first_process():  # the others begin with its weights
+            place = Place(worker_init_fn=outlive_stop_signal)
+            minutes, device = recipe.refit.minutes, recipe.trainer.find_device()
+            refit_on(lists.train, recipe.data, recipe.seed, minutes, student.model, teacher, device, place)
         module = DistillModule(build_step(recipe, optim, student.model, teacher, None), recipe.seed, resolved, run)
         if not module.objectives.load_head_state(student.heads, path):
             logger.warning("%s holds no distillation heads: they start afresh", path)

@@ -6,8 +6,8 @@ from distillation.config import Recipe
 from distillation.objectives import Objectives, Teacher
 from distillation.optimisation import OptimConfig
 from distillation.recognition.labels import make_vocabulary
-from distillation.sparsity import Lagrangian, PruningConfig, make_budget
-from distillation.students import backbone_params, build_student, check_frame_rate
+from distillation.sparsity import Lagrangian, PruningConfig, make_budget, whole_cost
+from distillation.students import backbone_params, build_student, check_frame_rate, with_dropout
 from distillation.training.step import TrainingStep
 from wav2vec2 import Wav2Vec2Model, load_model
 from wav2vec2.checkpoint import with_output_layer
@@ -26,6 +26,8 @@ def starting_student(recipe: Recipe, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
         student = build_student(recipe.student, teacher)
     else:
         student = load_model(recipe.student_ckpt)
+        if recipe.student.dropout is not None:
+            student = with_dropout(student, recipe.student.dropout)
     check_frame_rate(student, teacher, recipe.student_ckpt or "student")
     return student
 
@@ -57,7 +59,8 @@ def build_step(
     lagrangian = None
     if pruning is not None and pruning.units:
         budget = make_budget(pruning, teacher)
-        lagrangian = Lagrangian(budget, pruning)
+        start = round(budget.sparsity_of(whole_cost(student, budget.cost)), 6)  # 0 for a copy of the teacher
+        lagrangian = Lagrangian(budget, pruning, start)
         logger.info("budget: %s of the teacher's %s, a sparsity of %.4f",
                     budget.cost.text(budget.target), budget.cost.text(budget.before), budget.sparsity)  # fmt: skip
         if pruning.warmup_steps >= optim.max_steps:

@@ -6,7 +6,6 @@ A recipe names another as its ``base`` and holds only what differs. Flags overri
 import dataclasses
 import functools
 import math
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,13 +118,12 @@ class TrainerConfig:
         return accelerator, devices
 
     def find_device(self) -> torch.device:
-        """Where this process computes.
+        """Where the first process computes.
 
         Raises:
             UserError: the machine is not what the recipe asks for.
         """
-        kind = "cuda" if self.find_devices()[0] == "gpu" else "cpu"
-        return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else 0)
+        return torch.device("cuda:0" if self.find_devices()[0] == "gpu" else "cpu")
 
 
 @dataclass
@@ -172,6 +170,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed is {self.seed}: it must lie in [0, 2^63)")
+        if self.refit is not None and (not self.pruning.units or self.final is None):
+            lack = "final is null" if self.pruning.units else "pruning.units is empty"
+            raise UserError(f"refit comes between prune.py and step 2, and {lack}: leave refit out")
 
 
 def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[Recipe, str]:

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 STUDENT = "student model"  # setting: the content of the file that a step starts from
 LATENCY = "latency table"  # setting: the content of the table that milliseconds come from
+DROPOUT = "dropout"  # setting: older versions trained step 2 without the student's
 PRUNED = "pruned"  # entry of a pruned model's record: the settings that prune.py had
 FAITHFUL = "prune.py --faithful"
 # Where something is or what it was made of; the content counts, and is checked where it is read.
@@ -62,7 +63,7 @@ STEP_2 = Kinds(
     elsewhere=frozenset(NAMES | {"optim.", "pruning.", "student."}),
     free=FREE,
     rates=frozenset(f"final.{name}" for name in OPTIM_RATES),
-    meant=NOT_YET | {"final.freeze_steps": 0, "final.lr_new": None},
+    meant=NOT_YET | {"final.freeze_steps": 0, "final.lr_new": None, DROPOUT: "none"},
 )
 
 
@@ -107,7 +108,7 @@ def step_1_identity(recipe: Recipe, content: Settings, start: Wav2Vec2Model | No
         elif recipe.pruning.target is None:
             settings["pruning.macs_seconds"] = recipe.pruning.macs_seconds or float(MACS_SECONDS)
     if start is not None:
-        settings = {k: v for k, v in settings.items() if not k.startswith("student.")}
+        settings = {k: v for k, v in settings.items() if not k.startswith("student.") or k == "student.dropout"}
     content = content | {STUDENT: None if start is None else fingerprint(start)} | _latency_table(recipe)
     return Identity.of(_used(settings, "optim."), STEP_1, content)
 
@@ -121,7 +122,7 @@ def step_2_identity(recipe: Recipe, content: Settings, student: Wav2Vec2Model, h
         student: pruned.
         heads: that it begins with.
     """
-    content = content | {STUDENT: fingerprint(student, heads)}
+    content = content | {STUDENT: fingerprint(student, heads), DROPOUT: "of the student"}
     return Identity.of(_used(flat_settings(recipe), "final."), STEP_2, content)
 
 

@@ -56,7 +56,8 @@ class PruningConfig:
     """Multiple that prune.py keeps of the FFN units and conv channels of each layer: 8, 16 or 32 suit many
     processors."""
     warmup_steps: int = 5000
-    """Updates over which the target rises from a sparsity of 0 to that of the budget."""
+    """Updates over which the target rises to that of the budget, from what the student lacks at the start: 0 for a copy
+    of the teacher."""
     lr_masks: float = 2e-2
     """Peak learning rate of log_alpha."""
     lr_lagrangian: float = 2e-2
@@ -138,6 +139,12 @@ def make_budget(config: PruningConfig, teacher: Wav2Vec2Model) -> Budget:
 
 
 @torch.no_grad()
+def whole_cost(student: Wav2Vec2Model, cost: Cost) -> float:
+    """What a student with masks costs while all of its units are there."""
+    return cost(student, lambda mask: torch.ones(len(mask), dtype=torch.float64)).item()
+
+
+@torch.no_grad()
 def check_budget(student: Wav2Vec2Model, budget: Budget, config: PruningConfig) -> None:
     """Look before training whether the units of the recipe can give its budget.
 
@@ -156,7 +163,7 @@ def check_budget(student: Wav2Vec2Model, budget: Budget, config: PruningConfig) 
         kept[: config.multiple_of if mask.min_live else 0] = 1
         return kept
 
-    most = cost(student, lambda mask: torch.ones(len(mask), dtype=torch.float64)).item()
+    most = whole_cost(student, cost)
     if budget.target > most:
         raise UserError(
             f"the target is {cost.text(budget.target)}, a sparsity of {budget.sparsity:.4f}: the student has "
@@ -175,16 +182,18 @@ class Lagrangian(nn.Module):
     """Penalty ``lambda1 (s - t) + lambda2 (s - t)^2`` with learned, maximised multipliers that start at 0.
 
     s is the share of the teacher's cost that the student lacks, as an expectation over its masks; t rises linearly to
-    the budget's.
+    the budget's. A student that is smaller than its teacher from the start has this as the start of its ramp: asked for
+    less, it would learn that all of its masks are to stay.
 
     Args:
         budget: what the student is held to.
         config: the updates until the target is reached, and the rates of masks and multipliers.
+        start: sparsity of the student with all of its units.
     """
 
-    def __init__(self, budget: Budget, config: PruningConfig) -> None:
+    def __init__(self, budget: Budget, config: PruningConfig, start: float = 0.0) -> None:
         super().__init__()
-        self.budget, self.config = budget, config
+        self.budget, self.config, self.start = budget, config, start
         self.cost = budget.cost  # its tables move with the module
         self.lambda1 = nn.Parameter(torch.zeros(()))
         self.lambda2 = nn.Parameter(torch.zeros(()))
@@ -192,7 +201,7 @@ class Lagrangian(nn.Module):
     def target(self, step: int) -> float:
         """Target sparsity at update ``step`` (0, 1, ...)."""
         target, warmup_steps = self.budget.sparsity, self.config.warmup_steps
-        return target if step >= warmup_steps else target * step / warmup_steps
+        return target if step >= warmup_steps else self.start + (target - self.start) * step / warmup_steps
 
     def sparsity(self, cost: Tensor) -> Tensor:
         """Expected sparsity (float32 scalar) from the expected cost (float64 scalar)."""

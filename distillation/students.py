@@ -98,8 +98,8 @@ class StudentConfig:
     slice: UniformSlice | None = None
     """A uniform slice of the teacher."""
     dropout: float | None = None
-    """All rates of the student's dropout, in both steps and in its files: 0 for none; null for the teacher's, or those
-    of thin and layers."""
+    """All rates of the student's dropout, in both steps and in its files, whatever it starts from: 0 for none; null for
+    the teacher's, those of thin and layers, or those of student_ckpt."""
 
     def __post_init__(self) -> None:
         require(self, "student.", "lie in [0, 1)", lambda value: 0 <= value < 1, "dropout")
@@ -124,7 +124,7 @@ def build_student(config: StudentConfig, teacher: Wav2Vec2Model) -> Wav2Vec2Mode
         raise UserError(f"student.slice: {error}") if config.slice is not None else error from None
     except ValueError as error:
         raise UserError(f"student: {error}") from None
-    return student if config.dropout is None else _with_dropout(student, config.dropout)
+    return student if config.dropout is None else with_dropout(student, config.dropout)
 
 
 def _of_kind(config: StudentConfig, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
@@ -137,7 +137,8 @@ def _of_kind(config: StudentConfig, teacher: Wav2Vec2Model) -> Wav2Vec2Model:
     return copy.deepcopy(teacher).requires_grad_(True)
 
 
-def _with_dropout(model: Wav2Vec2Model, rate: float) -> Wav2Vec2Model:
+def with_dropout(model: Wav2Vec2Model, rate: float) -> Wav2Vec2Model:
+    """The same model with another dropout."""
     names = ("encoder_projection_dropout", "encoder_attention_dropout", "encoder_ff_interm_dropout", "encoder_dropout")
     result = wav2vec2_model(**{**model.config, **dict.fromkeys(names, rate)})
     result.load_state_dict(model.state_dict())

@@ -25,7 +25,7 @@ from benchmarks.linear_distance import linear_distances
 from benchmarks.plots import write
 from benchmarks.runs import cpu_seconds, merged, read_row, scaled, sized, train, used_params
 from distillation.commandline import make_parser, parse_arguments
-from distillation.errors import UserError, command
+from distillation.errors import UserError, command, require
 from distillation.objectives import Objectives
 from distillation.stopping import keeping
 from distillation.students import CopiedLayers, StudentConfig, build_student
@@ -119,11 +119,10 @@ def settings_of(path: Path, teacher: Wav2Vec2Model, budget: int, seed: int, comp
 
 def measure(name: str, seed: int, final: Path, teacher: Wav2Vec2Model, exp: Path, budget: int) -> Result:
     """Sizes, time and distances of a finished run, kept beside it."""
-    kept = final.with_suffix(DISTANCE)
     model = load_checkpoint(final).model
     content = fingerprint(model)
-    if kept.is_file() and (saved := json.loads(kept.read_text())).get("model") == content:
-        return Result(**saved["result"])
+    if (result := _kept(final, content)) is not None:
+        return result
     recipe, num_params = read_row(exp / "recipe.yaml"), used_params(model)
     if abs(num_params / budget - 1) > TOLERANCE:  # the unit at the edge of the ranking may be a whole head
         logger.warning(
@@ -132,8 +131,16 @@ def measure(name: str, seed: int, final: Path, teacher: Wav2Vec2Model, exp: Path
     num_heads = Objectives(recipe.objective, model, teacher).num_params()
     distances = linear_distances(model.eval(), teacher, recipe.data)
     result = Result(name, seed, num_params, num_heads, cpu_seconds(exp), distances.unexplained, distances.layers)
-    write_text(kept, json.dumps({"model": content, "result": asdict(result)}))
+    write_text(final.with_suffix(DISTANCE), json.dumps({"model": content, "result": asdict(result)}))
     return result
+
+
+def _kept(final: Path, content: str) -> Result | None:
+    try:
+        saved = json.loads(final.with_suffix(DISTANCE).read_text())
+        return Result(**saved["result"]) if saved["model"] == content else None
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one of another version
+        return None
 
 
 def kept_result(final: Path) -> Result:
@@ -142,10 +149,12 @@ def kept_result(final: Path) -> Result:
     Raises:
         UserError: nothing.
     """
-    kept = final.with_suffix(DISTANCE)
-    if not kept.is_file():
-        raise UserError(f"{kept}: no such file; run benchmarks.compare_methods first, which measures {final}")
-    return Result(**json.loads(kept.read_text())["result"])
+    result = _kept(final, fingerprint(load_checkpoint(final).model))
+    if result is None:
+        raise UserError(
+            f"{final}: nothing is kept of its distance to the teacher; run benchmarks.compare_methods first"
+        )
+    return result
 
 
 def table(results: list[Result]) -> str:
@@ -178,8 +187,10 @@ def compare(comparison: Comparison) -> None:
     demo, seeds, steps = comparison.demo.resolve(), comparison.seeds, comparison.steps
     out = (comparison.out or demo / "compare").resolve()
     paths = find_rows(comparison.recipes)
-    if not paths or seeds < 1 or steps < 10:
-        raise UserError("name at least one recipe, one seed and 10 steps")
+    if not paths:
+        raise UserError("--recipes is empty: name at least one")
+    require(comparison, "--", "be at least 1", lambda value: value >= 1, "seeds", "num_params")
+    require(comparison, "--", "be at least 10", lambda value: value >= 10, "steps")
     comparison.demo, tsv_dir = demo, (comparison.tsv_dir or demo / "data").resolve()
     comparison.tsv_dir = tsv_dir
     for needed in (demo / "teacher.pth", tsv_dir / "valid.tsv"):

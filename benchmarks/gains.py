@@ -3,12 +3,15 @@
     python -m benchmarks.compare_methods --demo demo_out --out demo_out/c388 --recipes '[dphubert,mine.yaml]' ...
     python -m benchmarks.gains --demo demo_out --compare '[demo_out/c388]' --against dphubert
 
-The words are those of mini-SUPERB (benchmarks/minisuperb). Intervals are of 95 %, by bootstrap over test speakers and
-seeds; a gain is measured on the same speakers and, of both recipes, the same seeds. Unexplained variance is that of
-benchmarks/linear_distance.py, over all teacher layers and in the last, mean and standard deviation over seeds. What is
-measured of a model is kept beside it. Writes gains.json and gains.svg.
+The words are those of mini-SUPERB (benchmarks/minisuperb). Intervals are of 95 %; of words by bootstrap over test
+speakers and seeds. A gain is measured on the same speakers and, of both recipes, the same seeds, and few seeds tell
+little of how much they differ: so its interval adds to a bootstrap over speakers a t distribution over seeds, whose
+spread is that of all rows of the comparison. Unexplained variance is that of benchmarks/linear_distance.py, over all
+teacher layers and in the last, mean and standard deviation over seeds. What is measured of a model is kept beside it.
+Writes gains.json and gains.svg.
 """
 
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +30,7 @@ from distillation.errors import UserError
 from distillation.stopping import keeping
 from evaluation.tables import markdown_table
 
-DRAWS = 2000
+DRAWS = 10_000
 PROBE_STEPS = 600
 
 
@@ -45,20 +48,48 @@ class Row:
         drawn = rates(counts, "words", np.random.default_rng(0), DRAWS)
         return [float(rates(counts, "words", None, 0)[0]), *np.percentile(drawn, [2.5, 97.5]).tolist()]
 
-    def gain(self, other: "Row") -> list[float]:
-        """Points more than another recipe with the seeds that both have, and the interval."""
-        both = {result.seed for result, _ in self.runs} & {result.seed for result, _ in other.runs}
-        mine, theirs = ([counts for result, counts in row.runs if result.seed in both] for row in (self, other))
-        if not both:
+    def pairs(self, other: "Row") -> list[tuple[Counts, Counts]]:
+        """What this and another recipe counted, of the seeds that both have.
+
+        Raises:
+            UserError: none.
+        """
+        theirs = {result.seed: counts for result, counts in other.runs}
+        found = [(counts, theirs[result.seed]) for result, counts in self.runs if result.seed in theirs]
+        if not found:
             raise UserError(f"{self.compare}: {self.recipe} and {other.recipe} have no seed in common")
-        point = rates(mine, "words", None, 0) - rates(theirs, "words", None, 0)
-        drawn = [rates(counts, "words", np.random.default_rng(0), DRAWS) for counts in (mine, theirs)]
-        return [float(point[0]), *np.percentile(drawn[0] - drawn[1], [2.5, 97.5]).tolist()]
+        return found
 
 
-def table(rows: list[Row], against: str) -> str:
-    """Markdown, one line per row of one comparison."""
+def measure_gains(rows: list[Row], against: str) -> dict[str, list[float]]:
+    """Points that the other rows of a comparison have more than one of them, with the interval.
+
+    Of a single seed in all rows nothing is known about seeds: its interval is that of speakers alone.
+    """
     (other,) = (row for row in rows if row.recipe == against)
+    pairs = {row.recipe: row.pairs(other) for row in rows if row is not other}
+
+    def difference(pairs: list[tuple[Counts, Counts]], rng_seed: int | None) -> np.ndarray:
+        drawn = []
+        for counts in zip(*pairs):
+            rng = None if rng_seed is None else np.random.default_rng(rng_seed)
+            drawn.append(rates(list(counts), "words", rng, DRAWS, all_seeds=True))
+        return drawn[0] - drawn[1]
+
+    by_seed = {recipe: np.concatenate([difference([pair], None) for pair in found]) for recipe, found in pairs.items()}
+    freedom = sum(len(values) - 1 for values in by_seed.values())
+    spread = math.sqrt(sum(((v - v.mean()) ** 2).sum() for v in by_seed.values()) / freedom) if freedom else 0.0
+    gains = {}
+    for recipe, found in pairs.items():
+        drawn = difference(found, 0)
+        if freedom:
+            drawn = drawn + spread / math.sqrt(len(found)) * np.random.default_rng(1).standard_t(freedom, DRAWS)
+        gains[recipe] = [float(difference(found, None)[0]), *np.percentile(drawn, [2.5, 97.5]).tolist()]
+    return gains
+
+
+def table(rows: list[Row], gains: dict[str, list[float]], against: str) -> str:
+    """Markdown, one line per row of one comparison."""
     lines = []
     for row in rows:
         results = [result for result, _ in row.runs]
@@ -66,7 +97,7 @@ def table(rows: list[Row], against: str) -> str:
             [100 * statistics.mean(result.unexplained) for result in results],
             [100 * result.unexplained[-1] for result in results],
         ]
-        gain = "" if row is other else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*row.gain(other))
+        gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gains[row.recipe]) if row.recipe in gains else ""
         lines.append([
             row.recipe, f"{statistics.mean(result.num_params for result in results):,.0f}", str(len(results)),
             f"{statistics.mean(result.cpu_seconds for result in results) / 60:.1f}",
@@ -118,6 +149,8 @@ def run(
         UserError: a folder without what it should hold.
     """
     torch.set_num_threads(threads)
+    if not compare:
+        raise UserError("--compare is empty: name at least one folder")
     finals = {folder: finals_in(folder) for folder in compare}
     for folder, found in finals.items():
         if against not in found:
@@ -139,12 +172,11 @@ def run(
     for folder in compare:
         mine = [row for row in rows if row.compare == folder]
         print(f"\n{folder}: words per frame in %, unexplained variance in %, minutes of one core to train\n")
-        print(table(mine, against))
-        (other,) = (row for row in mine if row.recipe == against)
-        gains[folder.name] = {row.recipe: row.gain(other) for row in mine if row is not other}
+        gains[str(folder)] = measure_gains(mine, against)
+        print(table(mine, gains[str(folder)], against))
     content = [
-        {"compare": row.compare.name, "recipe": row.recipe, "words": row.words(),
-         "gain": gains[row.compare.name].get(row.recipe), "runs": [asdict(result) for result, _ in row.runs]}
+        {"compare": str(row.compare), "recipe": row.recipe, "words": row.words(),
+         "gain": gains[str(row.compare)].get(row.recipe), "runs": [asdict(result) for result, _ in row.runs]}
         for row in rows
     ]  # fmt: skip
     print(f"\n-> {write(out or demo, 'gains', content, draw(gains, against))}")

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 import yaml
 
-from distillation.config import Recipe, parse_recipe
+from distillation.budget import Parameters
+from distillation.config import Recipe, flat_settings, parse_recipe
 from distillation.errors import UserError
+from distillation.identity import FREE, NAMES
 from distillation.optimisation import OptimConfig
 from distillation.stopping import run_child
 from distillation.students import StudentConfig, ThinStudent, build_student
+from distillation.training.record import describe, differences
 from wav2vec2 import Wav2Vec2Model
 from wav2vec2.checkpoint import write_text
 from wav2vec2.counting import count_params
@@ -60,13 +63,21 @@ def fit_thin(wanted: ThinStudent, teacher: Wav2Vec2Model, budget: int) -> ThinSt
 
 
 def sized(recipe: Recipe, teacher: Wav2Vec2Model, budget: int) -> dict[str, Any]:
-    """The settings that give a recipe's student ``budget`` parameters; copied layers have the size they have."""
+    """The settings that give a recipe's student ``budget`` parameters; copied layers have the size they have.
+
+    Raises:
+        UserError: it prunes to another cost, or has nothing that could be sized.
+    """
     if recipe.pruning.units:
+        if recipe.pruning.cost != Parameters.name:
+            raise UserError(f"pruning.cost is {recipe.pruning.cost}, and the students are to have as many parameters")
         return {"pruning": {"target": None, "target_sparsity": 1 - budget / count_params(teacher)}}
     if recipe.student.slice is not None:
         return {"student": {"slice": {"num_params": budget}}}
     if recipe.student.thin is not None:
         return {"student": {"thin": asdict(fit_thin(recipe.student.thin, teacher, budget))}}
+    if recipe.student.layers is None:
+        raise UserError("it prunes nothing, and its student is the whole teacher: there is no size to set")
     return {}
 
 
@@ -79,13 +90,13 @@ def scaled(recipe: Recipe, steps: int) -> dict[str, Any]:
     Raises:
         UserError: the recipe's length is in epochs.
     """
-    own, own_final = recipe.optim, recipe.final
+    own, own_final = recipe.optim, recipe.final if recipe.pruning.units else None
     if own.max_epochs is not None or (own_final is not None and own_final.max_epochs is not None):
         raise UserError("its length is in epochs: give max_steps, of which a comparison takes the shares")
     second = 0 if own_final is None else own_final.max_steps
     first = round(steps * own.max_steps / (own.max_steps + second))
-    if recipe.pruning.units and steps - first < (own_final is not None):
-        raise UserError(f"{steps} updates leave none for step 2")
+    if first < 1 or steps - first < (own_final is not None):
+        raise UserError(f"{steps} updates leave none for step {2 if first else 1}")
     settings: dict[str, Any] = {
         "optim": _lengths(own, first),
         "trainer": {"validate_every": first, "checkpoint_every": first},
@@ -139,7 +150,7 @@ def train(exp: Path, settings: dict[str, Any]) -> Path:
 
     Raises:
         Signalled: a signal asked for it; the stage has saved.
-        UserError: a stage failed, or the folder holds a run with other settings.
+        UserError: a stage failed, or the folder holds a run with other settings, its recipe's among them.
     """
     path = exp / "recipe.yaml"
     settings = {**settings, "base": os.path.relpath(settings["base"], exp)}
@@ -148,6 +159,12 @@ def train(exp: Path, settings: dict[str, Any]) -> Path:
         raise UserError(f"{path}: made with other settings; use another --out, or remove {exp}")
     if not path.is_file():
         write_text(path, text)
+    if (began := exp / "config.yaml").is_file():
+        settings_then, settings_now = (flat_settings(read_row(one)) for one in (began, path))
+        changed = differences(settings_then, settings_now)
+        changed = {name: pair for name, pair in changed.items() if name not in NAMES | FREE}
+        if changed:
+            raise UserError(f"{exp}: made with other settings, {describe(changed)}; use another --out, or remove it")
     pruned = bool(read_row(path).pruning.units)
     final = exp / "final" / "final.pth" if pruned else exp / "final.pth"
     if final.is_file():
@@ -161,11 +178,13 @@ def train(exp: Path, settings: dict[str, Any]) -> Path:
         for stage in stages:
             command = [sys.executable, str(ROOT / str(stage[0])), *map(str, stage[1:])]
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            code = run_child(command, stdout=log, stderr=log)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            with (exp / CPU_SECONDS).open("a") as seconds:
-                seconds.write(f"{spent:.1f} {stage[0]}\n")
+            try:
+                code = run_child(command, stdout=log, stderr=log)
+            finally:  # what a stage took before it was stopped counts too
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                with (exp / CPU_SECONDS).open("a") as seconds:
+                    seconds.write(f"{spent:.1f} {stage[0]}\n")
             if code:
                 last = (exp / "log.txt").read_text().strip().splitlines()[-1]
                 raise UserError(f"{stage[0]} failed, see {exp / 'log.txt'}: {last}")
@@ -185,7 +204,8 @@ def finals_in(folder: Path) -> dict[str, list[Path]]:
         UserError: there is none.
     """
     finals: dict[str, list[Path]] = {}
-    for run in sorted(folder.glob("*/seed*"), key=lambda run: (run.parent.name, int(run.name.removeprefix("seed")))):
+    runs = [run for run in folder.glob("*/seed*") if run.name.removeprefix("seed").isdecimal()]
+    for run in sorted(runs, key=lambda run: (run.parent.name, int(run.name.removeprefix("seed")))):
         for path in (run / "final" / "final.pth", run / "final.pth"):
             if path.is_file():
                 finals.setdefault(run.parent.name, []).append(path)

@@ -247,10 +247,13 @@ class Row:
     runs: list[Counts]
 
 
-def rates(runs: list[Counts], task: str, rng: np.random.Generator | None, num: int) -> np.ndarray:
+def rates(
+    runs: list[Counts], task: str, rng: np.random.Generator | None, num: int, all_seeds: bool = False
+) -> np.ndarray:
     """Shares of right items in per cent, [num] resamples of speakers and seeds; without ``rng`` the plain share, [1].
 
-    A generator in the same state draws the same speakers for every model, which makes differences paired.
+    A generator in the same state draws the same speakers for every model, which makes differences paired. With
+    ``all_seeds`` speakers alone are drawn.
     """
     speakers = sorted(speaker for speaker, (_, total) in runs[0][task].items() if total)
     counts = np.array([[run[task][speaker] for speaker in speakers] for run in runs])  # [seeds, speakers, 2]
@@ -259,6 +262,8 @@ def rates(runs: list[Counts], task: str, rng: np.random.Generator | None, num: i
         return np.array([100 * total[0] / total[1]])
     who = rng.integers(len(speakers), size=(num, len(speakers)))
     which = rng.integers(len(runs), size=(num, len(runs)))
+    if all_seeds:
+        which = np.broadcast_to(np.arange(len(runs)), which.shape)
     sums = np.stack([counts[seeds][:, chosen].sum((0, 1)) for seeds, chosen in zip(which, who)])
     return 100 * sums[:, 0] / sums[:, 1]
 

@@ -79,7 +79,7 @@ def test_padding_does_not_count():
 # Sizes and recipes
 
 
-NAMES = sorted(path.stem for path in METHODS.glob("*.yaml") if path.stem != "fixed")
+NAMES = sorted(path.stem for path in METHODS.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -148,6 +148,30 @@ def test_all_lengths_of_a_recipe_are_scaled_and_short_runs_move_their_masks_fast
         scaled(read_row(path), 80)
 
 
+def test_recipes_that_prune_nothing_have_one_step_whatever_final_says(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("optim: {max_steps: 50}\npruning: {units: []}\nfinal: {max_steps: 20}\n")
+    settings = scaled(read_row(path), 1000)
+    assert settings["optim"]["max_steps"] == 1000 and "final" not in settings
+    path.write_text("optim: {max_steps: 50}\nfinal: {max_steps: 50000}\n")
+    with pytest.raises(UserError, match="100 updates leave none for step 1"):
+        scaled(read_row(path), 100)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("pruning: {cost: macs}", "pruning.cost is macs, and the students are to have as many parameters"),
+        ("pruning: {units: []}\nfinal: null", "prunes nothing, and its student is the whole teacher"),
+    ],
+)
+def test_recipes_that_cannot_have_the_size_are_refused(demo, tmp_path, content, complaint):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"{path}: .*{complaint}"):
+        settings_of(path, load_model(demo / "teacher.pth"), 400_000, 1, Comparison(demo=demo))
+
+
 def test_seconds_of_all_stages_that_ran_are_added_up(tmp_path):
     assert math.isnan(cpu_seconds(tmp_path))
     (tmp_path / CPU_SECONDS).write_text("1.5 distill.py\n2.0 distill.py\n0.5 prune.py\n")
@@ -203,6 +227,10 @@ def test_two_methods_as_a_process(run, demo, tmp_path):
     assert run(*args).stdout == result.stdout  # nothing is trained again
     line = run(*args[:-1], 20, code=2).stderr.strip().splitlines()[-1]
     assert "made with other settings; use another --out" in line
+    # nor is a finished run that of its recipe once this is another
+    other.write_text(other.read_text() + "optim: {lr: 0.5}\n")
+    line = run(*args, code=2).stderr.strip().splitlines()[-1]
+    assert "made with other settings, optim.lr 0.001 -> 0.5; use another --out" in line
 
 
 @pytest.mark.slow
@@ -218,6 +246,7 @@ def test_a_stop_reaches_the_stage_and_the_same_command_goes_on(server, demo, tmp
     assert stopped.code == 75
     assert stopped.error.startswith(f"stopped: SIGUSR1: the runs, also the one that was training, are in {out}; the ")
     assert not (exp / "final.pth").exists()  # the stage, for which the command waits, has stopped too
+    assert cpu_seconds(exp) > 0
     assert "| slice |" in server.run(*words).stdout
     assert (exp / "final.pth").is_file() and not list(exp.glob(".*"))
 
@@ -227,6 +256,8 @@ def test_mistakes_are_one_line(run, demo, tmp_path):
         "no recipe 'hubert'; give a path that ends in .yaml, or one of all_layers,"
         in run("--demo", demo, "--recipes", "[hubert]", code=2).stderr
     )
+    assert "--recipes is empty" in run("--demo", demo, "--recipes", "[]", code=2).stderr
+    assert "--num_params is 0: it must be at least 1" in run("--demo", demo, "--num_params", 0, code=2).stderr
     assert "two of them are named 'slice'" in run("--demo", demo, "--recipes", "[slice,slice]", code=2).stderr
     assert "leave it out of --recipes" in run("--demo", demo, "--num_params", 400_000, code=2).stderr
     assert "run scripts/demo.sh" in run("--demo", tmp_path, code=2).stderr

@@ -8,38 +8,64 @@ import xml.etree.ElementTree
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import gains
 from benchmarks.compare_methods import Result
-from benchmarks.gains import Row, table
+from benchmarks.gains import Row, measure_gains, table
 from benchmarks.minisuperb import evaluate
 from distillation.errors import UserError
+from wav2vec2.checkpoint import fingerprint, load_checkpoint
 
 
-def make_row(recipe: str, seeds: dict[int, list[int]]) -> Row:
-    """``seeds``: right ones of 100 words per test speaker."""
+def make_row(recipe: str, seeds: dict[int, list[int]], num: int = 100) -> Row:
+    """``seeds``: right ones of so many words per test speaker."""
     runs = []
     for seed, right in seeds.items():
         result = Result(recipe, seed, 100, 7, 120.0, [0.1, 0.2 * seed], [0, 1])
-        runs.append((result, {"words": {str(i): [n, 100] for i, n in enumerate(right)}}))
+        runs.append((result, {"words": {str(i): [n, num] for i, n in enumerate(right)}}))
     return Row(Path("c"), recipe, runs)
 
 
 def test_a_gain_is_that_of_the_same_speakers_and_seeds():
     """Speakers differ by far more than recipes: the interval of the words is wide, that of the gain is not."""
     plain = make_row("plain", {1: [10, 40, 70, 90], 2: [12, 41, 69, 90]})
-    better = make_row("better", {2: [15, 44, 72, 93], 1: [12, 43, 74, 93], 3: [0, 0, 0, 0]})
+    better = make_row("better", {2: [15, 44, 72, 93], 1: [12, 43, 74, 89], 3: [0, 0, 0, 0]})
     better.runs.sort(key=lambda run: run[0].seed)
-    point, low, high = better.gain(plain)
-    assert point == pytest.approx(3.0) and 2.0 < low < point < high < 4.0
+    (point, low, high), *_ = measure_gains([plain, better], "plain").values()
+    # of seeds, whose gains are 2 and 3: 12.7 * 0.71 / sqrt(2); and a little of speakers
+    assert point == pytest.approx(2.5) and 5.5 < point - low < 8 and 5.5 < high - point < 8
+    third = make_row("third", {1: [12, 42, 72, 92], 2: [14, 43, 71, 92]})
+    fourth = make_row("fourth", {1: [12, 42, 72, 92], 2: [14, 43, 71, 92]})
+    more = measure_gains([third, plain, better, fourth], "plain")  # rows whose seeds agree tell of the spread too
+    assert more["third"][0] == 2.0 and more["better"][0] == point
+    assert more["better"][2] - more["better"][1] < 0.3 * (high - low)
     words, lowest, highest = plain.words()
     assert words == pytest.approx(52.75) and highest - lowest > 20
     with pytest.raises(UserError, match="no seed in common"):
-        make_row("other", {7: [1, 1, 1, 1]}).gain(plain)
-    text = table([plain, better], "plain")
+        measure_gains([make_row("other", {7: [1, 1, 1, 1]}), plain], "plain")
+    one = measure_gains([make_row("one", {1: [12, 41, 73, 92]}), plain], "plain")["one"]
+    assert one[0] == 2.0 and 1.0 <= one[1] < one[0] < one[2] <= 3.0  # of speakers alone
+    text = table([plain, better], {"better": [3.0, 2.5, 3.5]}, "plain")
     assert "| plain | 100 | 2 | 2.0 | 52.8 [" in text and "|  | 20.0 ± 7.1 | 30.0 ± 14.1 |" in text
-    assert "| better | 100 | 3 | 2.0 | " in text and "| +3.0 [" in text
+    assert "| better | 100 | 3 | 2.0 | " in text and "| +3.0 [+2.5, +3.5] |" in text
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Two seeds of five rows that are alike, seeds apart by half a point: 95 % of intervals hold 0."""
+    rng = np.random.default_rng(0)
+    inside = []
+    for _ in range(60):
+        rows = []
+        for recipe in "abcdef":
+            seeds = {}
+            for seed in (1, 2):
+                luck = rng.normal(0, 20)
+                seeds[seed] = [round(4000 + 200 * i + luck + rng.normal(0, 5)) for i in range(8)]
+            rows.append(make_row(recipe, seeds, 8000))
+        inside += [low < 0 < high for _, low, high in measure_gains(rows, "a").values()]
+    assert 0.88 < np.mean(inside) <= 0.99
 
 
 @pytest.mark.slow
@@ -51,7 +77,8 @@ def test_the_command(small, tmp_path, capsys, monkeypatch):
             final = compare / recipe / f"seed{seed}" / "final" / "final.pth"
             final.parent.mkdir(parents=True)
             shutil.copy(small / source, final)
-            kept = {"model": "", "result": asdict(Result(recipe, seed, 100, 7, 60.0, [0.1, 0.3], [0, 1]))}
+            content = fingerprint(load_checkpoint(final).model)
+            kept = {"model": content, "result": asdict(Result(recipe, seed, 100, 7, 60.0, [0.1, 0.3], [0, 1]))}
             final.with_suffix(".distance.json").write_text(json.dumps(kept))
     gains.run([compare], small, tmp_path / "out", threads=1)
     printed = capsys.readouterr().out
@@ -73,6 +100,10 @@ def test_the_command(small, tmp_path, capsys, monkeypatch):
     assert asked == [["phones", "keywords", "ABX", "speakers"]] and counts["words"]
     with pytest.raises(UserError, match="no finished run of hubert; there are dphubert, mine"):
         gains.run([compare], small, against="hubert")
+    with pytest.raises(UserError, match="--compare is empty"):
+        gains.run([], small)
     final.with_suffix(".distance.json").unlink()
-    with pytest.raises(UserError, match=r"run benchmarks\.compare_methods first"):
+    with pytest.raises(
+        UserError, match=r"nothing is kept of its distance to the teacher; run benchmarks\.compare_methods first"
+    ):
         gains.run([compare], small, threads=1)

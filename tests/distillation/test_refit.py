@@ -265,9 +265,12 @@ def test_as_a_stage(server, reference, tiny_flags, tmp_path):
     assert "refit: layer 1 " in whole.output
     server.run(*args, "--exp_dir", tmp_path / "killed", fault=["kill", "update", 4], code=-signal.SIGKILL)
     resumed = server.run(*args, "--exp_dir", tmp_path / "killed")
+    server.run(*args, "--exp_dir", tmp_path / "early", fault=["kill", "update", 1], code=-signal.SIGKILL)
+    server.run(*args, "--exp_dir", tmp_path / "early")  # no checkpoint yet: fitted once more
     assert "refit" not in resumed.output.replace("refit.minutes", "")
     final, plain = weights(tmp_path / "whole" / "final.pth"), weights(reference / "final" / "final.pth")
-    assert all(torch.equal(final[k], v) for k, v in weights(tmp_path / "killed" / "final.pth").items())
+    for other in ("killed", "early"):
+        assert all(torch.equal(final[k], v) for k, v in weights(tmp_path / other / "final.pth").items())
     assert any(not torch.equal(final[k], v) for k, v in plain.items())
     # of two processes the first fits, and the other begins with what it has
     server.run(*args, "--exp_dir", tmp_path / "two", "--trainer.devices", 2)

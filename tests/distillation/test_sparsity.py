@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from distillation.budget import SUPERB_SAMPLES, Budget, Parameters
+from distillation.build import build_step
+from distillation.config import parse_recipe
 from distillation.errors import UserError
 from distillation.latency import read_latency
 from distillation.sparsity import UNITS, Lagrangian, PruningConfig, check_budget, make_budget, make_prunable
+from distillation.students import uniform_slice
 from tests.configs import first_layers
 from tests.latency import costs_of, write_latency
-from wav2vec2 import prune, wav2vec2_model
+from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
+from wav2vec2.counting import count_params
 from wav2vec2.hardconcrete import alive_probability
 
 
@@ -66,18 +71,39 @@ def test_lambda_moves_against_a_positive_gap():
 
 @pytest.mark.parametrize("cost", ["params", "macs", "milliseconds"])
 def test_masks_of_every_cost_reach_their_target(teacher, tiny_config, cost):
-    """By the penalty alone."""
     cost, config = costs_of(tiny_config)[cost], PruningConfig(warmup_steps=100)
     student = make_prunable(teacher, config)
     lagrangian = Lagrangian(Budget.of_share(cost, cost(teacher).item(), 0.5), config)
+    train_masks(student, lagrangian)
+    assert lagrangian.sparsity(cost(student)).item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_smaller_student_is_pruned_from_where_it_is(teacher):
+    """Its ramp begins at what it lacks: asked for less at first, all of its masks would learn to stay for good."""
+    half = uniform_slice(teacher, Parameters(), count_params(teacher) // 2)
+    plain = parse_recipe(["--objective.layer_to_layer.layers", "[[0],[1]]"])[0]
+    recipe = dataclasses.replace(plain, pruning=PruningConfig(warmup_steps=100, target_sparsity=0.75))
+    student = make_prunable(half, recipe.pruning)
+    step = build_step(recipe, recipe.optim, student, teacher, recipe.pruning)
+    lagrangian = step.lagrangian
+    lacks = 1 - count_params(half) / count_params(teacher)
+    assert lagrangian.target(0) == pytest.approx(lacks, abs=1e-6) and lagrangian.target(100) == 0.75
+    assert lagrangian.target(50) == pytest.approx((lacks + 0.75) / 2, abs=1e-6)
+    train_masks(student, lagrangian, 600)
+    assert lagrangian.sparsity(lagrangian.cost(student)).item() == pytest.approx(0.75, abs=0.01)
+    whole = build_step(recipe, recipe.optim, make_prunable(teacher, recipe.pruning), teacher, recipe.pruning)
+    assert whole.lagrangian.start == 0.0
+
+
+def train_masks(student: Wav2Vec2Model, lagrangian: Lagrangian, num_steps: int = 300) -> None:
+    """By the penalty alone."""
     masks = [mask.log_alpha for mask in student.masks().values()]
     groups = [{"params": masks}, {"params": lagrangian.parameters(), "maximize": True}]
     optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)
-    for step in range(300):
+    for step in range(num_steps):
         optimizer.zero_grad()
-        lagrangian(cost(student), step).backward()
+        lagrangian(lagrangian.cost(student), step).backward()
         optimizer.step()
-    assert lagrangian.sparsity(cost(student)).item() == pytest.approx(0.5, abs=0.01)
 
 
 def test_published_start(tiny_config):

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 STUDENT = "student model"  # setting: the content of the file that a step starts from
 LATENCY = "latency table"  # setting: the content of the table that milliseconds come from
-DROPOUT = "dropout"  # setting: older versions trained step 2 without the student's
+DROPOUT = "dropout of step 2"  # setting: older versions trained step 2 without the student's
 PRUNED = "pruned"  # entry of a pruned model's record: the settings that prune.py had
 FAITHFUL = "prune.py --faithful"
 # Where something is or what it was made of; the content counts, and is checked where it is read.

@@ -17,6 +17,7 @@ from distillation.config import Recipe, flat_settings, parse_recipe
 from distillation.data.manifest import Manifest
 from distillation.errors import UserError
 from distillation.identity import (
+    DROPOUT,
     LATENCY,
     PRUNED,
     STEP_1,
@@ -212,6 +213,15 @@ def test_machine_and_intervals_change_at_any_time(verdicts, flags, caplog):
     with caplog.at_level("INFO"):
         assert verdicts(*flags) == ["applied", "same", "applied"]
     assert caplog.text.count(f"{flags[0][2:]} ") == 2 and " -> " in caplog.text
+
+
+def test_a_step_2_of_older_versions_had_no_dropout(lists, model):
+    recipe = recipe_of()
+    identity = step_2_identity(recipe, content_of(recipe, model, lists), model, {})
+    older = {name: value for name, value in identity.settings.items() if name != DROPOUT}
+    record = Record([{"update": 0, "settings": older}])
+    with pytest.raises(UserError, match=r"other settings: dropout of step 2 none -> of the student; .* another --exp"):
+        record.go_on(identity, 5, Path("E/final/ckpts/last.ckpt"), True)
 
 
 def test_names_of_folders_do_not_count(verdicts):

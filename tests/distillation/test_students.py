@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distillation.build import starting_student
+from distillation.config import parse_recipe
 from distillation.errors import UserError
 from distillation.sparsity import PruningConfig, make_prunable
 from distillation.students import (
@@ -187,6 +189,10 @@ def test_dropout_is_the_students_own_and_travels_with_it(teacher, config, tmp_pa
         first, second = (model.run(torch.ones(1, 3000), None, gates={})[0].layers[-1] for _ in range(2))
         assert torch.equal(first, second)
     assert any(rate for key, rate in plain.config.items() if key.endswith("_dropout"))
+    save_model(tmp_path / "whole.pth", plain)
+    flags = ["--student_ckpt", str(tmp_path / "whole.pth"), "--student.dropout", "0.2"]
+    started = starting_student(parse_recipe(flags)[0], teacher)
+    assert {rate for key, rate in started.config.items() if key.endswith("_dropout")} == {0.2}
     with pytest.raises(UserError, match=r"student\.dropout is 1\.0: it must lie in \[0, 1\)"):
         StudentConfig(dropout=1.0)
 

@@ -69,22 +69,22 @@ def measure_gains(rows: list[Row], against: str) -> dict[str, list[float]]:
     (other,) = (row for row in rows if row.recipe == against)
     pairs = {row.recipe: row.pairs(other) for row in rows if row is not other}
 
-    def difference(pairs: list[tuple[Counts, Counts]], rng_seed: int | None) -> np.ndarray:
-        drawn = []
-        for counts in zip(*pairs):
-            rng = None if rng_seed is None else np.random.default_rng(rng_seed)
-            drawn.append(rates(list(counts), "words", rng, DRAWS, all_seeds=True))
-        return drawn[0] - drawn[1]
+    def difference(pairs: list[tuple[Counts, Counts]], draw: bool = False) -> np.ndarray:
+        mine, theirs = (
+            rates(list(counts), "words", np.random.default_rng(0) if draw else None, DRAWS, all_seeds=True)
+            for counts in zip(*pairs)
+        )
+        return mine - theirs
 
-    by_seed = {recipe: np.concatenate([difference([pair], None) for pair in found]) for recipe, found in pairs.items()}
+    by_seed = {recipe: np.concatenate([difference([pair]) for pair in found]) for recipe, found in pairs.items()}
     freedom = sum(len(values) - 1 for values in by_seed.values())
     spread = math.sqrt(sum(((v - v.mean()) ** 2).sum() for v in by_seed.values()) / freedom) if freedom else 0.0
     gains = {}
     for recipe, found in pairs.items():
-        drawn = difference(found, 0)
+        drawn = difference(found, draw=True)
         if freedom:
             drawn = drawn + spread / math.sqrt(len(found)) * np.random.default_rng(1).standard_t(freedom, DRAWS)
-        gains[recipe] = [float(difference(found, None)[0]), *np.percentile(drawn, [2.5, 97.5]).tolist()]
+        gains[recipe] = [float(difference(found)[0]), *np.percentile(drawn, [2.5, 97.5]).tolist()]
     return gains
 
 

@@ -261,9 +261,8 @@ def rates(
         total = counts.sum((0, 1))
         return np.array([100 * total[0] / total[1]])
     who = rng.integers(len(speakers), size=(num, len(speakers)))
-    which = rng.integers(len(runs), size=(num, len(runs)))
-    if all_seeds:
-        which = np.broadcast_to(np.arange(len(runs)), which.shape)
+    shape = num, len(runs)
+    which = np.broadcast_to(np.arange(len(runs)), shape) if all_seeds else rng.integers(len(runs), size=shape)
     sums = np.stack([counts[seeds][:, chosen].sum((0, 1)) for seeds, chosen in zip(which, who)])
     return 100 * sums[:, 0] / sums[:, 1]
 

@@ -167,7 +167,8 @@ def test_another_run_in_the_same_folder_is_refused(reference, script_error, tiny
     )
     assert left_as_it_was(exp, reference)
     message = script_error("final_distill.py", *tiny_flags, "--exp_dir", exp, "--student_ckpt", exp / "pruned.pth")
-    assert "student model cannot change" in message  # --exp_dir of step 1 by mistake
+    assert "cannot change in the middle of a run: " in message  # --exp_dir of step 1 by mistake
+    assert "student model " in message
     assert left_as_it_was(exp, reference)
 
 

@@ -5,10 +5,10 @@
 
 The words are those of mini-SUPERB (benchmarks/minisuperb). Intervals are of 95 %; of words by bootstrap over test
 speakers and seeds. A gain is measured on the same speakers and, of both recipes, the same seeds, and few seeds tell
-little of how much they differ: so its interval adds to a bootstrap over speakers a t distribution over seeds, whose
-spread is that of all rows of the comparison. Unexplained variance is that of benchmarks/linear_distance.py, over all
-teacher layers and in the last, mean and standard deviation over seeds. What is measured of a model is kept beside it.
-Writes gains.json and gains.svg.
+little of how much they differ: so its interval adds to a bootstrap over speakers a t distribution over seeds. Its
+spread is that of the row's own gains, or of all rows together where a row has one or two. Unexplained variance is that
+of benchmarks/linear_distance.py, over all teacher layers and in the last, mean and standard deviation over seeds. What
+is measured of a model is kept beside it. Writes gains.json and gains.svg.
 """
 
 import math
@@ -31,6 +31,7 @@ from distillation.stopping import keeping
 from evaluation.tables import markdown_table
 
 DRAWS = 10_000
+ENOUGH = 3  # seeds to tell how much they differ
 PROBE_STEPS = 600
 
 
@@ -77,12 +78,12 @@ def measure_gains(rows: list[Row], against: str) -> dict[str, list[float]]:
         return mine - theirs
 
     by_seed = {recipe: np.concatenate([difference([pair]) for pair in found]) for recipe, found in pairs.items()}
-    freedom = sum(len(values) - 1 for values in by_seed.values())
-    spread = math.sqrt(sum(((v - v.mean()) ** 2).sum() for v in by_seed.values()) / freedom) if freedom else 0.0
     gains = {}
     for recipe, found in pairs.items():
         drawn = difference(found, draw=True)
-        if freedom:
+        told = [by_seed[recipe]] if len(found) >= ENOUGH else list(by_seed.values())
+        if freedom := sum(len(values) - 1 for values in told):
+            spread = math.sqrt(sum(((values - values.mean()) ** 2).sum() for values in told) / freedom)
             drawn = drawn + spread / math.sqrt(len(found)) * np.random.default_rng(1).standard_t(freedom, DRAWS)
         gains[recipe] = [float(difference(found)[0]), *np.percentile(drawn, [2.5, 97.5]).tolist()]
     return gains

@@ -41,6 +41,11 @@ def test_a_gain_is_that_of_the_same_speakers_and_seeds():
     more = measure_gains([third, plain, better, fourth], "plain")  # rows whose seeds agree tell of the spread too
     assert more["third"][0] == 2.0 and more["better"][0] == point
     assert more["better"][2] - more["better"][1] < 0.3 * (high - low)
+    noisy = make_row("noisy", {1: [40, 70, 90, 99], 2: [14, 43, 71, 92], 3: [0, 0, 0, 0]})
+    alike = make_row("alike", {1: [12, 42, 72, 92], 2: [14, 43, 71, 92], 3: [2, 2, 2, 2]})
+    three = make_row("plain", {1: [10, 40, 70, 90], 2: [12, 41, 69, 90], 3: [0, 0, 0, 0]})
+    (_, low, high), _ = measure_gains([alike, three, noisy], "plain").values()
+    assert high - low < 0.1, "three seeds tell of their own spread"
     words, lowest, highest = plain.words()
     assert words == pytest.approx(52.75) and highest - lowest > 20
     with pytest.raises(UserError, match="no seed in common"):

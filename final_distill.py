@@ -9,11 +9,9 @@ import logging
 
 from distillation.build import build_step
 from distillation.config import parse_recipe
-from distillation.data.loaders import Place
 from distillation.errors import UserError, command
 from distillation.identity import check_student, content_of, step_1_identity, step_2_identity
 from distillation.lists import read_lists
-from distillation.refit import refit_on
 from distillation.teacher import load_teacher
 from distillation.training.lock import run_lock
 from distillation.training.record import RUN
@@ -27,7 +25,6 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Run the stage."""
     recipe, resolved = parse_recipe(description=__doc__ or "")
-    from distillation.training.processes import outlive_stop_signal
     from lightning import AudioDataModule, DistillModule, is_first_process, train  # takes seconds: not for --help
 
     path = recipe.student_ckpt
@@ -46,7 +43,6 @@ def main() -> None:
     content = content_of(recipe, teacher, lists)
     check_student(student, path, step_1_identity(recipe, content), recipe.continue_with_changes)
     out = recipe.exp_dir / "final.pth"
-
     if recipe.final is None:
         if (recipe.exp_dir / LAST).exists():
             raise UserError(f"{recipe.exp_dir}: holds a run, and this recipe has no step 2: use another --exp_dir")
@@ -57,10 +53,6 @@ def main() -> None:
     with run_lock(recipe.exp_dir, owner=is_first_process()):
         run = open_run(recipe.exp_dir, identity, recipe.continue_with_changes)
         optim = run.resolve(recipe.final, data.updates_of)
-        if recipe.refit is not None and not run.step and is_first_process():  # the others begin with its weights
-            place = Place(worker_init_fn=outlive_stop_signal)
-            minutes, device = recipe.refit.minutes, recipe.trainer.find_device()
-            refit_on(lists.train, recipe.data, recipe.seed, minutes, student.model, teacher, device, place)
         module = DistillModule(build_step(recipe, optim, student.model, teacher, None), recipe.seed, resolved, run)
         if not module.objectives.load_head_state(student.heads, path):
             logger.warning("%s holds no distillation heads: they start afresh", path)

@@ -28,7 +28,6 @@ from distillation.data.loaders import Batch, Place, make_train_loader, make_vali
 from distillation.identity import content_of, step_1_identity
 from distillation.lists import Lists, prepared_to_write, read_lists, wanted_vocabulary
 from distillation.optimisation import OptimConfig, group_factor
-from distillation.refit import check_refit
 from distillation.sparsity import check_budget, make_budget, make_prunable
 from distillation.stopping import keeping
 from distillation.teacher import load_teacher
@@ -393,8 +392,6 @@ def first_step(recipe: Recipe, resolved: str) -> tuple[Wav2Vec2Model, TrainingSt
     student = make_prunable(prepared_to_write(recipe, start, lists.vocabulary), recipe.pruning)
     if recipe.pruning.units:
         check_budget(student, make_budget(recipe.pruning, teacher), recipe.pruning)
-    if recipe.refit is not None:
-        check_refit(student, teacher)
     with run_lock(recipe.exp_dir, owner=is_first_process()):
         run = open_run(recipe.exp_dir, identity, recipe.continue_with_changes)
         optim = run.resolve(recipe.optim, data.updates_of)

@@ -20,7 +20,6 @@ from distillation.errors import UserError, require
 from distillation.machine import find_accelerator, find_precision
 from distillation.objectives import ObjectiveConfig
 from distillation.optimisation import OptimConfig
-from distillation.refit import RefitConfig
 from distillation.sparsity import PruningConfig
 from distillation.students import StudentConfig
 from distillation.yamlfile import read_yaml
@@ -117,14 +116,6 @@ class TrainerConfig:
             raise UserError(f"the recipe asks for {devices} GPUs and {gpus} are visible: set --trainer.devices {gpus}")
         return accelerator, devices
 
-    def find_device(self) -> torch.device:
-        """Where the first process computes.
-
-        Raises:
-            UserError: the machine is not what the recipe asks for.
-        """
-        return torch.device("cuda:0" if self.find_devices()[0] == "gpu" else "cpu")
-
 
 @dataclass
 class Recipe:
@@ -158,8 +149,6 @@ class Recipe:
     """What to prune in step 1."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Step 1."""
-    refit: RefitConfig | None = None
-    """Closed-form fit of the pruned model to the teacher, before step 2; null for none."""
     final: OptimConfig | None = field(default_factory=lambda: OptimConfig(max_steps=25000, lr=1e-4, warmup_steps=5000))
     """Step 2; null for none."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -170,9 +159,6 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed is {self.seed}: it must lie in [0, 2^63)")
-        if self.refit is not None and (not self.pruning.units or self.final is None):
-            lack = "final is null" if self.pruning.units else "pruning.units is empty"
-            raise UserError(f"refit comes between prune.py and step 2, and {lack}: leave refit out")
 
 
 def parse_recipe(argv: list[str] | None = None, description: str = "") -> tuple[Recipe, str]:

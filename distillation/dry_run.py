@@ -87,8 +87,6 @@ def print_plan(plan: Plan) -> None:
             ramp = min(ramp, updates)
             seconds = each * (ramp * (first.seconds + last.seconds) / 2 + (updates - ramp) * last.seconds)
             table[name] += f", about {_duration(seconds)}"
-        if name == "step 2" and recipe.refit is not None:
-            table[name] += f", after a fit to {recipe.refit.minutes:g} minutes of audio"
     table["memory"] = NO_ROOM.format(per_batch)
     if first is not None and last is not None:
         table["memory"] = f"about {first.memory / GIB:.1f} of {_room(trainer) / GIB:.1f} GiB for each process"

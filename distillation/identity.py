@@ -41,9 +41,9 @@ OPTIM_RATES = (
     "max_steps", "max_epochs", "lr", "freeze_steps", "lr_new", "warmup_steps", "warmup_ratio", "schedule", "betas",
     "eps", "weight_decay", "clip",
 )  # fmt: skip
-NOT_YET = {"data.transcripts": None, "data.noise": None, "objective.ctc": None, "refit": None}  # in older versions
+NOT_YET = {"data.transcripts": None, "data.noise": None, "objective.ctc": None}  # in older versions
 STEP_1 = Kinds(
-    elsewhere=frozenset(NAMES | {"final", "final.", "refit", "refit."}),
+    elsewhere=frozenset(NAMES | {"final", "final."}),
     free=FREE,
     rates=frozenset(
         {f"optim.{name}" for name in OPTIM_RATES} | {"pruning.lr_masks", "pruning.lr_lagrangian", "pruning.constant_lr"}

@@ -36,7 +36,6 @@ from distillation.errors import Problems, UserError, command
 from distillation.identity import step_1_identity
 from distillation.objectives import Objectives
 from distillation.recognition.manifests import find_sources
-from distillation.refit import check_refit
 from distillation.sparsity import check_budget, make_budget, make_prunable
 from distillation.teacher import check_size, teacher_config, wants_head
 from distillation.training.memory import BATCH
@@ -317,8 +316,6 @@ def _check_models(plan: Plan) -> None:
     if recipe.pruning.units:
         plan.budget = make_budget(recipe.pruning, teacher)
         check_budget(student, plan.budget, recipe.pruning)
-    if recipe.refit is not None:
-        check_refit(student, teacher)
 
 
 def save_recipe(plan: Plan) -> None:

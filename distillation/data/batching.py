@@ -10,7 +10,7 @@ Lists may be of millions of utterances: they stay arrays until one micro-batch i
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -48,11 +48,6 @@ class Selection:
     num_frames: np.ndarray
     spare: np.ndarray  # samples by which a piece may start later
     summary: str
-
-    def take(self, rows: Sequence[int]) -> "Selection":
-        """Some of them."""
-        columns = {name: getattr(self, name)[list(rows)] for name in ("index", "start", "num_frames", "spare")}
-        return replace(self, **columns, summary=f"{len(rows)} of {self.summary}")
 
 
 def select_utterances(manifest: Manifest, config: DataConfig) -> Selection:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distillation.data.audio import AudioError, level_of, read_crop
-from distillation.data.batching import BatchStream, MicroBatch, Selection, ValidationBatches, select_utterances
+from distillation.data.batching import BatchStream, MicroBatch, ValidationBatches, select_utterances
 from distillation.data.config import DataConfig
 from distillation.data.manifest import Manifest
 from distillation.data.noise import Noise
@@ -194,18 +194,6 @@ def make_valid_loader(
     selection = select_utterances(manifest, config)
     if place.rank == 0:
         logger.info("validation data, %s", selection.summary)
-    return make_pass_loader(manifest, selection, config, place, speller, noise)
-
-
-def make_pass_loader(
-    manifest: Manifest,
-    selection: Selection,
-    config: DataConfig,
-    place: Place,
-    speller: Speller | None = None,
-    noise: Noise | None = None,
-) -> DataLoader[Batch]:
-    """Loader of one rank's share of what is selected in a list, once per pass. Arguments as `make_train_loader`."""
     batches = ValidationBatches(selection, config, rank=place.rank, world_size=place.world_size)
     dataset = AudioDataset(manifest, config.sample_rate, speller, noise)
     return _make_loader(dataset, batches, min(_num_workers(config, place), len(batches)), place)

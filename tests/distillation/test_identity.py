@@ -60,7 +60,7 @@ RECIPE = {
         student.slice.num_params student.dropout
         pruning.units pruning.cost pruning.target_sparsity pruning.target pruning.macs_seconds pruning.multiple_of
         pruning.warmup_steps pruning.drop_rates optim.decays""",
-    ("elsewhere", "identity", "identity"): "final.decays refit.minutes",
+    ("elsewhere", "identity", "identity"): "final.decays",
     ("rates", "elsewhere", "rates"): """
         pruning.lr_masks pruning.lr_lagrangian pruning.constant_lr optim.max_steps optim.max_epochs optim.lr
         optim.freeze_steps optim.lr_new

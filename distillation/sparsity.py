@@ -29,9 +29,10 @@ UNITS = {
     "conv": ("extractor_prune_conv_channels", ".hard_concrete"),
     "head": ("encoder_prune_attention_heads", ".hard_concrete_for_heads"),
     "interm": ("encoder_prune_feed_forward_intermediate", ".hard_concrete_for_intermediate"),
+    "head_channel": ("encoder_prune_attention_head_channels", "_channels"),
     "attlayer": ("encoder_prune_attention_layer", ".attention.hard_concrete_for_layer"),
     "ffnlayer": ("encoder_prune_feed_forward_layer", ".feed_forward.hard_concrete_for_layer"),
-}  # name in recipes -> (flag of the flat config, end of the mask's module path)
+}  # name in recipes -> (flag of the flat config, end of its masks' module paths)
 
 
 @dataclass
@@ -39,7 +40,8 @@ class PruningConfig:
     """Joint pruning of step 1. The defaults are the published ones."""
 
     units: list[str] = field(default_factory=lambda: ["conv", "head", "interm"])
-    """What to prune: any of conv, head, interm, attlayer, ffnlayer. Empty for no pruning."""
+    """What to prune: any of conv, head, interm, attlayer, ffnlayer, or instead of head the channels of heads, one by
+    one: head_channel. Empty for no pruning."""
     cost: Literal["params", "macs", "milliseconds"] = "params"
     """What the budget is of: parameters, multiply-accumulates, or time on the machine of a latency table."""
     target_sparsity: float = 0.75
@@ -73,6 +75,12 @@ class PruningConfig:
                 raise UserError(f"pruning: unknown unit {unit!r}, choose from {', '.join(UNITS)}")
         if len(set(self.units)) != len(self.units):
             raise UserError(f"pruning.units is {self.units}: name each unit once")
+        if {"head", "head_channel"} <= {*self.units}:
+            raise UserError(f"pruning.units is {self.units}: a head goes with its channels: name head or head_channel")
+        if self.cost == "milliseconds" and "head_channel" in self.units:
+            raise UserError(
+                "pruning.cost is milliseconds: tables hold times of whole heads: name head, not head_channel"
+            )
         require(self, "pruning.", "lie in [0, 1)", lambda value: 0 <= value < 1, "target_sparsity")
         require(self, "pruning.", "be at least 1", lambda value: value >= 1, "multiple_of")
         require(self, "pruning.", "lie in [0.1, 86400]", lambda value: 0.1 <= value <= 86400, "macs_seconds")

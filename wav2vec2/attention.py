@@ -14,7 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from .counting import count_params
-from .hardconcrete import Alive, Gate, Gates, HardConcrete, Prunable, Pruned, live_units, num_live, scale, select
+from .hardconcrete import (
+    Alive,
+    Gate,
+    Gates,
+    HardConcrete,
+    Prunable,
+    Pruned,
+    live_units,
+    num_live,
+    probability_none,
+    scale,
+    select,
+)
+from .head_channels import HeadChannels, LiveHeads, expected, live_heads, side_by_side, without_gaps
 from .kernels import attend, attention_weights, dropout, linear, traced
 
 HEAD_DROP_RATE = 0.01  # initial probability that a head is dropped (released DPHuBERT)
@@ -26,7 +39,7 @@ class AttentionMap:
     """What a block computes and later blocks may reuse: its attention weights and the gates of its heads."""
 
     weights: Tensor  # [B, h, T, T] before dropout; each row sums to 1
-    heads: Gate | None
+    heads: LiveHeads
     applied: Tensor  # [B, h, T, T]: what the block itself mixes its values with, before dropout
 
 
@@ -46,6 +59,10 @@ class SelfAttention(nn.Module):
         dropout: on the attention weights.
         prunable: what gets gates.
         reuse: take the attention map of an earlier block, in which form; None to compute one.
+        channels: how many each head has, where they are not E of all.
+
+    Raises:
+        ValueError: gates over whole heads that have unequal channels, or over channels where a map is reused.
     """
 
     def __init__(
@@ -56,6 +73,7 @@ class SelfAttention(nn.Module):
         dropout: float,
         prunable: Prunable,
         reuse: Literal["map", "softmax"] | None = None,
+        channels: HeadChannels | None = None,
     ) -> None:
         super().__init__()
         self.remaining_heads = list(heads) if isinstance(heads, Sequence) else None
@@ -63,38 +81,66 @@ class SelfAttention(nn.Module):
         self.embed_dim, self.num_heads, self.head_dim, self.dropout = embed_dim, num_heads, head_dim, dropout
         self.reuse: Literal["map", "softmax"] | None = reuse
         self.keep_map = False  # later blocks reuse the map of this one
+        self.channels = channels
+        if prunable.channels and (prunable.units or reuse):
+            raise ValueError("gates over the channels of heads go neither with gates over heads nor with reused maps")
+        if channels is not None and (prunable.units or reuse):
+            raise ValueError("heads of unequal channels go neither with gates over whole heads nor with reused maps")
+        num_queries, num_values = (sum(counts) for counts in self.all_channels)
         if num_heads > 0:
             if not reuse:
-                self.k_proj = nn.Linear(embed_dim, num_heads * head_dim)
-            self.v_proj = nn.Linear(embed_dim, num_heads * head_dim)
+                self.k_proj = nn.Linear(embed_dim, num_queries)
+            self.v_proj = nn.Linear(embed_dim, num_values)
             if not reuse:
-                self.q_proj = nn.Linear(embed_dim, num_heads * head_dim)
-            self.out_proj = nn.Linear(num_heads * head_dim, embed_dim)
+                self.q_proj = nn.Linear(embed_dim, num_queries)
+            self.out_proj = nn.Linear(num_values, embed_dim)
         prune_heads, prune_block = prunable.units and num_heads > 0 and not reuse, prunable.block and num_heads > 0
+        prune_channels = prunable.channels and num_heads > 0
         self.hard_concrete_for_heads = HardConcrete(num_heads, HEAD_DROP_RATE) if prune_heads else None
+        self.hard_concrete_for_query_channels = HardConcrete(num_queries, HEAD_DROP_RATE) if prune_channels else None
+        self.hard_concrete_for_value_channels = HardConcrete(num_values, HEAD_DROP_RATE) if prune_channels else None
         self.hard_concrete_for_layer = HardConcrete(1, LAYER_DROP_RATE) if prune_block else None
 
     def is_alive(self, gates: Gates) -> bool:
         """Whether anything of the block exists under these gates; a reused map must exist besides."""
-        heads, layer = gates.get(self.hard_concrete_for_heads), gates.get(self.hard_concrete_for_layer)
-        num_heads = self.num_heads if heads is None else heads.num_live
+        heads, layer = self.live_heads(gates).num, gates.get(self.hard_concrete_for_layer)
+        num_heads = self.num_heads if heads is None else heads
         return num_heads > 0 and (layer is None or layer.num_live > 0)
 
-    def live_weights(self, heads: Gate | None, layer: Gate | None) -> dict[str, Tensor]:
-        """What exists of the weights of every head, by name, under the gates of the heads and of the block."""
-        live: dict[str, Tensor] = {}
+    @property
+    def all_channels(self) -> HeadChannels:
+        """How many channels each head has."""
+        return self.channels or HeadChannels((self.head_dim,) * self.num_heads, (self.head_dim,) * self.num_heads)
+
+    def live_heads(self, gates: Gates) -> LiveHeads:
+        """What exists of the heads under these gates."""
+        if self.hard_concrete_for_query_channels is None:
+            return LiveHeads(gates.get(self.hard_concrete_for_heads), channels=self.channels)
+        queries, values = (
+            gates.get(self.hard_concrete_for_query_channels),
+            gates.get(self.hard_concrete_for_value_channels),
+        )
+        if queries is None or values is None:  # a pass without gates
+            return LiveHeads(channels=self.channels)
+        return live_heads(queries, values, self.all_channels)
+
+    def live_weights(self, live: LiveHeads, layer: Gate | None) -> dict[str, Tensor]:
+        """What exists of the weights, by name, under the gates of the heads and of the block."""
+        weights: dict[str, Tensor] = {}
         for name in ("v_proj",) if self.reuse else ("q_proj", "k_proj", "v_proj"):
-            projection = getattr(self, name)
-            live[f"{name}.weight"] = self._of_live_heads(projection.weight, heads, 0)
-            live[f"{name}.bias"] = self._of_live_heads(projection.bias, heads, 0)
-        weight = self._of_live_heads(self.out_proj.weight, heads, 1, fold=True)
-        live["out_proj.weight"] = scale(weight, layer, 0)
-        live["out_proj.bias"] = scale(self.out_proj.bias, layer, 0)
-        return live
+            channels = live.values if name == "v_proj" else live.queries
+            for kind, weight in getattr(self, name).named_parameters():
+                weight = select(self._of_live_heads(weight, live.heads, 0), channels, 0)
+                weights[f"{name}.{kind}"] = scale(weight, channels, 0) if name == "q_proj" else weight
+        weight = self._of_live_heads(self.out_proj.weight, live.heads, 1, fold=True)
+        weight = scale(select(weight, live.values, 1), live.values, 1)
+        weights["out_proj.weight"] = scale(weight, layer, 0)
+        weights["out_proj.bias"] = scale(self.out_proj.bias, layer, 0)
+        return weights
 
     def _of_live_heads(self, weight: Tensor, heads: Gate | None, dim: int, fold: bool = False) -> Tensor:
         """Slices of a weight whose ``dim`` is H E; ``fold`` multiplies them by the values of their heads."""
-        if heads is None:
+        if heads is None or self.hard_concrete_for_heads is None:
             return weight
         weight = select(weight.unflatten(dim, (self.num_heads, self.head_dim)), heads, dim)
         return (scale(weight, heads, dim) if fold else weight).flatten(dim, dim + 1)
@@ -125,15 +171,18 @@ class SelfAttention(nn.Module):
             assert source is not None
             source, heads = self._reused(source, valid), source.heads
         else:
-            source, heads = None, gates.get(self.hard_concrete_for_heads)
+            source, heads = None, self.live_heads(gates)
         live = self.live_weights(heads, gates.get(self.hard_concrete_for_layer))
         batch, num_frames, _ = x.shape
         p = self.dropout if self.training and not self.reuse else 0.0
-        v = self._project(x, live, "v_proj")
+        channels = heads.channels
+        v = self._project(x, live, "v_proj", channels)
         mixed: Tensor | None = None
         if not self.reuse:
-            q, k = self._project(x, live, "q_proj"), self._project(x, live, "k_proj")
-            mask = self._attention_mask(x, valid, position_bias, heads)
+            q, k = (self._project(x, live, name, channels) for name in ("q_proj", "k_proj"))
+            if channels is not None:  # what follows divides by the square root of the width it sees
+                q = q * math.sqrt(channels.width / self.head_dim)
+            mask = self._attention_mask(x, valid, position_bias, heads.heads)
             if keep_map or self.keep_map:
                 weights = attention_weights(q, k, mask)
                 source = AttentionMap(weights, heads, weights)
@@ -146,6 +195,8 @@ class SelfAttention(nn.Module):
             x = torch.cat(mixed.unbind(1), dim=-1)
         else:
             x = mixed.transpose(1, 2).reshape(batch, num_frames, -1)
+        if channels is not None:
+            x = without_gaps(x, channels.values, channels.width)
         return linear(x, live["out_proj.weight"], live["out_proj.bias"]), source
 
     def _reused(self, source: AttentionMap, valid: Tensor | None) -> AttentionMap:
@@ -155,9 +206,11 @@ class SelfAttention(nn.Module):
         scores = source.weights if valid is None else source.weights.masked_fill(~valid, -math.inf)
         return AttentionMap(source.weights, source.heads, scores.softmax(-1))
 
-    def _project(self, x: Tensor, live: dict[str, Tensor], name: str) -> Tensor:
+    def _project(self, x: Tensor, live: dict[str, Tensor], name: str, channels: HeadChannels | None) -> Tensor:
         x = linear(x, live[f"{name}.weight"], live[f"{name}.bias"])
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if channels is None:
+            return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return side_by_side(x, channels.values if name == "v_proj" else channels.queries, channels.width)
 
     def _attention_mask(
         self, x: Tensor, valid: Tensor | None, position_bias: Tensor | None, heads: Gate | None
@@ -172,50 +225,67 @@ class SelfAttention(nn.Module):
             source: the block whose map this one applies: itself, or with ``reuse`` an earlier one.
             any_attention: whether any block of the model is left.
         """
-        heads = gates.get(source.hard_concrete_for_heads)
+        heads = source.live_heads(gates)
         exists = self.is_alive(gates) and source.is_alive(gates)
         left = Pruned(config={"encoder_use_attention": exists})
         live: list[int] = []
         if exists:
             left.weights = self.live_weights(heads, gates.get(self.hard_concrete_for_layer))
-            live = list(range(self.num_heads)) if heads is None or heads.index is None else heads.index.tolist()
+            live = heads.numbers(self.num_heads)
         elif self.reuse:
             left.config["encoder_reuse_attention"] = False
         if self.remaining_heads is None:
             left.config["encoder_num_heads"] = len(live)
         else:
             left.config["encoder_remaining_heads"] = [self.remaining_heads[head] for head in live]
+        if heads.channels is not None:
+            left.config["encoder_head_channels"] = heads.channels.config if exists else []
         return left
 
     def num_params(self, alive: Alive, source: SelfAttention) -> Tensor | int:
         """Expected parameters: shared biases exist while any head does; ``source`` as for :meth:`pruned`."""
         if self.num_heads == 0:
             return 0
-        num_inputs = 1 if self.reuse else 3  # values; queries and keys
-        per_head = (num_inputs + 1) * self.embed_dim * self.head_dim + num_inputs * self.head_dim
-        heads, exists = self.num_live(alive, source)
-        return heads * per_head + exists * self._num_shared_params()
+        queries, values, _, exists = self._expected(alive, source)
+        per_query = 0 if self.reuse else 2 * (self.embed_dim + 1)  # and key
+        return queries * per_query + values * (2 * self.embed_dim + 1) + exists * self._num_shared_params()
 
     def _num_shared_params(self) -> int:
         return self.embed_dim
 
     def num_live(self, alive: Alive, source: SelfAttention) -> tuple[Tensor | int, Tensor | int]:
         """Expected number of heads, and the probability that the block exists; ``source`` as for :meth:`pruned`."""
-        heads, exists = live_units(source.hard_concrete_for_heads, self.num_heads, alive)
+        return self._expected(alive, source)[2:]
+
+    def _expected(
+        self, alive: Alive, source: SelfAttention
+    ) -> tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int]:
+        """Expected channels of queries, those of values, and what :meth:`num_live` gives."""
+        counts: list[Tensor | int]
+        if source.hard_concrete_for_query_channels is None or source.hard_concrete_for_value_channels is None:
+            heads, exists = live_units(source.hard_concrete_for_heads, self.num_heads, alive)
+            if self.channels is None:
+                counts = [heads * self.head_dim, heads * self.head_dim, heads, exists]
+            else:
+                counts = [*map(sum, self.channels), heads, exists]
+        else:
+            masks = source.hard_concrete_for_query_channels, source.hard_concrete_for_value_channels
+            queries, values, each = expected(*map(alive, masks), source.all_channels)
+            counts = [queries, values, each.sum(), 1 - probability_none(each)]
         for block in (self,) if source is self else (self, source):  # a gate of either drops all of them
             gate = num_live(block.hard_concrete_for_layer, 1, alive)
-            heads, exists = heads * gate, exists * gate
-        return heads, exists
+            counts = [count * gate for count in counts]
+        queries, values, heads, exists = counts
+        return queries, values, heads, exists
 
     def num_macs(self, frames: Tensor, alive: Alive, source: SelfAttention, position_bias: bool) -> Tensor | int:
         """Expected multiply-accumulates of ``frames`` [B]; ``position_bias`` where the model has WavLM's."""
-        # of one head: q, k, v and output projections and two products; v, output and one product where a map is reused
-        per_frame = (2 if self.reuse else 4) * self.embed_dim * self.head_dim
-        per_pair = (1 if self.reuse else 2) * self.head_dim
-        if position_bias:
-            per_frame += self._num_position_macs()
-        per_head = int(frames.sum()) * per_frame + int(frames.square().sum()) * per_pair
-        return per_head * self.num_live(alive, source)[0]
+        num_frames, num_pairs = int(frames.sum()), int(frames.square().sum())
+        queries, values, heads, _ = self._expected(alive, source)
+        # of a channel of either kind: two projections and one product; a reused map has no queries
+        channels = values if self.reuse else queries + values
+        total = channels * (num_frames * 2 * self.embed_dim + num_pairs)
+        return total + heads * num_frames * self._num_position_macs() if position_bias else total
 
     def _num_position_macs(self) -> int:
         """Of one head and one frame, for gating the position bias."""
@@ -251,6 +321,7 @@ class WavLMSelfAttention(SelfAttention):
         dropout: on the attention weights.
         buckets: of the position embedding, which layer 0 has for all layers; None for the others.
         prunable: what gets gates.
+        channels: how many each head has, where they are not E of all.
     """
 
     remaining_heads: list[int]
@@ -263,8 +334,9 @@ class WavLMSelfAttention(SelfAttention):
         dropout: float,
         buckets: Buckets | None,
         prunable: Prunable,
+        channels: HeadChannels | None = None,
     ) -> None:
-        super().__init__(embed_dim, remaining_heads, embed_dim // total_num_heads, dropout, prunable)
+        super().__init__(embed_dim, remaining_heads, embed_dim // total_num_heads, dropout, prunable, channels=channels)
         self.total_num_heads, self.buckets = total_num_heads, buckets
         self._heads_on: Tensor | None = None
         self.rel_attn_embed = None if buckets is None else nn.Embedding(buckets.num_buckets, total_num_heads)

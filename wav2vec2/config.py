@@ -37,6 +37,7 @@ def check_config(config: dict[str, Any], is_wavlm: bool) -> None:
             f"normalize_waveform must be true, false or a small number, got {config['normalize_waveform']}"
         )
     _check_students(config)
+    _check_channels(config)
     if not is_wavlm:
         if min([config["encoder_head_dim"] - 1, *config["encoder_num_heads"]]) < 0:
             raise ValueError("encoder_head_dim must be positive, and encoder_num_heads not negative")
@@ -50,6 +51,23 @@ def check_config(config: dict[str, Any], is_wavlm: bool) -> None:
     buckets, distance = config["encoder_num_buckets"], config["encoder_max_distance"]
     if buckets < 4 or distance <= buckets // 4:
         raise ValueError(f"{buckets} encoder_num_buckets do not go with an encoder_max_distance of {distance}")
+
+
+def _check_channels(config: dict[str, Any]) -> None:
+    """Checks of heads of unequal width."""
+    if config.get("encoder_head_channels") is None:
+        return
+    heads = config.get("encoder_remaining_heads")
+    numbers = config["encoder_num_heads"] if heads is None else [len(remaining) for remaining in heads]
+    channels = [[list(pair) for pair in layer] for layer in config["encoder_head_channels"]]
+    config["encoder_head_channels"] = channels
+    if len(channels) != config["encoder_num_layers"]:
+        raise ValueError(f"encoder_head_channels has {len(channels)} entries for {config['encoder_num_layers']} layers")
+    for layer, number, used in zip(channels, numbers, config["encoder_use_attention"]):
+        if used and (len(layer) != number or any(len(pair) != 2 or min(pair) < 1 for pair in layer)):
+            raise ValueError(
+                f"encoder_head_channels must list two numbers from 1 for each of {number} heads, got {layer}"
+            )
 
 
 def _check_students(config: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ class Gate:
     index: Tensor | None  # [m] int64, ascending; None when all n units are live
     value: Tensor | None  # [m] what each live unit is multiplied by; None for 1
     num_live: int  # m
+    alive: Tensor | None = None  # [n] bool on the host: which units the index names; None when all n are live
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Prunable:
 
     units: bool = False  # its heads or FFN units, one by one
     block: bool = False  # the whole of it
+    channels: bool = False  # those of its heads, one by one
 
 
 @dataclass
@@ -213,8 +215,10 @@ def draw_gates(
     flat, local = torch.stack([live, live - offsets]).to(log_alpha.device, non_blocking=True).unbind()
     values = value.index_select(0, flat).split(counts)
     return {
-        mask: Gate(index if count < size else None, gate_value, count)
-        for mask, size, count, index, gate_value in zip(masks, sizes, counts, local.split(counts), values)
+        mask: Gate(index, gate_value, count, part) if count < size else Gate(None, gate_value, count)
+        for mask, size, count, index, gate_value, part in zip(
+            masks, sizes, counts, local.split(counts), values, alive.split(sizes)
+        )
     }
 
 

@@ -6,8 +6,10 @@ grows by twice the width per frame; time grows with the square of the frames.
 Shapes: T frames, D width, E width of a head.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from .attention import SelfAttention, WavLMSelfAttention
 from .hardconcrete import Gates
+from .head_channels import HeadChannels
 from .kernels import attend, attention_weights
 from .model import Wav2Vec2Model
 from .passes import PassOptions
@@ -175,37 +178,41 @@ class _Layers:
     def _mix(self, own: _Source, source: _Source, result: Tensor) -> None:
         """What the attention block ``own`` gives, into ``result`` [T, D], with the map that ``source`` computes."""
         block, num_frames = own.block, len(result)
-        heads = self.gates.get(source.block.hard_concrete_for_heads)
+        heads = source.block.live_heads(self.gates)
         live = block.live_weights(heads, self.gates.get(block.hard_concrete_for_layer))
         asked = source.block.live_weights(heads, None)
         result.copy_(live["out_proj.bias"].expand_as(result))
-        width = block.head_dim
+        whole = (block.head_dim,) * (len(live["v_proj.bias"]) // block.head_dim)
+        channels = heads.channels or HeadChannels(whole, whole)
         written_out = bool(block.reuse) or self.bias_by_distance is not None
         size = max(PAIRS // num_frames, 1) if written_out else PIECE
-        for head in range(len(live["v_proj.bias"]) // width):
-            rows = slice(head * width, (head + 1) * width)
+        ends = [list(accumulate(counts)) for counts in channels]
+        for head in range(len(channels.values)):
+            of_queries, of_values = (slice(end[head] - n[head], end[head]) for end, n in zip(ends, channels))
 
-            def project(of: _Source, weights: dict[str, Tensor], name: str, piece: slice, rows: slice = rows) -> Tensor:
+            def project(of: _Source, weights: dict[str, Tensor], name: str, piece: slice, rows: slice) -> Tensor:
                 return F.linear(of.inputs(piece), weights[f"{name}.weight"][rows], weights[f"{name}.bias"][rows])
 
-            k = torch.cat([project(source, asked, "k_proj", piece) for piece in _pieces(num_frames)])[None, None]
-            v = torch.cat([project(own, live, "v_proj", piece) for piece in _pieces(num_frames)])[None, None]
+            pieces = list(_pieces(num_frames))
+            k = torch.cat([project(source, asked, "k_proj", piece, of_queries) for piece in pieces])[None, None]
+            v = torch.cat([project(own, live, "v_proj", piece, of_values) for piece in pieces])[None, None]
+            scale = math.sqrt(k.shape[-1] / block.head_dim)  # what follows divides by the root of the width it sees
             for piece in _pieces(num_frames, size):
-                q = project(source, asked, "q_proj", piece)[None, None]
+                q = project(source, asked, "q_proj", piece, of_queries)[None, None] * scale
                 mask = self._bias(source, head, piece, num_frames)
                 if block.reuse:
                     weights = attention_weights(q, k, mask)
                     mixed = (weights.softmax(-1) if block.reuse == "softmax" else weights) @ v
                 else:
                     mixed = attend(q, k, v, mask, 0.0)
-                result[piece] += F.linear(mixed[0, 0], live["out_proj.weight"][:, rows])
+                result[piece] += F.linear(mixed[0, 0], live["out_proj.weight"][:, of_values])
 
     def _bias(self, source: _Source, head: int, piece: slice, num_frames: int) -> Tensor | None:
         """WavLM's gated position bias [n, T] of one live head."""
         block = source.block
         if not isinstance(block, WavLMSelfAttention) or self.bias_by_distance is None:
             return None
-        gate = self.gates.get(block.hard_concrete_for_heads)
+        gate = block.live_heads(self.gates).heads
         number = head if gate is None or gate.index is None else int(gate.index[head])
         number = block.remaining_heads[number]
         by_head = source.inputs(piece).unflatten(-1, (block.total_num_heads, block.head_dim))[:, number]

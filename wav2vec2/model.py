@@ -18,6 +18,7 @@ from .counting import count_params
 from .embed import batches_by_length, check_waveforms, pad
 from .feature_extractor import SAMPLE_RATE, ConvLayerBlock, FeatureExtractor, FeatureProjection, valid_frames
 from .hardconcrete import Alive, Gates, HardConcrete, Prunable, alive_probabilities, draw_gates
+from .head_channels import HeadChannels
 from .inputs import check_batch, check_index, check_lengths
 from .kernels import traced
 from .passes import HiddenStates, PassOptions, ScaleGradient
@@ -37,6 +38,8 @@ ABSENT = {
     "encoder_head_dim",
     "encoder_total_num_heads",
     "encoder_remaining_heads",
+    "encoder_head_channels",
+    "encoder_prune_attention_head_channels",
     "encoder_num_buckets",
     "encoder_max_distance",
 }
@@ -343,6 +346,8 @@ def wav2vec2_model(
     encoder_time_reduction: int | None = None,
     encoder_reuse_attention: Sequence[bool] | None = None,
     encoder_reuse_softmax: bool | None = None,
+    encoder_head_channels: Sequence[Sequence[Sequence[int]]] | None = None,
+    encoder_prune_attention_head_channels: bool | None = None,
 ) -> Wav2Vec2Model:
     """Build a model with random weights from a flat config, the ``config`` of a ``.pth`` file.
 
@@ -384,11 +389,16 @@ def wav2vec2_model(
         encoder_reuse_attention: students only, per layer whether it reuses the attention map of the nearest earlier
             layer that computes one.
         encoder_reuse_softmax: put reused maps through a second softmax, as the released ARMHuBERT does.
+        encoder_head_channels: where heads are not all of one width, per layer and head how many channels it has of
+            queries and keys, and how many of values; ``encoder_head_dim`` is then the width of the whole heads.
+        encoder_prune_attention_head_channels: mask these, one by one.
 
     Raises:
         ValueError: a value out of range, or lists whose length is not ``encoder_num_layers``.
     """
     config = {name: copy.deepcopy(value) for name, value in locals().items() if name not in ABSENT or value is not None}
+    if not encoder_prune_attention_head_channels:
+        config.pop("encoder_prune_attention_head_channels", None)
     is_wavlm = encoder_remaining_heads is not None
     check_config(config, is_wavlm)
 
@@ -403,20 +413,22 @@ def wav2vec2_model(
 
     def attention(i: int) -> SelfAttention:
         width, dropout = encoder_embed_dim, encoder_attention_dropout
-        prunable = Prunable(encoder_prune_attention_heads, encoder_prune_attention_layer)
+        channels_too = bool(encoder_prune_attention_head_channels)
+        prunable = Prunable(encoder_prune_attention_heads, encoder_prune_attention_layer, channels_too)
+        channels = None if encoder_head_channels is None else HeadChannels.read(encoder_head_channels[i])
         reuse: Literal["map", "softmax"] | None = None
         if encoder_reuse_attention is not None and encoder_reuse_attention[i]:
             reuse = "softmax" if encoder_reuse_softmax else "map"
         if not is_wavlm:
             assert encoder_num_heads is not None and encoder_head_dim is not None
-            return SelfAttention(width, encoder_num_heads[i], encoder_head_dim, dropout, prunable, reuse)
+            return SelfAttention(width, encoder_num_heads[i], encoder_head_dim, dropout, prunable, reuse, channels)
         assert encoder_total_num_heads is not None and encoder_remaining_heads is not None
         assert encoder_num_buckets is not None and encoder_max_distance is not None
         total, remaining = encoder_total_num_heads[i], encoder_remaining_heads[i]
         if reuse:  # the map holds WavLM's position bias already
-            return SelfAttention(width, remaining, width // total, dropout, prunable, reuse)
+            return SelfAttention(width, remaining, width // total, dropout, prunable, reuse, channels)
         buckets = Buckets(encoder_num_buckets, encoder_max_distance) if i == 0 else None
-        return WavLMSelfAttention(width, total, remaining, dropout, buckets, prunable)
+        return WavLMSelfAttention(width, total, remaining, dropout, buckets, prunable, channels)
 
     def feed_forward(i: int) -> FeedForward:
         prunable = Prunable(encoder_prune_feed_forward_intermediate, encoder_prune_feed_forward_layer)

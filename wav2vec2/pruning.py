@@ -47,6 +47,8 @@ def prune(model: Wav2Vec2Model, survivors: Survivors | None = None) -> tuple[Wav
     }
     state, config = model.state_dict(), copy.deepcopy(model.config)
     config.update({key: False for key in config if "_prune_" in key})
+    if config.pop("encoder_prune_attention_head_channels", None) is not None:
+        config.setdefault("encoder_head_channels", [[] for _ in model.encoder.transformer.layers])
     for name, layers in parts.items():
         for i, left in enumerate(layers):
             state.update({f"{name}.{key}": weight for key, weight in left.weights.items()})
@@ -84,8 +86,8 @@ def survivors_for_size(model: Wav2Vec2Model, num_params: int, multiple_of: int =
 
 
 def is_grouped(name: str) -> bool:
-    """Whether the units of a mask may be kept by several: channels and FFN units, but not heads or whole blocks."""
-    return not name.endswith(("_for_heads", "_for_layer"))
+    """Whether the units of a mask may be kept by several: conv channels and FFN units, nothing of attention."""
+    return not name.endswith(("_for_heads", "_channels", "_for_layer"))
 
 
 @torch.no_grad()

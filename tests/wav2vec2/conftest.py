@@ -18,6 +18,8 @@ FLAGS = {
     "ffnlayer": "encoder_prune_feed_forward_layer",
 }
 
+MORE_FLAGS = FLAGS | {"head_channel": "encoder_prune_attention_head_channels"}
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_one_seed() -> None:
@@ -59,7 +61,7 @@ def _config(architecture: str, units: tuple[str, ...] = (), **changes: Any) -> d
         "encoder_layer_drop": 0.0,
         "aux_num_out": None,
         "normalize_waveform": large,
-        **{flag: unit in units for unit, flag in FLAGS.items()},
+        **{flag: unit in units for unit, flag in MORE_FLAGS.items()},
         **changes,
     }
 

@@ -254,6 +254,8 @@ class LatencyTable(nn.Module):
         strides = [[list(layer[1:]) for layer in config["extractor_conv_layer_config"]] for config in (own, other)]
         if strides[0] != strides[1]:
             differ.append("other kernels or strides")
+        if architecture(other).uneven:
+            differ.append("heads of unequal width, whose times are not measured")
         if not differ:
             measured, found = architecture(own), architecture(other)
             for what in ("conv", "heads", "interm"):

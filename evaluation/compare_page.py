@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from evaluation.compare_data import Comparison
-from evaluation.report_page import COSTS, DEVICES, MINUS, UNITS, layer_charts, millions, outline_of, table_rows
+from evaluation.report_page import COSTS, DEVICES, MINUS, layer_charts, millions, outline_of, table_rows, units_of
 from evaluation.subjects import ONE_STEP, STEP_1, STEP_2, Curve
 from evaluation.svg import TEMPLATES, Series, bar_chart, line_chart
 
@@ -84,7 +84,7 @@ def _architecture(page: Comparison, colors: dict[str, int | None]) -> list[tuple
     """Per kind of unit a chart for every model, all on one scale."""
     found = []
     models = [model for model in page.models if model.name in page.students]
-    for title, kind, x_label in UNITS:
+    for title, kind, x_label in units_of(model.architecture for model in models):
         outlines = [outline_of(page.model(model.teacher), model.architecture, kind) for model in models]
         highest = max(max(row) for model, outline in zip(models, outlines)
                       for row in (getattr(model.architecture, kind), outline or [1]))  # fmt: skip

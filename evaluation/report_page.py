@@ -4,7 +4,7 @@ What the page says is chosen and formatted here; its markup is report.html.jinja
 style report.css.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ UNITS = (
     ("Attention heads", "heads", "Transformer layer"),
     ("Feed-forward units", "interm", "Transformer layer"),
 )
+CHANNELS = ("Channels of queries and values", "channels", "Transformer layer")
 COSTS = {
     "params": ("parameters", "parameters, M", 1e6),
     "macs": ("multiply-accumulates", "GMACs", 1e9),
@@ -146,11 +147,16 @@ def table_rows(page: Page, sparsity: bool = False) -> list[Row]:
 def _architecture(report: Report) -> tuple[list[str], bool]:
     """A chart per kind of unit, and whether one of them shows the teacher, too."""
     found, charts, outlined = report.models[-1].architecture, [], False
-    for title, kind, x_label in UNITS:
+    for title, kind, x_label in units_of([found]):
         before = outline_of(report.teacher, found, kind)
         charts.append(bar_chart(title, getattr(found, kind), before, x_label=x_label))
         outlined = outlined or before is not None
     return charts, outlined
+
+
+def units_of(found: Iterable[Architecture]) -> tuple[tuple[str, str, str], ...]:
+    """What is drawn per layer: title, field of the architecture, label of the axis."""
+    return (*UNITS[:2], CHANNELS, *UNITS[2:]) if any(one.uneven for one in found) else UNITS
 
 
 def outline_of(teacher: ModelReport | None, found: Architecture, kind: str) -> list[int] | None:

@@ -104,7 +104,9 @@ def _is_wavlm(config: dict[str, Any]) -> bool:
 
 
 def _num_heads(config: dict[str, Any]) -> int | None:
-    """Heads of every layer; None where a layer lacks some of those that fill the width."""
+    """Heads of every layer; None where a layer lacks some of those that fill the width, or channels of them."""
+    if config.get("encoder_head_channels") is not None:
+        return None
     if _is_wavlm(config):
         totals, remaining = config["encoder_total_num_heads"], config["encoder_remaining_heads"]
         whole = all(list(heads) == list(range(total)) for heads, total in zip(remaining, totals))

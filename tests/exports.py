@@ -39,6 +39,12 @@ FEW_CONVOLUTIONS = {"extractor_conv_layer_config": [(12, 10, 5), (12, 15, 8), (2
 KINDS: dict[str, dict[str, Any]] = {
     "DPHuBERT": MASKS,
     "DPWavLM": {**WAVLM, **MASKS},
+    "DPWavLM of channels": {
+        **WAVLM,
+        **MASKS,
+        "encoder_prune_attention_heads": False,
+        "encoder_prune_attention_head_channels": True,
+    },
     "DPHuBERT of Large": {**LARGE, **MASKS},
     "ARMHuBERT": {**THIN, **MAP_REUSE},
     "FitHuBERT": {**THIN, "encoder_time_reduction": 2},

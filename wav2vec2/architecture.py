@@ -41,21 +41,28 @@ class Architecture:
     conv: list[int]  # channels per conv layer
     heads: list[int]  # per Transformer layer, 0 where the block is gone
     interm: list[int]  # FFN units per Transformer layer, 0 where the block is gone
+    channels: list[int]  # of queries and of values of all heads, per Transformer layer
+    uneven: bool  # heads have not all of theirs
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
     """Units per layer from a flat config."""
     if "encoder_remaining_heads" in config:
         heads = [len(remaining) for remaining in config["encoder_remaining_heads"]]
+        width = config["encoder_embed_dim"] // max(1, *config["encoder_total_num_heads"])
     else:
-        heads = list(config["encoder_num_heads"])
+        heads, width = list(config["encoder_num_heads"]), config["encoder_head_dim"]
+    heads = [n if used else 0 for n, used in zip(heads, config["encoder_use_attention"])]
+    uneven = config.get("encoder_head_channels")
     return Architecture(
         conv=[layer[0] for layer in config["extractor_conv_layer_config"]],
-        heads=[n if used else 0 for n, used in zip(heads, config["encoder_use_attention"])],
+        heads=heads,
         interm=[
             n if used else 0
             for n, used in zip(config["encoder_ff_interm_features"], config["encoder_use_feed_forward"])
         ],
+        channels=[2 * width * n for n in heads] if uneven is None else [sum(map(sum, layer)) for layer in uneven],
+        uneven=uneven is not None,
     )
 
 
@@ -66,6 +73,8 @@ def format_architecture(before: dict[str, Any], after: dict[str, Any]) -> str:
     lines.append(_row("channels", new.conv, old.conv))
     lines.append(f"{'Transformer layer':>18}" + "".join(f"{i:>7}" for i in range(1, len(new.heads) + 1)))
     lines.append(_row("heads", new.heads, old.heads))
+    if new.uneven:
+        lines.append(_row("their channels", new.channels, old.channels))
     lines.append(_row("FFN units", new.interm, old.interm))
     return "\n".join(lines)
 

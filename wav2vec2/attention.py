@@ -269,9 +269,9 @@ class SelfAttention(nn.Module):
             else:
                 counts = [*map(sum, self.channels), heads, exists]
         else:
-            masks = source.hard_concrete_for_query_channels, source.hard_concrete_for_value_channels
-            queries, values, each = expected(*map(alive, masks), source.all_channels)
-            counts = [queries, values, each.sum(), 1 - probability_none(each)]
+            of_queries, of_values = source.hard_concrete_for_query_channels, source.hard_concrete_for_value_channels
+            num_queries, num_values, each = expected(alive(of_queries), alive(of_values), source.all_channels)
+            counts = [num_queries, num_values, each.sum(), 1 - probability_none(each)]
         for block in (self,) if source is self else (self, source):  # a gate of either drops all of them
             gate = num_live(block.hard_concrete_for_layer, 1, alive)
             counts = [count * gate for count in counts]

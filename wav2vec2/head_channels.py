@@ -98,12 +98,12 @@ def live_heads(queries: Gate, values: Gate, of: HeadChannels) -> LiveHeads:
     kept = [head for head, there in enumerate(exists) if there]
     if len(kept) < len(exists):
         parts = [[part & there for part, there in zip(kind, exists)] for kind in parts]
-        gates = tuple(_narrowed(gate, one, torch.cat(kind)) for gate, one, kind in zip(gates, on, parts))
+        queries, values = (_narrowed(gate, one, torch.cat(kind)) for gate, one, kind in zip(gates, on, parts))
     counts = (tuple(int(kind[head].sum()) for head in kept) for kind in parts)
     index = None if len(kept) == len(exists) else torch.tensor(kept, dtype=torch.int64)
     device = None if queries.value is None else queries.value.device
     heads = Gate(None if index is None else index.to(device, non_blocking=True), None, len(kept))
-    return LiveHeads(heads, *gates, HeadChannels(*counts))
+    return LiveHeads(heads, queries, values, HeadChannels(*counts))
 
 
 def _narrowed(gate: Gate, on: Tensor, kept: Tensor) -> Gate:

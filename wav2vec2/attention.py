@@ -127,12 +127,13 @@ class SelfAttention(nn.Module):
     def live_weights(self, live: LiveHeads, layer: Gate | None) -> dict[str, Tensor]:
         """What exists of the weights, by name, under the gates of the heads and of the block."""
         weights: dict[str, Tensor] = {}
+        heads = live.heads if live.channels is None else None  # where channels go one by one, they are all that goes
         for name in ("v_proj",) if self.reuse else ("q_proj", "k_proj", "v_proj"):
             channels = live.values if name == "v_proj" else live.queries
             for kind, weight in getattr(self, name).named_parameters():
-                weight = select(self._of_live_heads(weight, live.heads, 0), channels, 0)
+                weight = select(self._of_live_heads(weight, heads, 0), channels, 0)
                 weights[f"{name}.{kind}"] = scale(weight, channels, 0) if name == "q_proj" else weight
-        weight = self._of_live_heads(self.out_proj.weight, live.heads, 1, fold=True)
+        weight = self._of_live_heads(self.out_proj.weight, heads, 1, fold=True)
         weight = scale(select(weight, live.values, 1), live.values, 1)
         weights["out_proj.weight"] = scale(weight, layer, 0)
         weights["out_proj.bias"] = scale(self.out_proj.bias, layer, 0)
@@ -140,7 +141,7 @@ class SelfAttention(nn.Module):
 
     def _of_live_heads(self, weight: Tensor, heads: Gate | None, dim: int, fold: bool = False) -> Tensor:
         """Slices of a weight whose ``dim`` is H E; ``fold`` multiplies them by the values of their heads."""
-        if heads is None or self.hard_concrete_for_heads is None:
+        if heads is None:
             return weight
         weight = select(weight.unflatten(dim, (self.num_heads, self.head_dim)), heads, dim)
         return (scale(weight, heads, dim) if fold else weight).flatten(dim, dim + 1)

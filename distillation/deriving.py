@@ -23,7 +23,7 @@ LIST_960H, LIST_100H, OTHER_LIST = "train960.tsv", "train100.tsv", "train.tsv"
 SHORT_STEPS = 10_000
 SHORT_RUN = {
     "pruning.constant_lr": True, "pruning.lr_masks": 0.05, "pruning.lr_lagrangian": 0.015,
-    "pruning.drop_rates": {"conv": 0.1, "head": 0.1, "head_channel": 0.1, "interm": 0.1},
+    "pruning.drop_rates": {"conv": 0.1, "head": 0.1, "interm": 0.1},
 }  # fmt: skip
 SHORT_RAMP = 0.6
 CPU_SECONDS = 20.0  # in a micro-batch: holds the longest utterance, and fits a laptop

@@ -67,7 +67,8 @@ class PruningConfig:
     constant_lr: bool = False
     """Keep both rates constant instead of following the schedule of the weights (short runs need it)."""
     drop_rates: dict[str, float] = field(default_factory=dict)
-    """Initial drop probability per unit kind where it differs from the published 0.01 (interm: 0.5)."""
+    """Initial drop probability per unit kind where it differs from the published 0.01 (interm: 0.5); head_channel has
+    head's where none of its own is given."""
 
     def __post_init__(self) -> None:
         for unit in [*self.units, *self.drop_rates]:
@@ -107,8 +108,9 @@ class PruningConfig:
 def make_prunable(model: Wav2Vec2Model, config: PruningConfig) -> Wav2Vec2Model:
     """The same network with masks over the units of the recipe."""
     masked = add_masks(model, **{flag: unit in config.units for unit, (flag, _) in UNITS.items()})
+    rates = {"head_channel": config.drop_rates["head"]} if "head" in config.drop_rates else {}
     for name, mask in masked.masks().items():
-        for unit, rate in config.drop_rates.items():
+        for unit, rate in (rates | config.drop_rates).items():
             if name.endswith(UNITS[unit][1]):
                 mask.reset(rate)
     return masked

@@ -102,18 +102,19 @@ def test_students_have_the_budget(demo, name, tmp_path):
         assert recipe.optim.max_steps == 100 and recipe.final is None
 
 
-def test_no_dropout_is_what_dphubert_plus_says():
+def test_plus_is_what_its_recipe_says():
     """The row on the demo's teacher changes in DPHuBERT what the recipe changes in the published one."""
     changed = []
     for path, base in (
-        (METHODS / "no_dropout.yaml", METHODS / "dphubert.yaml"),
+        (METHODS / "plus.yaml", METHODS / "dphubert.yaml"),
         (RECIPES / "dphubert_plus.yaml", RECIPES / "dphubert_base.yaml"),
     ):
         mine, other = (flat_settings(read_row(one)) for one in (path, base))
         both = {name: mine.get(name) for name in mine.keys() | other.keys() if mine.get(name) != other.get(name)}
         both.pop("exp_dir", None)
         changed.append(both)
-    assert changed[0] == changed[1] == {"student.dropout": 0.0}
+    assert changed[0] == changed[1]
+    assert changed[0] == {"student.dropout": 0.0, "pruning.units": ["conv", "head_channel", "interm"]}
 
 
 def test_thin_students_keep_the_published_shape(demo):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,11 +125,18 @@ def test_published_start(tiny_config):
 def test_each_unit_masks_its_kind(unit, tiny_config):
     torch.manual_seed(0)
     model = make_prunable(wav2vec2_model(**tiny_config), PruningConfig(units=[unit], drop_rates={unit: 0.2}))
-    counts = {"conv": 7, "head": 4, "interm": 4, "attlayer": 4, "ffnlayer": 4}
+    counts = {"conv": 7, "head": 4, "head_channel": 8, "interm": 4, "attlayer": 4, "ffnlayer": 4}
     masks = model.masks()
     assert len(masks) == counts[unit] and all(UNITS[unit][1] in f".{name}" for name in masks)
     for mask in masks.values():
         assert mask.log_alpha.mean().item() == pytest.approx(math.log(4), abs=0.05)
+
+
+def test_channels_of_heads_start_as_heads_where_nothing_else_is_said(tiny_config):
+    for rates, expected in (({}, 0.01), ({"head": 0.1}, 0.1), ({"head": 0.1, "head_channel": 0.3}, 0.3)):
+        model = make_prunable(wav2vec2_model(**tiny_config), PruningConfig(units=["head_channel"], drop_rates=rates))
+        for mask in model.masks().values():
+            assert mask.log_alpha.mean().item() == pytest.approx(math.log(1 / expected - 1), abs=0.05)
 
 
 def test_masks_keep_the_weights(tiny_config):
@@ -143,7 +151,9 @@ def test_masks_keep_the_weights(tiny_config):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"units": ["neuron"]}, {"units": ["head", "head"]}, {"target_sparsity": 1.0}, {"target_sparsity": -0.1},
+    [{"units": ["neuron"]}, {"units": ["head", "head"]}, {"units": ["head", "head_channel"]},
+     {"units": ["head_channel"], "cost": "milliseconds", "latency": Path("table.json")},
+     {"target_sparsity": 1.0}, {"target_sparsity": -0.1},
      {"drop_rates": {"head": 0.0}}, {"drop_rates": {"layer": 0.1}}, {"warmup_steps": -1},
      {"multiple_of": 0}, {"macs_seconds": 0.0}, {"macs_seconds": math.inf}, {"macs_seconds": math.nan},
      {"cost": "milliseconds"}, {"target": "35ms"}, {"target": "500"}, {"cost": "macs", "target": "23.6M"},

@@ -11,6 +11,9 @@ from torch.func import functional_call
 
 from tests.configs import TINY
 from wav2vec2 import Wav2Vec2Model, load_model, prune, save_model, wav2vec2_model
+from wav2vec2.architecture import architecture as units_left
+from wav2vec2.architecture import format_architecture
+from wav2vec2.attention import SelfAttention
 from wav2vec2.checkpoint import add_masks
 from wav2vec2.counting import count_params
 from wav2vec2.feature_extractor import valid_frames
@@ -231,3 +234,19 @@ def test_side_by_side_and_back():
 def test_refusals(changes, complaint):
     with pytest.raises(ValueError, match=complaint):
         wav2vec2_model(**copy.deepcopy(TINY | changes))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_the_table_of_units_says(tiny, architecture):
+    model = tiny(architecture, ("head_channel",))
+    pruned, config = prune(model)
+    found = units_left(config)
+    counted = [0 if block is None else sum(map(sum, block.all_channels)) for block in attention_of(pruned)]
+    assert found.uneven and found.channels == counted and not units_left(model.config).uneven
+    assert units_left(model.config).channels == [32] * 3
+    text = format_architecture(model.config, config)
+    assert f"{'their channels':>18}" + "".join(f"{n:>7}" for n in found.channels) + "   of 32" in text.splitlines()
+
+
+def attention_of(model: Wav2Vec2Model) -> list[SelfAttention | None]:
+    return [layer.attention for layer in model.encoder.transformer.layers]

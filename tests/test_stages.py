@@ -93,6 +93,30 @@ def test_two_processes_equal_accumulation(reference, script, tiny_flags, tmp_pat
         torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-6)
 
 
+def test_channels_of_heads_one_by_one(script, tiny_flags, teacher_path, tmp_path):
+    """All stages, on one process and on two."""
+    flags = [*tiny_flags, "--pruning.units", "[conv,head_channel,interm]"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    printed = script("distill.py", *flags, "--exp_dir", one).stdout
+    assert "their channels" in printed
+    script("distill.py", *flags, "--exp_dir", two, "--trainer.devices", 2)
+    assert metrics(two) == metrics(one)
+    left, right = (weights(exp / "ckpts/last.ckpt") for exp in (one, two))
+    assert sum("_channels.log_alpha" in name for name in left) == 8
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-6)
+    script("prune.py", "--distilled_ckpt", one / "ckpts/last.ckpt")
+    script("final_distill.py", *flags, "--student_ckpt", one / "pruned.pth", "--exp_dir", one / "final")
+    final, before = (
+        load_model(one / "final" / "final.pth"),
+        sum(p.numel() for p in load_model(teacher_path).parameters()),
+    )
+    assert (
+        0 <= 0.7 * before - sum(p.numel() for p in final.parameters()) < 4 * 24 + 3 + 2
+    )  # a query with its key, and a value
+    assert len({tuple(pair) for layer in final.config["encoder_head_channels"] for pair in layer}) > 1
+
+
 def test_workers_change_nothing(reference, script, tiny_flags, tmp_path):
     script("distill.py", *tiny_flags, "--exp_dir", tmp_path / "workers", "--data.num_workers", 2)
     assert_same_run(reference, tmp_path / "workers")

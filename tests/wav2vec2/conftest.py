@@ -18,8 +18,6 @@ FLAGS = {
     "ffnlayer": "encoder_prune_feed_forward_layer",
 }
 
-MORE_FLAGS = FLAGS | {"head_channel": "encoder_prune_attention_head_channels"}
-
 
 @pytest.fixture(autouse=True)
 def _one_thread_one_seed() -> None:
@@ -61,7 +59,8 @@ def _config(architecture: str, units: tuple[str, ...] = (), **changes: Any) -> d
         "encoder_layer_drop": 0.0,
         "aux_num_out": None,
         "normalize_waveform": large,
-        **{flag: unit in units for unit, flag in MORE_FLAGS.items()},
+        **{flag: unit in units for unit, flag in FLAGS.items()},
+        **({"encoder_prune_attention_head_channels": True} if "head_channel" in units else {}),
         **changes,
     }
 

@@ -21,6 +21,7 @@ from distillation.budget import (
 from distillation.errors import UserError, require
 from distillation.latency import read_latency
 from wav2vec2 import Wav2Vec2Model
+from wav2vec2.architecture import architecture
 from wav2vec2.checkpoint import add_masks
 from wav2vec2.feature_extractor import SAMPLE_RATE
 from wav2vec2.hardconcrete import HardConcrete
@@ -106,7 +107,15 @@ class PruningConfig:
 
 
 def make_prunable(model: Wav2Vec2Model, config: PruningConfig) -> Wav2Vec2Model:
-    """The same network with masks over the units of the recipe."""
+    """The same network with masks over the units of the recipe.
+
+    Raises:
+        UserError: units that this network's heads do not have.
+    """
+    if "head" in config.units and architecture(model.config).uneven:
+        raise UserError("pruning.units names head, and the heads of this model are of unequal width: name head_channel")
+    if "head_channel" in config.units and any(model.config.get("encoder_reuse_attention") or ()):
+        raise UserError("pruning.units names head_channel, and this model reuses attention maps: name head")
     masked = add_masks(model, **{flag: unit in config.units for unit, (flag, _) in UNITS.items()})
     rates = {"head_channel": config.drop_rates["head"]} if "head" in config.drop_rates else {}
     for name, mask in masked.masks().items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distillation.budget import Cost, Parameters
 from distillation.errors import UserError, require
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
+from wav2vec2.architecture import architecture
 from wav2vec2.attention import WavLMSelfAttention
 from wav2vec2.checkpoint import add_masks
 from wav2vec2.counting import count_params
@@ -261,8 +262,10 @@ def uniform_slice(teacher: Wav2Vec2Model, cost: Cost, wanted: float) -> Wav2Vec2
         wanted: most that it may cost.
 
     Raises:
-        UserError: no slice costs that.
+        UserError: no slice costs that, or the teacher's heads are of unequal width.
     """
+    if architecture(teacher.config).uneven:
+        raise UserError("the teacher's heads are of unequal width: a slice takes whole ones")
     masked = add_masks(
         teacher,
         extractor_prune_conv_channels=True,

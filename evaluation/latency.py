@@ -220,6 +220,8 @@ def main() -> None:
     model = load_model(options.model)
     if model.masks():
         raise UserError(f"{options.model}: has masks; name a dense model")
+    if architecture(model.config).uneven:
+        raise UserError(f"{options.model}: its heads are of unequal width, and tables hold times of whole ones")
     settings = {"device": device, "seconds": options.seconds, "multiple_of": options.multiple_of}
     measured = conditions(model=fingerprint(model), **settings, rounds=options.rounds, protocol=PROTOCOL)
     known = Journal(out.with_name(f".{out.stem}.jsonl"), measured, "times")

@@ -111,11 +111,11 @@ def alive_probabilities(masks: Iterable[HardConcrete]) -> Alive:
 
 
 def probability_none(alive: Tensor) -> Tensor:
-    """P(no unit of a group exists) = prod(1 - p); 1 for a group without units.
+    """P(no unit of a group exists) = prod(1 - p) of the last dimension; 1 for a group without units.
 
     As a sum of logarithms, since a GPU waits for the host in the backward pass of ``prod``, which looks for zeros.
     """
-    return (1 - alive).clamp(min=torch.finfo(alive.dtype).tiny).log().sum().exp()
+    return (1 - alive).clamp(min=torch.finfo(alive.dtype).tiny).log().sum(-1).exp()
 
 
 def num_live(mask: HardConcrete | None, num_units: int, alive: Alive) -> Tensor | int:

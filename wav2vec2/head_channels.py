@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .hardconcrete import Gate, probability_none
 
@@ -88,31 +89,31 @@ def live_heads(queries: Gate, values: Gate, of: HeadChannels) -> LiveHeads:
         values: gate of those of values.
         of: how many channels each head has without gates.
     """
-    gates = queries, values
     on = [
         torch.ones(sum(counts), dtype=torch.bool) if gate.alive is None else gate.alive
-        for gate, counts in zip(gates, of)
+        for gate, counts in zip((queries, values), of)
     ]
-    parts = [list(one.split(list(counts))) for one, counts in zip(on, of)]
-    exists = [bool(q.any() and v.any()) for q, v in zip(*parts)]
-    kept = [head for head, there in enumerate(exists) if there]
-    if len(kept) < len(exists):
-        parts = [[part & there for part, there in zip(kind, exists)] for kind in parts]
-        queries, values = (_narrowed(gate, one, torch.cat(kind)) for gate, one, kind in zip(gates, on, parts))
-    counts = (tuple(int(kind[head].sum()) for head in kept) for kind in parts)
-    index = None if len(kept) == len(exists) else torch.tensor(kept, dtype=torch.int64)
-    device = None if queries.value is None else queries.value.device
-    heads = Gate(None if index is None else index.to(device, non_blocking=True), None, len(kept))
-    return LiveHeads(heads, queries, values, HeadChannels(*counts))
+    head = [torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) for counts in of]  # of each channel
+    numbers = [torch.zeros(len(of.values), dtype=torch.int64).index_add_(0, h, one.long()) for h, one in zip(head, on)]
+    exists = (numbers[0] > 0) & (numbers[1] > 0)
+    channels = HeadChannels(*(tuple(number[exists].tolist()) for number in numbers))
+    if exists.all():
+        return LiveHeads(Gate(None, None, len(exists)), queries, values, channels)
+    queries, values = (
+        _narrowed(gate, one, one & exists[h]) for gate, one, h in zip((queries, values), on, head, strict=True)
+    )
+    index = exists.nonzero()[:, 0].to(_device(queries), non_blocking=True)
+    return LiveHeads(Gate(index, None, len(index), exists), queries, values, channels)
 
 
 def _narrowed(gate: Gate, on: Tensor, kept: Tensor) -> Gate:
     """The gate with only those [n] (bool, on the host) of its live units."""
-    device = None if gate.value is None else gate.value.device
-    index = kept.nonzero()[:, 0].to(device, non_blocking=True)
-    which = kept[on].nonzero()[:, 0].to(device, non_blocking=True)
-    value = None if gate.value is None else gate.value.index_select(0, which)
-    return Gate(index, value, len(index), kept)
+    index, which = (one.nonzero()[:, 0].to(_device(gate), non_blocking=True) for one in (kept, kept[on]))
+    return Gate(index, None if gate.value is None else gate.value.index_select(0, which), len(index), kept)
+
+
+def _device(gate: Gate) -> torch.device | None:
+    return None if gate.value is None else gate.value.device
 
 
 def expected(queries: Tensor, values: Tensor, of: HeadChannels) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,9 +124,7 @@ def expected(queries: Tensor, values: Tensor, of: HeadChannels) -> tuple[Tensor,
         values: the same of values.
         of: as for :func:`live_heads`.
     """
-    parts = [one.split(list(counts)) for one, counts in zip((queries, values), of)]
-    sums, some = (
-        [torch.stack([what(part) for part in kind]) for kind in parts]
-        for what in (torch.sum, lambda part: 1 - probability_none(part))
-    )
-    return (sums[0] * some[1]).sum(), (sums[1] * some[0]).sum(), some[0] * some[1]
+    # a channel that no head has is certain not to live
+    q, v = (pad_sequence(one.split(list(counts)), batch_first=True) for one, counts in zip((queries, values), of))
+    any_q, any_v = (1 - probability_none(one) for one in (q, v))
+    return (q.sum(-1) * any_v).sum(), (v.sum(-1) * any_q).sum(), any_q * any_v

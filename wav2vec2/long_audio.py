@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import SelfAttention, WavLMSelfAttention
-from .hardconcrete import Gates
+from .hardconcrete import Gate, Gates
 from .head_channels import HeadChannels
 from .kernels import attend, attention_weights
 from .model import Wav2Vec2Model
@@ -199,7 +199,7 @@ class _Layers:
             scale = math.sqrt(k.shape[-1] / block.head_dim)  # what follows divides by the root of the width it sees
             for piece in _pieces(num_frames, size):
                 q = project(source, asked, "q_proj", piece, of_queries)[None, None] * scale
-                mask = self._bias(source, head, piece, num_frames)
+                mask = self._bias(source, heads.heads, head, piece, num_frames)
                 if block.reuse:
                     weights = attention_weights(q, k, mask)
                     mixed = (weights.softmax(-1) if block.reuse == "softmax" else weights) @ v
@@ -207,13 +207,12 @@ class _Layers:
                     mixed = attend(q, k, v, mask, 0.0)
                 result[piece] += F.linear(mixed[0, 0], live["out_proj.weight"][:, of_values])
 
-    def _bias(self, source: _Source, head: int, piece: slice, num_frames: int) -> Tensor | None:
-        """WavLM's gated position bias [n, T] of one live head."""
+    def _bias(self, source: _Source, live: Gate | None, head: int, piece: slice, num_frames: int) -> Tensor | None:
+        """WavLM's gated position bias [n, T] of one of the ``live`` heads."""
         block = source.block
         if not isinstance(block, WavLMSelfAttention) or self.bias_by_distance is None:
             return None
-        gate = block.live_heads(self.gates).heads
-        number = head if gate is None or gate.index is None else int(gate.index[head])
+        number = head if live is None or live.index is None else int(live.index[head])
         number = block.remaining_heads[number]
         by_head = source.inputs(piece).unflatten(-1, (block.total_num_heads, block.head_dim))[:, number]
         starts = num_frames - 1 - torch.arange(piece.start, piece.stop, device=by_head.device)

@@ -238,6 +238,9 @@ def test_tables_of_another_model(table, teacher, tmp_path):
     for difference, config in others.items():
         write_latency(path, config)
         assert f"is of another model ({difference}): measure this one" in refusal(path, teacher)
+    write_latency(path, TINY)
+    uneven = wav2vec2_model(**TINY, encoder_head_channels=[[[2, 3]] * 4] * 4)
+    assert "(heads of unequal width, whose times are not measured)" in refusal(path, uneven)
     # what is already smaller has the same blocks
     masked = make_prunable(teacher, PruningConfig(units=["conv", "head", "ffnlayer"]))
     for mask in masked.masks().values():

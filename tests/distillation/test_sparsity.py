@@ -139,6 +139,18 @@ def test_channels_of_heads_start_as_heads_where_nothing_else_is_said(tiny_config
             assert mask.log_alpha.mean().item() == pytest.approx(math.log(1 / expected - 1), abs=0.05)
 
 
+def test_units_that_the_heads_of_a_model_do_not_have(tiny_config):
+    uneven = wav2vec2_model(**tiny_config, encoder_head_channels=[[[2, 3]] * 4] * 4)
+    assert len(make_prunable(uneven, PruningConfig(units=["head_channel", "interm"])).masks()) == 12
+    with pytest.raises(UserError, match="heads of this model are of unequal width: name head_channel"):
+        make_prunable(uneven, PruningConfig())
+    with pytest.raises(UserError, match="of unequal width: a slice takes whole ones"):
+        uniform_slice(uneven, Parameters(), 1000)
+    reuse = {"encoder_reuse_attention": [False, True] * 2, "encoder_layer_drop": 0.0}
+    with pytest.raises(UserError, match="this model reuses attention maps: name head"):
+        make_prunable(wav2vec2_model(**tiny_config | reuse), PruningConfig(units=["head_channel"]))
+
+
 def test_masks_keep_the_weights(tiny_config):
     model = wav2vec2_model(**tiny_config)
     masked = make_prunable(model, PruningConfig())

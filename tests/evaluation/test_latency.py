@@ -231,6 +231,9 @@ def test_the_command_refuses(teacher_path, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     masked = with_masks(load_model(teacher_path))
     save_model(tmp_path / "masked.pth", masked)
+    config = load_model(teacher_path).config
+    channels = [[[2, 3]] * heads for heads in config["encoder_num_heads"]]
+    save_model(tmp_path / "uneven.pth", wav2vec2_model(**config, encoder_head_channels=channels))
     out = tmp_path / "x.json"
     for words, said in (
         ([teacher_path, "--out", tmp_path / "x.txt"], "x.txt: name a .json file"),
@@ -245,6 +248,7 @@ def test_the_command_refuses(teacher_path, tmp_path, monkeypatch):
         ([teacher_path, "--device", "cuda"], "--device cuda: no GPU is visible"),
         ([tmp_path / "none.pth"], "none.pth: no such file"),
         ([tmp_path / "masked.pth"], "masked.pth: has masks; name a dense model"),
+        ([tmp_path / "uneven.pth"], "uneven.pth: its heads are of unequal width"),
         ([], "model"),
     ):
         assert said in run_error("evaluation/latency.py", "--out", out, *words), words

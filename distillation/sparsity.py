@@ -112,8 +112,12 @@ def make_prunable(model: Wav2Vec2Model, config: PruningConfig) -> Wav2Vec2Model:
     Raises:
         UserError: units that this network's heads do not have.
     """
-    if "head" in config.units and architecture(model.config).uneven:
-        raise UserError("pruning.units names head, and the heads of this model are of unequal width: name head_channel")
+    if architecture(model.config).uneven:
+        theirs = "and the heads of this model are of unequal width"
+        if "head" in config.units:
+            raise UserError(f"pruning.units names head, {theirs}: name head_channel")
+        if config.cost == "milliseconds":
+            raise UserError(f"pruning.cost is milliseconds, {theirs}: tables hold times of whole heads")
     if "head_channel" in config.units and any(model.config.get("encoder_reuse_attention") or ()):
         raise UserError("pruning.units names head_channel, and this model reuses attention maps: name head")
     masked = add_masks(model, **{flag: unit in config.units for unit, (flag, _) in UNITS.items()})

@@ -262,14 +262,14 @@ def uniform_slice(teacher: Wav2Vec2Model, cost: Cost, wanted: float) -> Wav2Vec2
         wanted: most that it may cost.
 
     Raises:
-        UserError: no slice costs that, or the teacher's heads are of unequal width.
+        UserError: no slice costs that.
     """
-    if architecture(teacher.config).uneven:
-        raise UserError("the teacher's heads are of unequal width: a slice takes whole ones")
+    uneven = architecture(teacher.config).uneven
     masked = add_masks(
         teacher,
         extractor_prune_conv_channels=True,
-        encoder_prune_attention_heads=True,
+        encoder_prune_attention_heads=not uneven,
+        encoder_prune_attention_head_channels=uneven,
         encoder_prune_feed_forward_intermediate=True,
     )
     masks = masked.masks()

@@ -42,17 +42,19 @@ class Architecture:
     heads: list[int]  # per Transformer layer, 0 where the block is gone
     interm: list[int]  # FFN units per Transformer layer, 0 where the block is gone
     channels: list[int]  # of queries and of values of all heads, per Transformer layer
-    uneven: bool  # heads have not all of theirs
+    uneven: bool  # heads are not all of one width
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
     """Units per layer from a flat config."""
     if "encoder_remaining_heads" in config:
         heads = [len(remaining) for remaining in config["encoder_remaining_heads"]]
-        width = config["encoder_embed_dim"] // max(1, *config["encoder_total_num_heads"])
+        totals = [n for n, used in zip(config["encoder_total_num_heads"], config["encoder_use_attention"]) if used]
+        width = config["encoder_embed_dim"] // max([1, *totals])
     else:
         heads, width = list(config["encoder_num_heads"]), config["encoder_head_dim"]
     heads = [n if used else 0 for n, used in zip(heads, config["encoder_use_attention"])]
+    reuse = config.get("encoder_reuse_attention") or [False] * len(heads)  # these have values alone
     uneven = config.get("encoder_head_channels")
     return Architecture(
         conv=[layer[0] for layer in config["extractor_conv_layer_config"]],
@@ -61,7 +63,9 @@ def architecture(config: dict[str, Any]) -> Architecture:
             n if used else 0
             for n, used in zip(config["encoder_ff_interm_features"], config["encoder_use_feed_forward"])
         ],
-        channels=[2 * width * n for n in heads] if uneven is None else [sum(map(sum, layer)) for layer in uneven],
+        channels=[width * n * (2 - r) for n, r in zip(heads, reuse)]
+        if uneven is None
+        else [sum(map(sum, layer)) for layer in uneven],
         uneven=uneven is not None,
     )
 

@@ -27,7 +27,7 @@ from .hardconcrete import (
     scale,
     select,
 )
-from .head_channels import HeadChannels, LiveHeads, expected, live_heads, side_by_side, without_gaps
+from .head_channels import HeadChannels, LiveHeads, expected, live_heads, numbers_alive, side_by_side, without_gaps
 from .kernels import attend, attention_weights, dropout, linear, traced
 
 HEAD_DROP_RATE = 0.01  # initial probability that a head is dropped (released DPHuBERT)
@@ -103,9 +103,20 @@ class SelfAttention(nn.Module):
 
     def is_alive(self, gates: Gates) -> bool:
         """Whether anything of the block exists under these gates; a reused map must exist besides."""
-        heads, layer = self.live_heads(gates).num, gates.get(self.hard_concrete_for_layer)
-        num_heads = self.num_heads if heads is None else heads
+        layer, channels = gates.get(self.hard_concrete_for_layer), self._channel_gates(gates)
+        if channels is not None:
+            num_heads = int((numbers_alive(*channels, self.all_channels)[0] > 0).sum())
+        else:
+            heads = gates.get(self.hard_concrete_for_heads)
+            num_heads = self.num_heads if heads is None else heads.num_live
         return num_heads > 0 and (layer is None or layer.num_live > 0)
+
+    def _channel_gates(self, gates: Gates) -> tuple[Gate, Gate] | None:
+        queries, values = (
+            gates.get(self.hard_concrete_for_query_channels),
+            gates.get(self.hard_concrete_for_value_channels),
+        )
+        return None if queries is None or values is None else (queries, values)
 
     @property
     def all_channels(self) -> HeadChannels:
@@ -114,15 +125,10 @@ class SelfAttention(nn.Module):
 
     def live_heads(self, gates: Gates) -> LiveHeads:
         """What exists of the heads under these gates."""
-        if self.hard_concrete_for_query_channels is None:
+        channels = self._channel_gates(gates)
+        if channels is None:
             return LiveHeads(gates.get(self.hard_concrete_for_heads), channels=self.channels)
-        queries, values = (
-            gates.get(self.hard_concrete_for_query_channels),
-            gates.get(self.hard_concrete_for_value_channels),
-        )
-        if queries is None or values is None:  # a pass without gates
-            return LiveHeads(channels=self.channels)
-        return live_heads(queries, values, self.all_channels)
+        return live_heads(*channels, self.all_channels)
 
     def live_weights(self, live: LiveHeads, layer: Gate | None) -> dict[str, Tensor]:
         """What exists of the weights, by name, under the gates of the heads and of the block."""

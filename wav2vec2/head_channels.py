@@ -81,33 +81,44 @@ class LiveHeads(NamedTuple):
         return list(range(total)) if self.heads is None or self.heads.index is None else self.heads.index.tolist()
 
 
-def live_heads(queries: Gate, values: Gate, of: HeadChannels) -> LiveHeads:
-    """The heads that have channels of both kinds, and these channels.
+def head_of(counts: Sequence[int]) -> Tensor:
+    """The head [n] (int64, on the host) of each channel."""
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+
+
+def numbers_alive(queries: Gate, values: Gate, of: HeadChannels) -> tuple[Tensor, Tensor]:
+    """How many channels of queries and of values each head has [h] (int64, on the host): none of either without both.
 
     Args:
         queries: gate of the channels of queries and keys.
         values: gate of those of values.
         of: how many channels each head has without gates.
     """
-    on = [
-        torch.ones(sum(counts), dtype=torch.bool) if gate.alive is None else gate.alive
+    q, v = (
+        torch.tensor(counts)
+        if gate.alive is None
+        else torch.zeros(len(counts), dtype=torch.int64).index_add_(0, head_of(counts), gate.alive.long())
         for gate, counts in zip((queries, values), of)
-    ]
-    head = [torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) for counts in of]  # of each channel
-    numbers = [torch.zeros(len(of.values), dtype=torch.int64).index_add_(0, h, one.long()) for h, one in zip(head, on)]
-    exists = (numbers[0] > 0) & (numbers[1] > 0)
+    )
+    return q * (v > 0), v * (q > 0)
+
+
+def live_heads(queries: Gate, values: Gate, of: HeadChannels) -> LiveHeads:
+    """The heads that exist and their channels; arguments as of :func:`numbers_alive`."""
+    numbers = numbers_alive(queries, values, of)
+    exists = numbers[0] > 0
     channels = HeadChannels(*(tuple(number[exists].tolist()) for number in numbers))
     if exists.all():
         return LiveHeads(Gate(None, None, len(exists)), queries, values, channels)
-    queries, values = (
-        _narrowed(gate, one, one & exists[h]) for gate, one, h in zip((queries, values), on, head, strict=True)
-    )
+    queries, values = (_of_heads(gate, exists[head_of(counts)]) for gate, counts in zip((queries, values), of))
     index = exists.nonzero()[:, 0].to(_device(queries), non_blocking=True)
     return LiveHeads(Gate(index, None, len(index), exists), queries, values, channels)
 
 
-def _narrowed(gate: Gate, on: Tensor, kept: Tensor) -> Gate:
-    """The gate with only those [n] (bool, on the host) of its live units."""
+def _of_heads(gate: Gate, exists: Tensor) -> Gate:
+    """The gate without the channels whose heads do not exist ([n] bool, on the host)."""
+    on = torch.ones_like(exists) if gate.alive is None else gate.alive
+    kept = on & exists
     index, which = (one.nonzero()[:, 0].to(_device(gate), non_blocking=True) for one in (kept, kept[on]))
     return Gate(index, None if gate.value is None else gate.value.index_select(0, which), len(index), kept)
 

@@ -2,15 +2,17 @@
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .hardconcrete import Alive, HardConcrete, Pruned, draw_gates, eval_survivors
+from .head_channels import head_of
 from .inputs import check_index, describe
 from .model import Wav2Vec2Model, wav2vec2_model
+from .transformer import EncoderLayer
 
 Survivors = dict[HardConcrete, Tensor]
 
@@ -54,6 +56,7 @@ def prune(model: Wav2Vec2Model, survivors: Survivors | None = None) -> tuple[Wav
             state.update({f"{name}.{key}": weight for key, weight in left.weights.items()})
             for key, value in left.config.items():
                 config[key][i] = value
+    _without_whole_heads(config, encoder.transformer.layers)
 
     with torch.device("meta"):  # the weights come from the model, with their device and dtype
         pruned = wav2vec2_model(**config)
@@ -62,6 +65,13 @@ def prune(model: Wav2Vec2Model, survivors: Survivors | None = None) -> tuple[Wav
     pruned.mask_embedding = None if model.mask_embedding is None else model.mask_embedding.clone()
     pruned.vocabulary = copy.copy(model.vocabulary)
     return pruned.eval(), pruned.config
+
+
+def _without_whole_heads(config: dict[str, Any], layers: Sequence[EncoderLayer]) -> None:
+    """Leave out the channels of heads where each has all of them, as in a model whose channels go together."""
+    whole = {(block.head_dim, block.head_dim) for layer in layers if (block := layer.attention) is not None}
+    if {tuple(pair) for heads in config.get("encoder_head_channels", []) for pair in heads} <= whole:
+        config.pop("encoder_head_channels", None)
 
 
 def _check_survivors(model: Wav2Vec2Model, survivors: Survivors) -> None:
@@ -88,6 +98,26 @@ def survivors_for_size(model: Wav2Vec2Model, num_params: int, multiple_of: int =
 def is_grouped(name: str) -> bool:
     """Whether the units of a mask may be kept by several: conv channels and FFN units, nothing of attention."""
     return not name.endswith(("_for_heads", "_channels", "_for_layer"))
+
+
+class Step(NamedTuple):
+    """Units that are kept together."""
+
+    rank: float
+    mask: int
+    units: Tensor
+    kind: tuple[int, int]  # all that costs the same: of one mask, and of its channels of heads those of one head
+
+
+def _heads_of_channels(model: Wav2Vec2Model) -> dict[HardConcrete, Tensor]:
+    """The head of each channel [n], by the mask over these."""
+    found: dict[HardConcrete, Tensor] = {}
+    for layer in model.encoder.transformer.layers:
+        block = layer.attention
+        if block is not None:
+            masks = block.hard_concrete_for_query_channels, block.hard_concrete_for_value_channels
+            found |= {mask: head_of(counts) for mask, counts in zip(masks, block.all_channels) if mask is not None}
+    return found
 
 
 @torch.no_grad()
@@ -126,7 +156,8 @@ def survivors_for_cost(
     def spent() -> float:
         return cost(lambda mask: kept[mask].to(mask.log_alpha.device, torch.float64)).item()
 
-    steps: list[tuple[float, int, Tensor]] = []  # rank, which mask, units
+    steps: list[Step] = []
+    heads = _heads_of_channels(model)
     for i, mask in enumerate(ranked):
         together = multiple_of if is_grouped(masks[mask]) else 1
         log_alpha = mask.log_alpha.detach().cpu()  # rises with the probability of being alive
@@ -134,46 +165,49 @@ def survivors_for_cost(
         if len(groups) > 1 and len(groups[-1]) < together:
             groups = groups[:-1]
         kept[mask] = torch.ones(len(mask), dtype=torch.bool)
-        steps += [(log_alpha[group].double().mean().item(), i, group) for group in groups]
+        head = heads.get(mask)
+        steps += [
+            Step(log_alpha[group].double().mean().item(), i, group, (i, 0 if head is None else int(head[group])))
+            for group in groups
+        ]
     most = spent()
     for mask in ranked:
         kept[mask] = torch.zeros(len(mask), dtype=torch.bool)
-    steps.sort(key=lambda step: -step[0])  # stable
+    steps.sort(key=lambda step: -step.rank)  # stable
     for i, mask in enumerate(ranked):
         if mask.min_live:
-            first = next(step for step in steps if step[1] == i)
-            kept[mask][first[2]] = True
-            steps.remove(first)
+            first = next(at for at, step in enumerate(steps) if step.mask == i)
+            kept[mask][steps.pop(first).units] = True
     least = spent()
     if not least <= budget <= most:
         raise ValueError(
             f"no choice of units gives {text(budget)}: pruning everything leaves {text(least)}, nothing {text(most)}"
         )
 
-    def fits(tried: list[tuple[float, int, Tensor]]) -> bool:
+    def fits(tried: list[Step]) -> bool:
         """Whether all of them can be kept; then they are."""
         for alive in (True, False):
-            for _, i, units in tried:
-                kept[ranked[i]][units] = alive
+            for step in tried:
+                kept[ranked[step.mask]][step.units] = alive
             if alive and spent() <= budget:
                 return True
         return False
 
     while steps:
         # Down the ranking, as many as fit: tried by ever more while they do, by one where they do not.
-        settled: set[int] = set()  # masks of which no more fits, or all is kept
-        at, count = 0, 1
-        while at < len(steps) and len(settled) < len(ranked):
-            tried = [step for step in steps[at : at + count] if step[1] not in settled]
+        settled: set[tuple[int, int]] = set()  # kinds of which no more fits, or all is kept
+        at, count, kinds = 0, 1, len({step.kind for step in steps})
+        while at < len(steps) and len(settled) < kinds:
+            tried = [step for step in steps[at : at + count] if step.kind not in settled]
             if tried and not fits(tried):
                 if count > 1:
                     count = max(1, count // 4)
                     continue
-                full = tried[0][1]
-                fits([step for step in steps[at:] if step[1] == full])  # all units may cost less than a few more
+                full = tried[0].kind
+                fits([step for step in steps[at:] if step.kind == full])  # all units may cost less than a few more
                 settled.add(full)
             at, count = at + count, 2 * count
-        left = [step for step in steps if not kept[ranked[step[1]]][step[2]].all()]
+        left = [step for step in steps if not kept[ranked[step.mask]][step.units].all()]
         if len(left) == len(steps):
             break
         steps = left  # a mask that became whole may have made room for others

@@ -19,7 +19,7 @@ from distillation.students import uniform_slice
 from tests.configs import first_layers
 from tests.latency import costs_of, write_latency
 from wav2vec2 import Wav2Vec2Model, prune, wav2vec2_model
-from wav2vec2.architecture import HUBERT_BASE
+from wav2vec2.architecture import HUBERT_BASE, architecture
 from wav2vec2.counting import count_params
 from wav2vec2.hardconcrete import alive_probability
 
@@ -144,8 +144,12 @@ def test_units_that_the_heads_of_a_model_do_not_have(tiny_config):
     assert len(make_prunable(uneven, PruningConfig(units=["head_channel", "interm"])).masks()) == 12
     with pytest.raises(UserError, match="heads of this model are of unequal width: name head_channel"):
         make_prunable(uneven, PruningConfig())
-    with pytest.raises(UserError, match="of unequal width: a slice takes whole ones"):
-        uniform_slice(uneven, Parameters(), 1000)
+    milliseconds = PruningConfig(units=["interm"], cost="milliseconds", latency=Path("table.json"))
+    with pytest.raises(UserError, match="of unequal width: tables hold times of whole heads"):
+        make_prunable(uneven, milliseconds)
+    wanted = count_params(uneven) // 2
+    cut = uniform_slice(uneven, Parameters(), wanted)
+    assert wanted - 100 <= count_params(cut) <= wanted and architecture(cut.config).uneven
     reuse = {"encoder_reuse_attention": [False, True] * 2, "encoder_layer_drop": 0.0}
     with pytest.raises(UserError, match="this model reuses attention maps: name head"):
         make_prunable(wav2vec2_model(**tiny_config | reuse), PruningConfig(units=["head_channel"]))

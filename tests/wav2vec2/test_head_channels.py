@@ -19,7 +19,7 @@ from wav2vec2.counting import count_params
 from wav2vec2.feature_extractor import valid_frames
 from wav2vec2.hardconcrete import sample
 from wav2vec2.head_channels import HeadChannels, side_by_side, without_gaps
-from wav2vec2.long_audio import long_states
+from wav2vec2.long_audio import long_states, statistics_of
 from wav2vec2.pruning import survivors_for_size
 from wav2vec2.windows import Window
 
@@ -128,12 +128,27 @@ def test_expectation_is_the_mean_over_samples(tiny, architecture):
     assert ((counts.mean(0) - expected).abs() / (counts.std(0) / 400**0.5)).max() < 4
 
 
-def test_a_size_is_met_to_one_channel(tiny):
+@pytest.mark.parametrize("seed", range(6))
+def test_a_size_is_met_to_one_channel(tiny, seed):
+    """No channel fits any more; scores of a head go together, and those of queries lie lower."""
+    torch.manual_seed(seed)
     model = tiny("hubert_base", ("head_channel",))
-    whole = count_params(wav2vec2_model(**{k: v for k, v in model.config.items() if "_prune_" not in k}))
-    for wanted in (whole - 300, whole - 1000, whole - 2500):
-        pruned, _ = prune(model, survivors_for_size(model, wanted))
-        assert wanted - 2 * (2 * 16 + 2) <= count_params(pruned) <= wanted  # the last channel may bring its head
+    for name, mask in model.masks().items():
+        heads = torch.randn(4, 1).repeat(1, 4).flatten() * 1.5 - 3.0 * name.endswith("query_channels")
+        mask.log_alpha.data = heads + torch.randn(16)
+    least = model.get_num_params(lambda mask: torch.zeros(len(mask))).item()
+    most = model.get_num_params(lambda mask: torch.ones(len(mask))).item()
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        wanted = round(least + share * (most - least))
+        survivors = survivors_for_size(model, wanted)
+        size = count_params(prune(model, survivors)[0])
+        assert size <= wanted
+        for mask, kept in survivors.items():
+            for unit in (~kept).nonzero()[:, 0].tolist():
+                more = {**survivors, mask: kept.clone()}
+                more[mask][unit] = True
+                with_it = model.get_num_params(lambda m, more=more: more[m].double()).item()
+                assert with_it > wanted or with_it == size  # of a head without channels of the other kind
 
 
 def ragged(architecture: str, tiny) -> Wav2Vec2Model:
@@ -154,16 +169,6 @@ def test_files_pieces_graphs_and_further_pruning(tiny, architecture, tmp_path):
     with torch.no_grad():
         assert again.config == model.config and torch.equal(again.extract_features(waveforms)[0][-1], states[-1])
 
-    num_frames = states[0].shape[1]
-    found = [torch.zeros(num_frames, 16) for _ in states]
-    read = lambda begin, end: waveforms[0, begin:end]  # noqa: E731
-    for layer, first, values in long_states(
-        model, read, Window(0, 16_000, 0, num_frames), range(len(states)), None, 1.0
-    ):
-        found[layer][first : first + len(values)] = values
-    if not model.normalize_waveform:
-        torch.testing.assert_close(found[-1], states[-1][0], atol=1e-4, rtol=0)
-
     graph = torch.export.export(States(model), (waveforms, None), strict=False).module()
     torch.testing.assert_close(graph(waveforms, None)[-1], states[-1], atol=1e-5, rtol=0)
 
@@ -177,6 +182,40 @@ def test_files_pieces_graphs_and_further_pruning(tiny, architecture, tmp_path):
         assert count_params(smaller) < count_params(model)
     with pytest.raises(ValueError, match="heads of unequal channels go neither with gates over whole heads"):
         add_masks(model, encoder_prune_attention_heads=True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_long_audio(tiny, architecture):
+    """In pieces, masked and pruned, with heads that are gone."""
+    masked = tiny(architecture, ("head_channel",), normalize_waveform=False)
+    for mask in masked.masks().values():
+        mask.log_alpha.data -= 1.0
+        mask.log_alpha.data[:4] = -20.0
+    waveforms = torch.randn(1, 16_000)
+
+    def read(begin: int, end: int) -> Tensor:
+        return waveforms[0, begin:end]
+
+    for model in (masked, prune(masked)[0]):
+        with torch.no_grad():
+            states, _ = model.extract_features(waveforms)
+        num_frames = states[0].shape[1]
+        found = [torch.zeros(num_frames, 16) for _ in states]
+        window, statistics = Window(0, 16_000, 0, num_frames), statistics_of(model, read, 16_000, 1.0)
+        for layer, first, values in long_states(model, read, window, range(len(states)), statistics, 1.0):
+            found[layer][first : first + len(values)] = values
+        for state, other in zip(found, states, strict=True):
+            torch.testing.assert_close(state, other[0], atol=1e-4, rtol=1e-4)
+
+
+def test_whole_heads_are_whole_heads(tiny):
+    """Nothing in the file tells of channels where none is gone, or all are."""
+    for log_alpha, heads in ((60.0, [4, 4, 4]), (-60.0, [0, 0, 0])):
+        model = tiny("hubert_base", ("head_channel",))
+        for mask in model.masks().values():
+            mask.log_alpha.data.fill_(log_alpha)
+        _, config = prune(model)
+        assert "encoder_head_channels" not in config and config["encoder_num_heads"] == heads
 
 
 def test_masks_change_nothing_before_they_drop_anything(tiny):
@@ -244,6 +283,8 @@ def test_what_the_table_of_units_says(tiny, architecture):
     counted = [0 if block is None else sum(map(sum, block.all_channels)) for block in attention_of(pruned)]
     assert found.uneven and found.channels == counted and not units_left(model.config).uneven
     assert units_left(model.config).channels == [32] * 3
+    reusing = {"encoder_reuse_attention": [False, True] * 2, "encoder_layer_drop": 0.0}
+    assert units_left(wav2vec2_model(**TINY | reusing).config).channels == [48, 24, 48, 24]
     text = format_architecture(model.config, config)
     assert f"{'their channels':>18}" + "".join(f"{n:>7}" for n in found.channels) + "   of 32" in text.splitlines()
 

@@ -164,6 +164,9 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> typing.Iterator[types.SimpleName
         default = "default"
         layer_norm = "layer_norm"
 
+        def __reduce_ex__(self, protocol: typing.Any) -> tuple[type, tuple[str]]:
+            return type(self), (self.value,)  # as every Python but 3.11.0 to 3.11.3 writes it
+
     module("omegaconf")
     module("omegaconf.base", ContainerMetadata=ContainerMetadata)
     module("omegaconf.nodes", AnyNode=AnyNode, EnumNode=EnumNode)

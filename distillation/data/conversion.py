@@ -9,7 +9,7 @@ import secrets
 import shutil
 import threading
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
@@ -325,25 +325,29 @@ def _copies(
     known: Journal,
 ) -> Iterator[tuple[str, Any]]:
     """Name of an original and what became of it, as they are finished: the copy, or an `AudioError`."""
-    ended, lock = threading.Event(), threading.Lock()
+    ended = threading.Event()
     shown = dict.fromkeys(names, 0.0)
+    read: deque[tuple[str, float]] = deque()  # hours of an original, by the threads; the bar is for this one alone
     with (
         tqdm(total=max(sum(hours.values()), 1e-6), desc="converting", delay=1, bar_format=BAR) as bar,
         logging_redirect_tqdm(),
     ):
 
-        def show(name: str, more: float) -> None:
-            with lock:
-                shown[name] += more
-                bar.total = max(bar.total, bar.n + more)  # it is a guess for what ffmpeg reads
-                bar.update(more)
+        def show() -> None:
+            """A signal that stops this thread while it holds the bar's lock must find no other that waits for it."""
+            more = 0.0
+            for name, hours_read in [read.popleft() for _ in range(len(read))]:
+                shown[name] += hours_read
+                more += hours_read
+            bar.total = max(bar.total, bar.n + more)  # it is a guess for what ffmpeg reads
+            bar.update(more)
 
         def watched(name: str, blocks: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
             for block in blocks:
                 if ended.is_set():
                     raise CancelledError
                 yield _one_channel(root / name, block, copying.channel)
-                show(name, len(block) / rate / 3600)
+                read.append((name, len(block) / rate / 3600))
 
         def copy(index: int) -> dict[str, Any]:
             name = names[index]
@@ -365,8 +369,12 @@ def _copies(
 
         paths = [f"{root}/{name}" for name in names]
         num_threads = copying.num_threads or len(os.sched_getaffinity(0))
-        for index, found in remembered(copy, paths, names, known, None, num_threads, chunk=1, holds=holds, ended=ended):
-            show(names[index], max(0.0, hours[names[index]] - shown[names[index]]))
+        for index, found in remembered(
+            copy, paths, names, known, None, num_threads, chunk=1, holds=holds, ended=ended, meanwhile=show
+        ):
+            show()
+            read.append((names[index], max(0.0, hours[names[index]] - shown[names[index]])))
+            show()
             yield names[index], found
 
 

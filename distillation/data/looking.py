@@ -19,6 +19,7 @@ from distillation.journal import Journal
 KEEP_SECONDS, KEEP_RATE = 1.0, 10_000
 # Items that wait for a thread: a Future of each of a million would take gigabytes.
 WAITING = 4
+MEANWHILE_SECONDS = 0.2
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,6 +36,7 @@ def remembered(
     slow: bool = True,
     holds: Callable[[int, Any], bool] = lambda index, found: True,
     ended: threading.Event | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Generator[tuple[int, Any], None, None]:
     """What a function finds in each file, as it comes, in plain JSON types; it is kept, and looked for only once.
 
@@ -51,6 +53,7 @@ def remembered(
         slow: whether what is found in the first second is kept; then that is measured.
         holds: whether what was found for the file of that index can still be used.
         ended: is set when nobody waits any more, for a function that takes long.
+        meanwhile: is called by the thread that waits, a few times per second.
 
     Yields:
         Index of a file, and what was found, or the AudioError.
@@ -86,7 +89,7 @@ def remembered(
 
     since, count = time.monotonic(), 0
     try:
-        with closing(in_threads(look, range(len(paths)), label, num_threads, chunk, ended)) as results:
+        with closing(in_threads(look, range(len(paths)), label, num_threads, chunk, ended, meanwhile)) as results:
             for result in results:
                 count += 1
                 if (elapsed := time.monotonic() - since) > KEEP_SECONDS:
@@ -105,10 +108,12 @@ def in_threads(
     num_threads: int | None,
     chunk: int,
     ended: threading.Event | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Generator[tuple[int, Result], None, None]:
     """Index of an item and result, as they come from several threads; a progress bar when it takes over a second.
 
     Whoever stops waiting for them, as on a signal, waits for no more than one item of each thread, and sets ``ended``.
+    ``meanwhile`` is called a few times per second by the thread that waits.
     """
     ended = ended or threading.Event()
 
@@ -123,7 +128,9 @@ def in_threads(
         with tqdm(total=len(items), desc=label, unit="file", delay=1, disable=label is None) as bar:
             running = {pool.submit(work, start) for start in islice(starts, WAITING * num_threads)}
             while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
+                done, running = wait(running, None if meanwhile is None else MEANWHILE_SECONDS, FIRST_COMPLETED)
+                if meanwhile is not None:
+                    meanwhile()
                 running |= {pool.submit(work, start) for start in islice(starts, len(done))}
                 for future in done:
                     bar.update(len(future.result()))

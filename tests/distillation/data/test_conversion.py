@@ -363,6 +363,25 @@ def test_a_stop_ends_within_a_file(tmp_path, monkeypatch):
     assert copies_of(out) == (data, {"0.wav": "0.flac", "1.wav": "1.flac"})
 
 
+def test_the_bar_is_drawn_by_one_thread(tmp_path, monkeypatch):
+    """Stopped by a signal while it holds the bar's lock, it would wait for threads that wait for the lock."""
+    drawn = []
+
+    class Bar(conversion.tqdm):
+        def update(self, n: float = 1) -> None:
+            assert threading.current_thread() is threading.main_thread()
+            drawn.append(n)
+
+    monkeypatch.setattr(conversion, "tqdm", Bar)
+    hours = 0.0
+    for k in range(4):
+        write(tmp_path / "data" / f"{k}.wav", tone(4 + k, 8000), rate=8000)
+        hours += (4 + k) / 3600
+    problems: list = []
+    assert len(run(tmp_path / "data", tmp_path / "out", problems=problems).paths) == 4 and not problems
+    assert sum(drawn) == pytest.approx(hours)
+
+
 def test_other_formats_by_ffmpeg(tmp_path, ffmpeg):
     data = tmp_path / "data"
     data.mkdir()

@@ -121,9 +121,11 @@ def make_prunable(model: Wav2Vec2Model, config: PruningConfig) -> Wav2Vec2Model:
     if "head_channel" in config.units and any(model.config.get("encoder_reuse_attention") or ()):
         raise UserError("pruning.units names head_channel, and this model reuses attention maps: name head")
     masked = add_masks(model, **{flag: unit in config.units for unit, (flag, _) in UNITS.items()})
-    rates = {"head_channel": config.drop_rates["head"]} if "head" in config.drop_rates else {}
+    rates = config.drop_rates
+    if "head" in rates:
+        rates = {"head_channel": rates["head"]} | rates
     for name, mask in masked.masks().items():
-        for unit, rate in (rates | config.drop_rates).items():
+        for unit, rate in rates.items():
             if name.endswith(UNITS[unit][1]):
                 mask.reset(rate)
     return masked

@@ -55,7 +55,9 @@ def architecture(config: dict[str, Any]) -> Architecture:
         heads, width = list(config["encoder_num_heads"]), config["encoder_head_dim"]
     heads = [n if used else 0 for n, used in zip(heads, config["encoder_use_attention"])]
     reuse = config.get("encoder_reuse_attention") or [False] * len(heads)  # these have values alone
-    uneven = config.get("encoder_head_channels")
+    channels = [width * n * (2 - r) for n, r in zip(heads, reuse)]
+    if (uneven := config.get("encoder_head_channels")) is not None:
+        channels = [sum(map(sum, layer)) for layer in uneven]
     return Architecture(
         conv=[layer[0] for layer in config["extractor_conv_layer_config"]],
         heads=heads,
@@ -63,9 +65,7 @@ def architecture(config: dict[str, Any]) -> Architecture:
             n if used else 0
             for n, used in zip(config["encoder_ff_interm_features"], config["encoder_use_feed_forward"])
         ],
-        channels=[width * n * (2 - r) for n, r in zip(heads, reuse)]
-        if uneven is None
-        else [sum(map(sum, layer)) for layer in uneven],
+        channels=channels,
         uneven=uneven is not None,
     )
 

@@ -71,11 +71,6 @@ class LiveHeads(NamedTuple):
     values: Gate | None = None
     channels: HeadChannels | None = None  # of each; None where all have E of both
 
-    @property
-    def num(self) -> int | None:
-        """How many, if not all."""
-        return None if self.heads is None else self.heads.num_live
-
     def numbers(self, total: int) -> list[int]:
         """Which of ``total``."""
         return list(range(total)) if self.heads is None or self.heads.index is None else self.heads.index.tolist()

@@ -372,7 +372,6 @@ def _copies(
         for index, found in remembered(
             copy, paths, names, known, None, num_threads, chunk=1, holds=holds, ended=ended, meanwhile=show
         ):
-            show()
             read.append((names[index], max(0.0, hours[names[index]] - shown[names[index]])))
             show()
             yield names[index], found

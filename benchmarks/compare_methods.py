@@ -12,6 +12,7 @@ teacher is that of benchmarks/linear_distance.py. Prints a table, writes compare
 
 import json
 import logging
+import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ class Result:
     seed: int
     num_params: int  # of the model, without the upsampler that extract_features does not use
     num_heads: int  # parameters that only training used
-    cpu_seconds: float  # of training
+    cpu_seconds: float  # of training; NaN where not counted
     unexplained: list[float]  # per teacher layer, see linear_distance.py
     layers: list[int]  # per teacher layer, the student's layer that explains most
 
@@ -167,9 +168,14 @@ def table(results: list[Result]) -> str:
         columns = [*zip(*(run.unexplained for run in runs)), [statistics.mean(run.unexplained) for run in runs]]
         cells = [f"{100 * statistics.mean(c):.1f} ± {100 * spread(c):.1f}" for c in columns]
         sizes = (f"{statistics.mean(values):,.0f}" for values in zip(*((r.num_params, r.num_heads) for r in runs)))
-        minutes = f"{statistics.mean(run.cpu_seconds for run in runs) / 60:.1f}"
-        rows.append([name, *sizes, minutes, *cells])
+        rows.append([name, *sizes, minutes(runs), *cells])
     return markdown_table(head, rows)
+
+
+def minutes(results: list[Result]) -> str:
+    """Mean of the minutes of training, where they were counted; nan where they never were."""
+    counted = [result.cpu_seconds for result in results if not math.isnan(result.cpu_seconds)]
+    return f"{statistics.mean(counted) / 60:.1f}" if counted else "nan"
 
 
 def spread(values: Any) -> float:

@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.compare_methods import Result, kept_result, spread
+from benchmarks.compare_methods import Result, kept_result, minutes, spread
 from benchmarks.minisuperb.evaluate import Counts, measured, rates, start
 from benchmarks.plots import write
 from benchmarks.runs import finals_in
@@ -101,7 +101,7 @@ def table(rows: list[Row], gains: dict[str, list[float]], against: str) -> str:
         gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gains[row.recipe]) if row.recipe in gains else ""
         lines.append([
             row.recipe, f"{statistics.mean(result.num_params for result in results):,.0f}", str(len(results)),
-            f"{statistics.mean(result.cpu_seconds for result in results) / 60:.1f}",
+            minutes(results),
             "{:.1f} [{:.1f}, {:.1f}]".format(*row.words()), gain,
             *(f"{statistics.mean(values):.1f} ± {spread(values):.1f}" for values in unexplained),
         ])  # fmt: skip

@@ -24,7 +24,7 @@ from wav2vec2.checkpoint import write_text
 from wav2vec2.counting import count_params
 
 ROOT = Path(__file__).parent.parent
-CPU_SECONDS = "cpu_seconds.txt"  # a line per stage that ran, in the folder of a run
+CPU_SECONDS = "cpu_seconds.txt"  # a line per stage that ran, in the folder of a run: nan until it ends
 
 
 def used_params(model: Wav2Vec2Model) -> int:
@@ -177,14 +177,15 @@ def train(exp: Path, settings: dict[str, Any]) -> Path:
     with (exp / "log.txt").open("a") as log:
         for stage in stages:
             command = [sys.executable, str(ROOT / str(stage[0])), *map(str, stage[1:])]
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            before, counted = resource.getrusage(resource.RUSAGE_CHILDREN), exp / CPU_SECONDS
+            earlier = counted.read_text() if counted.is_file() else ""
+            write_text(counted, f"{earlier}nan {stage[0]}\n")  # what is killed along with this process is not known
             try:
                 code = run_child(command, stdout=log, stderr=log)
             finally:  # what a stage took before it was stopped counts too
                 after = resource.getrusage(resource.RUSAGE_CHILDREN)
                 spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-                with (exp / CPU_SECONDS).open("a") as seconds:
-                    seconds.write(f"{spent:.1f} {stage[0]}\n")
+                write_text(counted, f"{earlier}{spent:.1f} {stage[0]}\n")
             if code:
                 last = (exp / "log.txt").read_text().strip().splitlines()[-1]
                 raise UserError(f"{stage[0]} failed, see {exp / 'log.txt'}: {last}")
@@ -192,7 +193,7 @@ def train(exp: Path, settings: dict[str, Any]) -> Path:
 
 
 def cpu_seconds(exp: Path) -> float:
-    """CPU seconds that all stages of a run have taken so far; NaN where they were not counted."""
+    """CPU seconds that all stages of a run have taken so far; NaN where some were not counted."""
     path = exp / CPU_SECONDS
     return sum(float(line.split()[0]) for line in path.read_text().splitlines()) if path.is_file() else math.nan
 

@@ -113,7 +113,7 @@ def draw(gains: dict[str, dict[str, list[float]]], against: str) -> Figure:
     """Gains with their intervals [point, low, high], by folder and recipe: a panel per folder."""
     most = max(len(found) for found in gains.values())
     figure = Figure(figsize=(2.2 + 2.8 * len(gains), 1.2 + 0.28 * most), layout="constrained")
-    for axis, (folder, found) in zip(figure.subplots(1, len(gains), squeeze=False)[0], gains.items()):
+    for axis, (folder, found) in zip(figure.subplots(1, len(gains), squeeze=False, sharex=True)[0], gains.items()):
         ordered = sorted(found, key=lambda recipe: found[recipe][0])
         for height, (point, low, high) in enumerate(found[recipe] for recipe in ordered):
             axis.errorbar(point, height, xerr=[[point - low], [high - point]], fmt="o", capsize=3, color="C0")

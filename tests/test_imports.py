@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -106,6 +108,23 @@ def test_the_model_package_imports_torch_alone():
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module or ""]
             assert {name.partition(".")[0] for name in names} <= allowed, f"{module} imports {names}"
+
+
+# what a requirement consists of, and what exporting writes beside a model
+BROUGHT = {"pytorch_lightning", "wav2vec2_ctc"}
+
+
+def test_packages_that_are_imported_are_named_in_requirements():
+    """Not only brought by others, whose next release may do without them."""
+    packages = importlib.metadata.packages_distributions()
+    files = [ROOT / "requirements.txt", *(ROOT / "requirements").glob("*.txt")]
+    lines = [line for path in files for line in path.read_text().splitlines()]
+    required = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in lines}
+    for module in FILES:
+        names = {name.partition(".")[0] for name in named(module)} - {"", *BROUGHT, *sys.stdlib_module_names}
+        for name in names - {other.partition(".")[0] for other in FILES}:
+            distributions = {one.lower().replace("_", "-") for one in packages.get(name, [name])}
+            assert distributions & required, f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -174,10 +174,11 @@ def train(exp: Path, settings: dict[str, Any]) -> Path:
         stages.append(["prune.py", "--distilled_ckpt", exp / "ckpts" / "last.ckpt"])
         stages.append(["final_distill.py", "--config", path, "--student_ckpt", exp / "pruned.pth",
                        "--exp_dir", exp / "final"])  # fmt: skip
+    counted = exp / CPU_SECONDS
     with (exp / "log.txt").open("a") as log:
         for stage in stages:
             command = [sys.executable, str(ROOT / str(stage[0])), *map(str, stage[1:])]
-            before, counted = resource.getrusage(resource.RUSAGE_CHILDREN), exp / CPU_SECONDS
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             earlier = counted.read_text() if counted.is_file() else ""
             write_text(counted, f"{earlier}nan {stage[0]}\n")  # what is killed along with this process is not known
             try:

@@ -117,14 +117,18 @@ BROUGHT = {"pytorch_lightning", "wav2vec2_ctc"}
 def test_packages_that_are_imported_are_named_in_requirements():
     """Not only brought by others, whose next release may do without them."""
     packages = importlib.metadata.packages_distributions()
-    files = [ROOT / "requirements.txt", *(ROOT / "requirements").glob("*.txt")]
-    lines = [line for path in files for line in path.read_text().splitlines()]
-    required = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in lines}
+    paths = [ROOT / "requirements.txt", *(ROOT / "requirements").glob("*.txt")]
+    lines = [line for path in paths for line in path.read_text().splitlines()]
+    required = {_normalised(re.split(r"[^\w.-]", line)[0]) for line in lines}
+    not_packages = {"", *BROUGHT, *sys.stdlib_module_names, *(module.partition(".")[0] for module in FILES)}
     for module in FILES:
-        names = {name.partition(".")[0] for name in named(module)} - {"", *BROUGHT, *sys.stdlib_module_names}
-        for name in names - {other.partition(".")[0] for other in FILES}:
-            distributions = {one.lower().replace("_", "-") for one in packages.get(name, [name])}
+        for name in {name.partition(".")[0] for name in named(module)} - not_packages:
+            distributions = {_normalised(one) for one in packages.get(name, [name])}
             assert distributions & required, f"{module} imports {name}"
+
+
+def _normalised(distribution: str) -> str:
+    return distribution.lower().replace("_", "-")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -48,7 +48,7 @@ class Masking(LayerwiseHeads):
         lengths, num_frames = passes.frame_lengths(), passes.num_frames
         valid = [num_frames] * len(passes.waveforms) if lengths is None else lengths.tolist()
         spans = draw_spans(valid, num_frames, self.config, np.random.default_rng(seed))
-        return torch.from_numpy(spans).to(passes.waveforms.device)
+        return torch.from_numpy(spans).to(passes.waveforms.device, non_blocking=True)
 
     def forward(self, passes: Passes) -> dict[str, Tensor]:
         """Terms last_masked, last_unmasked, and hint_masked, hint_unmasked, the sums over the other layers.

@@ -1,0 +1,150 @@
+"""A recipe on a teacher of any size with random weights, and updates of it from noise: what runs, without data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distillation.build import STAND_IN, build_step, planned_student
+from distillation.config import RECIPES, Recipe, parse_recipe
+from distillation.deriving import matched_layers
+from distillation.sparsity import make_prunable
+from distillation.training.memory import probe_loss
+from distillation.training.step import TrainingStep, seed_micro_batch
+from wav2vec2 import Wav2Vec2Model, hardconcrete, wav2vec2_model
+from wav2vec2.checkpoint import with_output_layer
+
+RATE = 0.1  # of the recipe's: three updates at the full one amplify what devices round in other ways
+SCALE = 64.0  # what a loss is multiplied to in float16; a scaler of torch's would leave out the first updates
+WAVLM = {"encoder_num_buckets": 320, "encoder_max_distance": 800}
+TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2, "16-mixed": 5e-3}  # of a loss, or of 1 where that is larger
+
+
+def recipe_names() -> list[str]:
+    """All that ship."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def fitted(name: str, config: dict[str, Any]) -> list[str]:
+    """Flags that fit a recipe to a teacher of another size; the method stays what it is.
+
+    Args:
+        name: of the recipe.
+        config: flat config of the teacher. A thin student is made thinner than a small one.
+    """
+    recipe, _ = parse_recipe(["--config", str(RECIPES / f"{name}.yaml")])
+    num_layers, width = config["encoder_num_layers"], config["encoder_embed_dim"]
+    layers = matched_layers(num_layers)
+    flags: dict[str, object] = {"teacher_layers": num_layers, "teacher_width": width}
+    if recipe.objective.layer_to_layer is not None:
+        flags["objective.layer_to_layer.layers"] = [[0], layers]
+    if recipe.objective.prediction_layer is not None:
+        flags["objective.prediction_layer.layers"] = layers
+    if (thin := recipe.student.thin) is not None and thin.width > width:
+        thinner = width if thin.channels[-1] == thin.width else width * 2 // 3
+        values = {"num_layers": num_layers, "width": thinner, "heads": 2, "ffn": 20, "channels": [6, 8, width],
+                  "pos_conv_kernel": 8, "pos_conv_groups": 4}  # fmt: skip
+        flags |= {f"student.thin.{key}": value for key, value in values.items()}
+    return ["--config", str(RECIPES / f"{name}.yaml"), *(f"--{key}={value}" for key, value in flags.items())]
+
+
+def random_teacher(recipe: Recipe, config: dict[str, Any]) -> Wav2Vec2Model:
+    """Of the kind that the recipe is for: WavLM, with a mask embedding, with an output layer.
+
+    Args:
+        recipe: whose.
+        config: flat config of a HuBERT.
+    """
+    config = dict(config)
+    if "wavlm" in (recipe.teacher_id or ""):
+        heads = config.pop("encoder_num_heads")
+        del config["encoder_head_dim"]
+        remaining = [list(range(count)) for count in heads]
+        config |= {"encoder_total_num_heads": heads, "encoder_remaining_heads": remaining, **WAVLM}
+    model = wav2vec2_model(**config)
+    model.mask_embedding = torch.rand(config["encoder_embed_dim"])
+    return model if recipe.objective.ctc is None else with_output_layer(model, STAND_IN)
+
+
+@dataclass
+class Trial:
+    """What a recipe trains, at random.
+
+    Attributes:
+        recipe: as it was fitted.
+        step: what learns from what; its teacher and the recipe's precision included.
+    """
+
+    recipe: Recipe
+    step: TrainingStep
+
+    @classmethod
+    def of(cls, name: str, config: dict[str, Any], precision: str, dropout: float | None = 0.0) -> Trial:
+        """A recipe by its name, on a teacher of this flat config; the same weights whenever it is called.
+
+        Args:
+            name: of the recipe.
+            config: of the teacher.
+            precision: of the training step, as Lightning names it.
+            dropout: of the student; None for the recipe's own.
+        """
+        recipe, _ = parse_recipe([*fitted(name, config), f"--trainer.precision={precision}"])
+        recipe.student.dropout = dropout
+        torch.manual_seed(0)
+        teacher = random_teacher(recipe, config | {"encoder_layer_drop": 0.0} if dropout == 0 else config)
+        student = make_prunable(planned_student(recipe, teacher), recipe.pruning)
+        return cls(recipe, build_step(recipe, recipe.optim, student, teacher, recipe.pruning))
+
+    @property
+    def method(self) -> str:
+        """What tells its training step from that of another recipe on the same teacher."""
+        recipe, models = self.recipe, (self.step.teacher.model, self.step.student)
+        kinds = [type(model.encoder.transformer.layers[0].attention).__name__ for model in models]
+        return repr((kinds, recipe.student, recipe.objective, recipe.pruning.units, recipe.data.crop))
+
+    def loss(self, waveforms: Tensor, update: int = 0) -> Tensor:
+        """Of a micro-batch [B, N] of update 0, 1, ..., as Lightning would compute it; seeded by the update."""
+        seed_micro_batch(0, update)
+        dtype = self.recipe.trainer.dtype
+        with torch.autocast(waveforms.device.type, dtype, enabled=dtype != torch.float32):
+            return probe_loss(self.step, waveforms, self.recipe.data, update)
+
+    def losses(self, waveforms: Tensor, count: int) -> list[float]:
+        """Of the first updates, all from the same micro-batch [B, N]."""
+        optimizer = self.step.make_optimizer()
+        for group in optimizer.param_groups:
+            group["lr"] *= RATE
+        half, found = self.recipe.trainer.precision == "16-mixed", []
+        for update in range(count):
+            loss = self.loss(waveforms, update)
+            found.append(loss.item())
+            scale = SCALE / max(1.0, abs(found[-1])) if half else 1.0
+            (scale * loss).backward()
+            for p in self.step.trained.parameters():
+                if p.grad is not None:
+                    p.grad /= scale
+            self.step.hold_back(optimizer, update)
+            self.step.clip(optimizer)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return found
+
+
+@contextlib.contextmanager
+def drawn_on_the_cpu() -> Iterator[None]:
+    """Gates are drawn from the CPU's random numbers, wherever the masks are: two devices draw the same."""
+    usual = hardconcrete.sample
+
+    def sample(log_alpha: Tensor) -> Tensor:
+        return usual(log_alpha.cpu()).to(log_alpha.device)
+
+    hardconcrete.sample = sample
+    try:
+        yield
+    finally:
+        hardconcrete.sample = usual

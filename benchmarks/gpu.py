@@ -12,7 +12,6 @@ run again, it goes on after the last point.
 
 import itertools
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
@@ -28,8 +27,9 @@ import torch
 import torchaudio
 
 from benchmarks.steps import BF16, Ours, Peer, Step, autocast, matmul_peak, num_macs, set_sparsity
+from benchmarks.trial import SIZES, Size, fitted
 from distillation.commandline import command_of
-from distillation.config import RECIPES, parse_recipe
+from distillation.config import parse_recipe
 from distillation.data.config import DataConfig
 from distillation.data.loaders import Place, make_train_loader
 from distillation.data.manifest import read_tsv
@@ -50,6 +50,7 @@ SPARSITIES = [0.0, 0.25, 0.5, 0.75]
 UPDATE_SECONDS = 640.0  # 4 GPUs x 160 s, as published
 STEP1, STEP2, WARMUP = 50_000, 25_000, 5_000  # updates, and those in which the target rises
 PAPER_HOURS = (18.0, 6.0)
+MOST_UTTERANCES = 256  # in the search for the largest batch
 UTTERANCE = 15.0  # seconds; LibriSpeech's mode
 FRAME, FRAMES_CUT = 320, 8  # samples; 1 % of an utterance at most
 
@@ -76,6 +77,16 @@ def varied(model: Ours | Peer, waveforms: torch.Tensor, step: Callable[[], objec
 
     def run() -> None:
         model.waveforms = waveforms[:, : waveforms.shape[1] - FRAME * next(turns)].contiguous()
+        step()
+
+    return run
+
+
+def same_waveforms(model: Ours | Peer, waveforms: torch.Tensor, step: Callable[[], object]) -> Callable[[], object]:
+    """The step of a model on these waveforms [B, N], always the same."""
+
+    def run() -> None:
+        model.waveforms = waveforms
         step()
 
     return run
@@ -133,9 +144,7 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
         known["matmul peak"] = matmul_peak(BF16, 8192 if device == "cuda" else 256, device)
     peak = known["matmul peak"]
     teacher = wav2vec2_model(**config).eval().to(device)
-    recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
-    layers = sorted({0, config["encoder_num_layers"]})
-    recipe.objective.layer_to_layer.layers = [layers] if config is not HUBERT_BASE else [[0], [4, 8, 12]]
+    recipe, _ = parse_recipe(fitted("dphubert_base", config))
     waveforms = batch(batch_seconds, device)
     points: list[Point] = []
 
@@ -171,9 +180,15 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
     for sparsity in SPARSITIES:
         set_sparsity(masked, sparsity)
         steps: dict[str, Step] = {"ours": varied(ours, waveforms, lambda: ours.step(BF16))}
-        macs = {"ours": full + 3 * num_macs(prune(masked)[0], waveforms), "dense": 4 * full}
+        macs = {
+            "ours": full + 3 * num_macs(prune(masked)[0], waveforms),
+            "dense": 4 * full,
+            "dense, new sizes": 4 * full,
+        }
         if dense is not None:
-            steps["dense"] = varied(dense, waveforms, dense_step)
+            # its best case, and as in training: cuDNN's attention, torch's first choice on some GPUs, plans for a shape
+            steps["dense"] = same_waveforms(dense, waveforms, dense_step)
+            steps["dense, new sizes"] = varied(dense, waveforms, dense_step)
         found = timed(f"step 1, {sparsity:.0%} pruned", steps, macs, batch_seconds)
         rates[sparsity] = batch_seconds / found["ours"]
         if dense is not None:
@@ -192,15 +207,13 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
         finally:
             ours.optimizer.zero_grad(set_to_none=True)
 
-    result: dict[str, Any] = {"largest_batch_seconds": None}
-    if device == "cuda":
+    def fill() -> dict[str, Any]:
         set_sparsity(masked, 0.0)
         if "largest batch" not in known:
-            known["largest batch"] = largest_batch(lambda count: runs_in_memory(lambda: step_of(count)), 256)
-        count = known["largest batch"]
-        result["largest_batch_seconds"] = count * UTTERANCE
-        waveforms = torch.randn(max(1, count * 9 // 10), round(UTTERANCE * SAMPLE_RATE), device=device)
-        seconds = waveforms.shape[0] * UTTERANCE
+            most = MOST_UTTERANCES if device == "cuda" else 2
+            known["largest batch"] = largest_batch(lambda count: runs_in_memory(lambda: step_of(count)), most)
+        count = max(1, known["largest batch"] * 9 // 10)
+        waveforms, seconds = torch.randn(count, round(UTTERANCE * SAMPLE_RATE), device=device), count * UTTERANCE
         largest: dict[float, float] = {}
         for sparsity in (SPARSITIES[0], SPARSITIES[-1]):
             set_sparsity(masked, sparsity)
@@ -208,7 +221,15 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
             steps = {"ours": varied(ours, waveforms, lambda: ours.step(BF16))}
             found = timed(f"largest batch, {sparsity:.0%} pruned", steps, macs, seconds)
             largest[sparsity] = seconds / found["ours"]
-        result["hours_step1_largest_batch"] = hours(largest)
+        return {
+            "largest_batch_seconds": known["largest batch"] * UTTERANCE,
+            "hours_step1_largest_batch": hours(largest),
+        }
+
+    try:
+        result = fill()
+    except RuntimeError as error:  # tensors of over 2^31 elements: what is measured by now is not lost for it
+        result = {"largest_batch_seconds": None, "largest_batch_error": str(error).partition("\n")[0]}
     return result | {
         "peak_tflops_bf16": 2 * peak / 1e12,
         "points": [{**vars(point), "audio_per_second": point.audio_per_second} for point in points],
@@ -218,7 +239,11 @@ def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: i
 
 
 def run(
-    out: Path = Path("benchmarks/results/gpu.json"), batch_seconds: float = 160.0, rounds: int = 5, device: str = "cuda"
+    out: Path = Path("benchmarks/results/gpu.json"),
+    batch_seconds: float = 160.0,
+    rounds: int = 5,
+    device: Literal["cuda", "cpu"] = "cuda",
+    size: Size = "base",
 ) -> None:
     """Measure, print and write.
 
@@ -229,6 +254,7 @@ def run(
         batch_seconds: of audio per step.
         rounds: timed steps of each variant.
         device: cuda; cpu takes hours at the published size.
+        size: of the models, small or base; torchaudio's dense step is measured beside base alone.
 
     Raises:
         Stopped: a signal asked for it.
@@ -238,24 +264,25 @@ def run(
         raise UserError("no GPU is visible; this measures one (benchmarks.speed measures the CPU)")
     begin = time.perf_counter()
     torch.manual_seed(0)
-    of = conditions(device=device, batch_seconds=batch_seconds, rounds=rounds)
+    of = conditions(device=device, batch_seconds=batch_seconds, rounds=rounds, size=size)
     known = Journal(out.with_name(f".{out.stem}.jsonl"), of, "points")
     with keeping(f"the points measured so far are in {known.path}"), tempfile.TemporaryDirectory() as folder:
-        result = measure(HUBERT_BASE, device, batch_seconds, rounds, known)
+        result = measure(SIZES[size], device, batch_seconds, rounds, known)
         result["loader_audio_per_second"] = loader_rate(Path(folder), 10.0)
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    result |= {"date": str(date.today()), "device": name, "torch": torch.__version__}
+    result |= {"date": str(date.today()), **of}
     for point in result["points"]:
         memory = "" if point["peak_gib"] is None else f", {point['peak_gib']:.1f} GiB"
         print(f"{point['what']}: {point['seconds']:.3f} s for {point['batch_seconds']:g} s of audio, "
               f"{point['share_of_peak']:.0%} of the peak{memory}")  # fmt: skip
     for what, ratio in result["dense_over_ours"].items():
         print(f"{what} pruned: {ratio:.2f} x as fast as the dense step")
+    if "largest_batch_error" in result:
+        print(f"the largest batch was not found: {result['largest_batch_error']}")
     print(f"GPU-hours: {result['hours']}; largest batch {result['largest_batch_seconds']} s; the loader gives "
           f"{result['loader_audio_per_second']:.0f} s of audio per second")  # fmt: skip
     write_text(out, json.dumps(result, indent=1) + "\n")
     known.remove()
-    print(f"{name}, {time.perf_counter() - begin:.0f} s -> {out}")
+    print(f"{of['gpu'] or of['cpu']}, {time.perf_counter() - begin:.0f} s -> {out}")
 
 
 main = command_of(run, __doc__)

@@ -52,7 +52,7 @@ class Ours:
         objective: ObjectiveConfig | None = None,
     ) -> None:
         recipe, _ = parse_recipe(["--config", str(RECIPES / "dphubert_base.yaml")])
-        recipe.objective = objective or recipe.objective
+        self.objective = recipe.objective = objective or recipe.objective
         recipe.trainer.precision = "32-true"  # the teacher is given per step
         torch.manual_seed(0)
         self.student, self.waveforms = student.train(), waveforms

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,14 +14,30 @@ from torch import Tensor
 from distillation.build import STAND_IN, build_step, planned_student
 from distillation.config import RECIPES, Recipe, parse_recipe
 from distillation.deriving import matched_layers
+from distillation.objectives import Teacher
 from distillation.sparsity import make_prunable
 from distillation.training.memory import probe_loss
 from distillation.training.step import TrainingStep, seed_micro_batch
 from wav2vec2 import Wav2Vec2Model, hardconcrete, wav2vec2_model
+from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.checkpoint import with_output_layer
 
 RATE = 0.1  # of the recipe's: three updates at the full one amplify what devices round in other ways
 SCALE = 64.0  # what a loss is multiplied to in float16; a scaler of torch's would leave out the first updates
+SMALL = HUBERT_BASE | {  # of widths that a GPU's kernels like
+    "extractor_conv_layer_config": [(16, 10, 5), *[(16, 3, 2)] * 4, *[(16, 2, 2)] * 2],
+    "encoder_embed_dim": 32,
+    "encoder_pos_conv_kernel": 16,
+    "encoder_pos_conv_groups": 4,
+    "encoder_num_layers": 4,
+    "encoder_use_attention": [True] * 4,
+    "encoder_use_feed_forward": [True] * 4,
+    "encoder_num_heads": [4] * 4,
+    "encoder_head_dim": 8,
+    "encoder_ff_interm_features": [64] * 4,
+}
+Size = Literal["small", "base"]
+SIZES: dict[Size, dict[str, Any]] = {"small": SMALL, "base": HUBERT_BASE}
 WAVLM = {"encoder_num_buckets": 320, "encoder_max_distance": 800}
 TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2, "16-mixed": 5e-3}  # of a loss, or of 1 where that is larger
 
@@ -46,7 +63,7 @@ def fitted(name: str, config: dict[str, Any]) -> list[str]:
     if recipe.objective.prediction_layer is not None:
         flags["objective.prediction_layer.layers"] = layers
     if (thin := recipe.student.thin) is not None and thin.width > width:
-        thinner = width if thin.channels[-1] == thin.width else width * 2 // 3
+        thinner = width if thin.channels[-1] == thin.width else width // 2
         values = {"num_layers": num_layers, "width": thinner, "heads": 2, "ffn": 20, "channels": [6, 8, width],
                   "pos_conv_kernel": 8, "pos_conv_groups": 4}  # fmt: skip
         flags |= {f"student.thin.{key}": value for key, value in values.items()}
@@ -77,33 +94,42 @@ class Trial:
 
     Attributes:
         recipe: as it was fitted.
-        step: what learns from what; its teacher and the recipe's precision included.
+        step: what learns from what.
+        teacher: as it was made, on the CPU in float32.
+        start: state of all that is trained, as it was made.
     """
 
     recipe: Recipe
     step: TrainingStep
+    teacher: Wav2Vec2Model
+    start: dict[str, Tensor]
 
     @classmethod
-    def of(cls, name: str, config: dict[str, Any], precision: str, dropout: float | None = 0.0) -> Trial:
+    def of(cls, name: str, config: dict[str, Any]) -> Trial:
         """A recipe by its name, on a teacher of this flat config; the same weights whenever it is called.
 
-        Args:
-            name: of the recipe.
-            config: of the teacher.
-            precision: of the training step, as Lightning names it.
-            dropout: of the student; None for the recipe's own.
+        There is no dropout, which two devices would draw in other ways. It is on the CPU and in float32.
         """
-        recipe, _ = parse_recipe([*fitted(name, config), f"--trainer.precision={precision}"])
-        recipe.student.dropout = dropout
+        recipe, _ = parse_recipe([*fitted(name, config), "--student.dropout=0", "--trainer.precision=32-true"])
         torch.manual_seed(0)
-        teacher = random_teacher(recipe, config | {"encoder_layer_drop": 0.0} if dropout == 0 else config)
+        teacher = random_teacher(recipe, config | {"encoder_layer_drop": 0.0})
         student = make_prunable(planned_student(recipe, teacher), recipe.pruning)
-        return cls(recipe, build_step(recipe, recipe.optim, student, teacher, recipe.pruning))
+        step = build_step(recipe, recipe.optim, student, teacher, recipe.pruning)
+        return cls(recipe, step, teacher, copy.deepcopy(step.trained.state_dict()))
+
+    def again(self, precision: str, device: str) -> Trial:
+        """From the start, in another precision of the training step (as Lightning names it), on another device."""
+        self.recipe.trainer.precision = precision
+        self.step.to(device)
+        self.step.trained.load_state_dict(self.start)
+        self.step.teacher = Teacher(copy.deepcopy(self.teacher), self.recipe.trainer.teacher_dtype)
+        self.step.teacher.to(torch.device(device))
+        return self
 
     @property
     def method(self) -> str:
         """What tells its training step from that of another recipe on the same teacher."""
-        recipe, models = self.recipe, (self.step.teacher.model, self.step.student)
+        recipe, models = self.recipe, (self.teacher, self.step.student)
         kinds = [type(model.encoder.transformer.layers[0].attention).__name__ for model in models]
         return repr((kinds, recipe.student, recipe.objective, recipe.pruning.units, recipe.data.crop))
 

@@ -218,8 +218,10 @@ def test_gpu_at_a_tiny_size_on_the_cpu(tmp_path):
     result = gpu.measure(TINY, "cpu", 1.0, 1, known)
     assert json.loads(json.dumps(result))["hours"]["step 1"] > 0
     assert [point["what"] for point in result["points"]] == [
-        *(f"step 1, {s:.0%} pruned, ours" for s in gpu.SPARSITIES), "step 2, ours"
+        *(f"step 1, {s:.0%} pruned, ours" for s in gpu.SPARSITIES), "step 2, ours",
+        *(f"largest batch, {s} pruned, ours" for s in ("0%", "75%")),
     ]  # fmt: skip
+    assert result["largest_batch_seconds"] == 30.0 and result["hours_step1_largest_batch"] > 0
     assert all(point["audio_per_second"] > 0 and point["share_of_peak"] > 0 for point in result["points"])
 
 
@@ -243,8 +245,18 @@ def test_a_stopped_gpu_benchmark_goes_on(tmp_path, monkeypatch):
     gpu.run(out, batch_seconds=1.0, rounds=1, device="cpu")
     points = json.loads(out.read_text())["points"]
     assert [point["seconds"] for point in points[:2]] == [line["value"]["ours"]["seconds"] for line in lines[2:]]
-    assert timed == [f"step 1, {s} pruned" for s in ("0%", "25%", "50%", "50%", "75%")] + ["step 2"]
+    steps = [f"step 1, {s} pruned" for s in ("0%", "25%", "50%", "50%", "75%")]
+    assert timed == [*steps, "step 2", "largest batch, 0% pruned", "largest batch, 75% pruned"]
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+
+
+def test_a_batch_too_large_for_a_kernel_costs_nothing_else(tmp_path, monkeypatch):
+    def breaks(has_room: object, most: int) -> int:
+        raise RuntimeError("integer out of range\nmore")
+
+    monkeypatch.setattr(gpu, "largest_batch", breaks)
+    result = gpu.measure(TINY, "cpu", 1.0, 1, Journal(tmp_path / "known.jsonl", {}, "points"))
+    assert result["largest_batch_error"] == "integer out of range" and result["hours"]["step 1"] > 0
 
 
 def test_loader_rate(tmp_path):

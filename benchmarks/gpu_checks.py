@@ -1,0 +1,228 @@
+"""Whether everything runs on a GPU and gives there what it gives on the CPU, in under four minutes.
+
+    python -m benchmarks.gpu_checks [--out benchmarks/results/gpu_checks.json] [--seconds 230]
+
+Small models first, then of HuBERT Base's size, all with random weights: three updates of every recipe in float32,
+bfloat16 and float16 against the CPU in float32; models in eval against what is left of them when they are pruned, and
+rows in a padded batch against the rows alone; the stages as processes, one of them killed; a GPU without room. What
+does not hold is told at the end, and the exit code is 1. What there is no time for is named; --only runs it
+alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.gpu_stages import Stages, Values
+from benchmarks.trial import SIZES, SMALL, TOLERANCE, Size, Trial, drawn_on_the_cpu, random_teacher, recipe_names
+from distillation.commandline import command_of
+from distillation.config import RECIPES, parse_recipe
+from distillation.errors import Incomplete, UserError
+from distillation.sparsity import make_prunable
+from evaluation.conditions import conditions
+from wav2vec2 import Wav2Vec2Model, prune
+from wav2vec2.checkpoint import write_text
+
+UPDATES = 3
+EVAL = 1e-4  # of a model's largest value: float32 in another order
+# one of each kind first; of HuBERT Base's size there may be time for no more
+KINDS = ["dphubert_base", "dphubert_plus", "dpwavlm_base_plus", "armhubert_960h", "fithubert", "starhubert",
+         "dphubert_mask", "dpctc_base", "distilhubert"]  # fmt: skip
+SHAPES = {"small": (3, 24_000), "base": (2, 32_000)}  # rows and samples
+
+
+def noise(size: Size) -> Tensor:
+    """Waveforms [B, N]."""
+    return 0.1 * torch.randn(*SHAPES[size], generator=torch.Generator().manual_seed(0))
+
+
+def methods(names: list[str]) -> dict[str, list[str]]:
+    """The recipes by the first of those that train alike on the same teacher."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(Trial.of(name, SMALL).method, []).append(name)
+    return {same[0]: same for same in found.values()}
+
+
+def updates(name: str, size: Size, device: str) -> Values:
+    """The first losses of a recipe in each precision, against the CPU in float32.
+
+    Raises:
+        AssertionError: one differs by more than the tolerance.
+    """
+    waveforms, trial, found = noise(size), Trial.of(name, SIZES[size]), {}
+    with drawn_on_the_cpu():
+        expected = trial.losses(waveforms, UPDATES)
+        for precision in TOLERANCE:
+            losses = trial.again(precision, device).losses(waveforms.to(device), UPDATES)
+            found[precision] = max(abs(a - b) / max(1, abs(a)) for a, b in zip(expected, losses))
+    bad = {precision: found[precision] for precision in found if not found[precision] <= TOLERANCE[precision]}
+    assert not bad, f"losses differ from {expected} of the CPU by {bad}"
+    return found
+
+
+def inference(name: str, size: Size, device: str) -> Values:
+    """A model with masks in eval: against the CPU, against what is left of it, and rows against rows alone.
+
+    Args:
+        name: of the recipe that says what gets masks.
+        size: of the teacher.
+        device: of the models.
+
+    Raises:
+        AssertionError: a difference, relative to the largest value, beyond EVAL.
+    """
+    recipe, _ = parse_recipe(["--config", str(RECIPES / f"{name}.yaml")])
+    torch.manual_seed(0)
+    model = make_prunable(random_teacher(recipe, SIZES[size]), recipe.pruning).eval()
+    for mask in model.masks().values():
+        mask.log_alpha.data.normal_(0, 2)
+    waveforms = noise(size)
+    lengths = torch.tensor([waveforms.shape[1] - 3000 * row for row in range(len(waveforms))])
+    waveforms *= torch.arange(waveforms.shape[1]) < lengths[:, None]
+
+    @torch.no_grad()
+    def states(model: Wav2Vec2Model, place: str, rows: slice = slice(None)) -> list[Tensor]:
+        given, ends = waveforms[rows].to(place), lengths[rows].to(place)
+        layers, frames = model.to(place).extract_features(given[:, : int(ends.max())], ends)
+        assert frames is not None
+        return [layers[-1][row, :count].cpu() for row, count in enumerate(frames.tolist())]
+
+    expected = states(model, "cpu")
+    there = states(model, device)
+    alone = [states(model, device, slice(row, row + 1))[0] for row in range(len(waveforms))]
+    left = states(prune(model)[0].eval(), device)
+    scale = max(state.abs().max().item() for state in expected)
+    found = {
+        what: max((a - b).abs().max().item() for a, b in zip(one, other)) / scale
+        for what, one, other in (
+            ("from the CPU", expected, there), ("from the pruned model", there, left), ("from rows alone", there, alone)
+        )
+    }  # fmt: skip
+    assert max(found.values()) <= EVAL, f"outputs differ {found}"
+    return found
+
+
+def checks(stages: Stages, sizes: Sequence[Size], device: str) -> dict[str, Callable[[], Values]]:
+    """All of them, by name, the most telling first."""
+    same = methods(recipe_names())
+    found: dict[str, Callable[[], Values]] = {}
+
+    def of(size: Size) -> None:
+        for name in ("dphubert_base", "dphubert_plus", "dpwavlm_base_plus"):
+            found[f"{size}: {name}, eval"] = lambda name=name: inference(name, size, device)  # type: ignore[misc]
+        firsts = {next((kind for kind in KINDS if kind in names), names[0]): names for names in same.values()}
+        for name in sorted(firsts, key=lambda name: KINDS.index(name) if name in KINDS else len(KINDS)):
+            others = "".join(f", {other}" for other in firsts[name] if other != name)
+            found[f"{size}: {name}{others}"] = lambda name=name: updates(name, size, device)  # type: ignore[misc]
+
+    of(sizes[0])
+    found |= stages.checks() | (stages.checks_of_memory() if device == "cuda" else {})
+    for size in sizes[1:]:
+        of(size)
+    return found
+
+
+def attempt(check: Callable[[], Values], device: str) -> Values:
+    """What a check found, or ``error``, with its seconds and the most memory that this process took for it."""
+    begin = time.perf_counter()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        row: Values = {"found": check()}
+    except Exception as error:
+        said = str(error).splitlines() or [type(error).__name__]
+        row = {"error": said[0], "traceback": traceback.format_exc()}
+    if device == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row | {"seconds": time.perf_counter() - begin}
+
+
+def line(name: str, row: Values) -> str:
+    """Of the log."""
+    if "left_out" in row:
+        return f"no time for {name}"
+    values = {k: f"{v:.1e}" if isinstance(v, float) else v for k, v in row.get("found", {}).items()}
+    text = row.get("error") or ", ".join(f"{key} {value}" for key, value in values.items())
+    memory = f", {row['peak_gib']:.2f} GiB" if "peak_gib" in row else ""
+    return f"{'FAILED' if 'error' in row else 'holds'}  {row['seconds']:5.1f} s  {name}: {text}{memory}"
+
+
+def run(
+    out: Path = Path("benchmarks/results/gpu_checks.json"),
+    seconds: float = 230.0,
+    device: Literal["cuda", "cpu"] = "cuda",
+    size: Size = "base",
+    only: str | None = None,
+) -> None:
+    """Check, print and write; OUT is written again after each check.
+
+    Args:
+        out: JSON file.
+        seconds: no check is begun after so many.
+        device: cuda; cpu compares the CPU with itself, to try the checks.
+        size: of the largest models, small or base.
+        only: the checks whose names hold this, e.g. "base: dphubert".
+
+    Raises:
+        Incomplete: something does not hold.
+        UserError: there is no GPU, or no such check.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no GPU is visible; --device cpu tries the checks without one")
+    logging.getLogger("distillation").setLevel(logging.ERROR)  # of every student that is built
+    begin = time.perf_counter()
+    result: Values = {"date": str(date.today()), **conditions(device=device), "checks": {}}
+    with tempfile.TemporaryDirectory() as folder, exact_convolutions():
+        todo = checks(Stages(Path(folder), device), ["small"] if size == "small" else ["small", "base"], device)
+        todo = {name: check for name, check in todo.items() if only is None or only in name}
+        if not todo:
+            raise UserError(f"--only {only}: no check has this in its name")
+        for name, check in tqdm(todo.items(), unit="check", disable=None):
+            late = time.perf_counter() - begin > seconds
+            row = {"left_out": True} if late else attempt(check, device)
+            result["checks"][name] = row
+            tqdm.write(line(name, row))
+            write_text(out, json.dumps(result, indent=1) + "\n")
+    rows = result["checks"]
+    failed = {name: row["traceback"] for name, row in rows.items() if "error" in row}
+    left_out = sum("left_out" in row for row in rows.values())
+    for name, said in failed.items():
+        print(f"\n{name}\n{said}", file=sys.stderr)
+    took, hold = time.perf_counter() - begin, len(rows) - len(failed) - left_out
+    print(f"{result['gpu'] or result['cpu']}, {took:.0f} s: {hold} checks hold, {len(failed)} do not, "
+          f"{left_out} left out -> {out}")  # fmt: skip
+    if failed:
+        raise Incomplete(f"{len(failed)} of {len(rows)} checks do not hold: {', '.join(failed)}")
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Torch lets convolutions round float32 to 10 bits of mantissa; runs in float32 do not."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+main = command_of(run, __doc__)
+
+if __name__ == "__main__":
+    main()

@@ -260,6 +260,12 @@ class SelfAttention(nn.Module):
     def _num_shared_params(self) -> int:
         return self.embed_dim
 
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """What the expected numbers depend on besides the masks."""
+        shared = self._num_shared_params() if self.num_heads else 0
+        return self.embed_dim, self.all_channels, shared, self._num_position_macs(), self.reuse
+
     def num_live(self, alive: Alive, source: SelfAttention) -> tuple[Tensor | int, Tensor | int]:
         """Expected number of heads, and the probability that the block exists; ``source`` as for :meth:`pruned`."""
         return self._expected(alive, source)[2:]
@@ -278,7 +284,7 @@ class SelfAttention(nn.Module):
         else:
             of_queries, of_values = source.hard_concrete_for_query_channels, source.hard_concrete_for_value_channels
             num_queries, num_values, each = expected(alive(of_queries), alive(of_values), source.all_channels)
-            counts = [num_queries, num_values, each.sum(), 1 - probability_none(each)]
+            counts = [num_queries, num_values, each.sum(-1), 1 - probability_none(each)]
         for block in (self,) if source is self else (self, source):  # a gate of either drops all of them
             gate = num_live(block.hard_concrete_for_layer, 1, alive)
             counts = [count * gate for count in counts]

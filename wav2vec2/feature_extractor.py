@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .hardconcrete import Alive, Gate, Gates, HardConcrete, Pruned, num_live, scale, select
+from .hardconcrete import Alive, Gate, Gates, HardConcrete, Pruned, each_num_live, scale, select
 from .kernels import Dropout, conv1d, keeps_channels_first, linear, takes, traced
 from .statistics import Statistics
 
@@ -249,19 +249,18 @@ class FeatureExtractor(nn.Module):
 
     def num_live(self, alive: Alive) -> list[Tensor | int]:
         """Live output channels of each layer."""
-        return [num_live(layer.hard_concrete, layer.conv.out_channels, alive) for layer in self.conv_layers]
+        masks = [layer.hard_concrete for layer in self.conv_layers]
+        return each_num_live(masks, [layer.conv.out_channels for layer in self.conv_layers], alive)
 
-    def num_params(self, alive: Alive) -> Tensor | int:
-        """Parameters of the extractor with only the live channels."""
-        channels = self.num_live(alive)
+    def num_params(self, channels: Sequence[Tensor | int]) -> Tensor | int:
+        """Parameters of the extractor with these numbers of live channels."""
         total = channels[-1]  # dummy_weight
         for layer, num_in, num_out in zip(self.conv_layers, [1, *channels], channels):
             total = total + layer.num_params(num_in, num_out)
         return total
 
-    def num_macs(self, lengths: Tensor, alive: Alive) -> Tensor | int:
-        """Multiply-accumulates for waveforms of ``lengths`` [B] samples with only the live channels."""
-        channels = self.num_live(alive)
+    def num_macs(self, lengths: Tensor, channels: Sequence[Tensor | int]) -> Tensor | int:
+        """Multiply-accumulates for waveforms of ``lengths`` [B] samples with these numbers of live channels."""
         total: Tensor | int = 0
         for layer, num_in, num_out in zip(self.conv_layers, [1, *channels], channels):
             lengths = layer.output_length(lengths)

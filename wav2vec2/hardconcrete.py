@@ -12,7 +12,7 @@ Shapes: n units in a group, m of them live.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +90,8 @@ class HardConcrete(nn.Module):
         return f"n={len(self)}"
 
 
-# Maps a mask to the probability [n] (or the 0/1 choice) that each of its units exists.
+# Maps a mask to the probability [n] (or the 0/1 choice) that each of its units exists; or the first of several masks
+# alike to that of all of them, [k, n], of which what is counted is [k].
 Alive = Callable[[HardConcrete], Tensor]
 Gates = dict[HardConcrete | None, Gate]
 
@@ -123,7 +124,33 @@ def num_live(mask: HardConcrete | None, num_units: int, alive: Alive) -> Tensor 
     if mask is None:
         return num_units
     units = alive(mask)
-    return units.sum() + probability_none(units) if mask.min_live else units.sum()
+    return units.sum(-1) + probability_none(units) if mask.min_live else units.sum(-1)
+
+
+def each_num_live(masks: Sequence[HardConcrete | None], sizes: Sequence[int], alive: Alive) -> list[Tensor | int]:
+    """:func:`num_live` of each mask, those that are alike together."""
+    alike: dict[object, list[int]] = {}
+    for i, mask in enumerate(masks):
+        alike.setdefault(i if mask is None else (len(mask), mask.min_live), []).append(i)
+    found: dict[int, Tensor | int] = {}
+    for group in alike.values():
+        each = num_live(masks[group[0]], sizes[group[0]], together(alive, [masks[i] for i in group]))
+        found |= zip(group, each.unbind() if isinstance(each, Tensor) and len(group) > 1 else [each])
+    return [found[i] for i in range(len(masks))]
+
+
+def together(alive: Alive, *alike: Sequence[HardConcrete | None]) -> Alive:
+    """For the first of each sequence of masks alike: all of them side by side.
+
+    On a GPU, and on a CPU beside a small model, an operation on a few numbers takes as long as one on many.
+    """
+    by_first = {masks[0]: masks for masks in alike}
+
+    def stacked(mask: HardConcrete) -> Tensor:
+        masks = by_first.get(mask, ())
+        return torch.stack([alive(one) for one in masks if one is not None]) if len(masks) > 1 else alive(mask)
+
+    return stacked
 
 
 def live_units(mask: HardConcrete | None, num_units: int, alive: Alive) -> tuple[Tensor | int, Tensor | int]:
@@ -131,7 +158,7 @@ def live_units(mask: HardConcrete | None, num_units: int, alive: Alive) -> tuple
     if mask is None:
         return num_units, int(num_units > 0)
     units = alive(mask)
-    return units.sum(), 1 - probability_none(units)
+    return units.sum(-1), 1 - probability_none(units)
 
 
 def sample(log_alpha: Tensor) -> Tensor:

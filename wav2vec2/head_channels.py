@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .hardconcrete import Gate, probability_none
 
@@ -43,13 +42,18 @@ class HeadChannels(NamedTuple):
 
 def side_by_side(x: Tensor, counts: Sequence[int], width: int) -> Tensor:
     """Channels of all heads [B, T, n] -> [B, h, T, w], with zeros beside those of narrow heads."""
+    return by_head(x, counts, width).transpose(1, 2)
+
+
+def by_head(x: Tensor, counts: Sequence[int], width: int) -> Tensor:
+    """Channels of all heads [..., n] -> [..., h, w], with zeros beside those of narrow heads."""
     if set(counts) != {width}:
         slots, start = [], 0
         for count in counts:
             slots += [*range(start, start + count), *[sum(counts)] * (width - count)]
             start += count
         x = F.pad(x, (0, 1)).index_select(-1, _on(slots, x))
-    return x.unflatten(-1, (len(counts), width)).transpose(1, 2)
+    return x.unflatten(-1, (len(counts), width))
 
 
 def without_gaps(x: Tensor, counts: Sequence[int], width: int) -> Tensor:
@@ -123,14 +127,14 @@ def _device(gate: Gate) -> torch.device | None:
 
 
 def expected(queries: Tensor, values: Tensor, of: HeadChannels) -> tuple[Tensor, Tensor, Tensor]:
-    """Expected channels of queries and of values that exist, and the probability [h] that each head does.
+    """Expected channels of queries and of values that exist, and the probability [..., h] that each head does.
 
     Args:
-        queries: probability [n] of each channel of queries and keys.
+        queries: probability [..., n] of each channel of queries and keys.
         values: the same of values.
         of: as for :func:`live_heads`.
     """
     # a channel that no head has is certain not to live
-    q, v = (pad_sequence(one.split(list(counts)), batch_first=True) for one, counts in zip((queries, values), of))
+    q, v = (by_head(one, counts, max(counts)) for one, counts in zip((queries, values), of))
     any_q, any_v = (1 - probability_none(one) for one in (q, v))
-    return (q.sum(-1) * any_v).sum(), (v.sum(-1) * any_q).sum(), any_q * any_v
+    return (q.sum(-1) * any_v).sum(-1), (v.sum(-1) * any_q).sum(-1), any_q * any_v

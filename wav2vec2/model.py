@@ -283,7 +283,8 @@ class Wav2Vec2Model(nn.Module):
         """
         alive = alive or alive_probabilities(self.masks().values())
         extractor, encoder = self.feature_extractor, self.encoder
-        total = extractor.num_params(alive) + encoder.feature_projection.num_params(extractor.num_live(alive)[-1])
+        channels = extractor.num_live(alive)
+        total = extractor.num_params(channels) + encoder.feature_projection.num_params(channels[-1])
         total = total + encoder.transformer.num_params(alive) + count_params(self.aux)
         return total if isinstance(total, Tensor) else torch.tensor(total, dtype=torch.float64)
 
@@ -304,8 +305,9 @@ class Wav2Vec2Model(nn.Module):
         lengths = torch.tensor(checked, dtype=torch.int64)
         extractor, encoder = self.feature_extractor, self.encoder
         frames = extractor.output_length(lengths)
-        total = extractor.num_macs(lengths, alive)
-        total = total + encoder.feature_projection.num_macs(frames, extractor.num_live(alive)[-1])
+        channels = extractor.num_live(alive)
+        total = extractor.num_macs(lengths, channels)
+        total = total + encoder.feature_projection.num_macs(frames, channels[-1])
         total = total + encoder.transformer.num_macs(frames, alive)
         return total if isinstance(total, Tensor) else torch.tensor(total, dtype=torch.float64)
 

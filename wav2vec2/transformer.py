@@ -3,7 +3,9 @@
 Shapes: B batch, T frames, D width, L layers.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -14,7 +16,20 @@ from torch.utils.checkpoint import checkpoint
 from .attention import LAYER_DROP_RATE, AttentionMap, SelfAttention, WavLMSelfAttention
 from .counting import count_params
 from .feature_extractor import FeatureProjection, valid_frames
-from .hardconcrete import Alive, Gates, HardConcrete, Prunable, Pruned, live_units, num_live, scale, select, touch
+from .hardconcrete import (
+    Alive,
+    Gates,
+    HardConcrete,
+    Prunable,
+    Pruned,
+    live_units,
+    num_live,
+    probability_none,
+    scale,
+    select,
+    together,
+    touch,
+)
 from .kernels import Dropout, linear, wide_conv1d
 from .passes import HiddenStates, PassOptions, ScaleGradient, layer_scales
 
@@ -211,6 +226,24 @@ class EncoderLayer(nn.Module):
             x = x + self.feed_forward(self.final_layer_norm(x) if norm_first else x, gates)
         return x if norm_first else self.final_layer_norm(x)
 
+    def masks(self) -> list[HardConcrete | None]:
+        """Of its blocks, in a fixed order; None for one that it does not have."""
+        attention, feed_forward = self.attention, self.feed_forward
+        found: list[HardConcrete | None] = []
+        if attention is not None:
+            found += [attention.hard_concrete_for_heads, attention.hard_concrete_for_query_channels,
+                      attention.hard_concrete_for_value_channels, attention.hard_concrete_for_layer]  # fmt: skip
+        if feed_forward is not None:
+            found += [feed_forward.hard_concrete_for_intermediate, feed_forward.hard_concrete_for_layer]
+        return found
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """What the expected numbers depend on besides which units exist."""
+        masks = tuple(None if mask is None else len(mask) for mask in self.masks())
+        width = None if self.feed_forward is None else self.feed_forward.intermediate_dense.weight.shape
+        return None if self.attention is None else self.attention.sizes, width, masks
+
     def num_params(self, alive: Alive, source: SelfAttention | None) -> Tensor | int:
         """Expected parameters, the layer's own norms included; ``source`` as for SelfAttention."""
         total: Tensor | int = count_params(self.layer_norm, self.final_layer_norm)
@@ -374,14 +407,26 @@ class Transformer(nn.Module):
         """Expected parameters of the positional convolution, norms, time reduction and layers."""
         total: Tensor | int = count_params(self.pos_conv_embed, self.layer_norm, self.time_reduction, self.upsampler)
         none_alive: Tensor | int = 1
-        for layer, source in zip(self.layers, self.attention_sources()):
-            total = total + layer.num_params(alive, source)
-            if layer.attention is not None and layer.attention is source:  # a block that reuses never outlives it
-                none_alive = none_alive * (1 - layer.attention.num_live(alive, source)[1])
-        source = self.position_block()
-        if source is not None and source.rel_attn_embed is not None:
-            total = total + source.rel_attn_embed.weight.numel() * (1 - none_alive)
+        first = self.position_block()
+        for layer, source, alive_of, count in self._alike(alive):
+            total = total + _sum(layer.num_params(alive_of, source), count)
+            if first is not None and layer.attention is not None and layer.attention is source:
+                # a block that reuses never outlives its source
+                exists = layer.attention.num_live(alive_of, source)[1]
+                none_alive = none_alive * _none(exists, count)
+        if first is not None and first.rel_attn_embed is not None:
+            total = total + first.rel_attn_embed.weight.numel() * (1 - none_alive)
         return total
+
+    def _alike(self, alive: Alive) -> Iterator[tuple[EncoderLayer, SelfAttention | None, Alive, int]]:
+        """The layers by the first of those of equal sizes: it, its source, what lives of all of them, how many."""
+        sources = self.attention_sources()
+        groups: dict[object, list[int]] = {}
+        for i, (layer, source) in enumerate(zip(self.layers, sources)):
+            groups.setdefault(layer.sizes if source is layer.attention else i, []).append(i)
+        for group in groups.values():
+            alike = together(alive, *zip(*(self.layers[i].masks() for i in group)))
+            yield self.layers[group[0]], sources[group[0]], alike, len(group)
 
     def num_macs(self, frames: Tensor, alive: Alive) -> Tensor | int:
         """Expected multiply-accumulates of ``frames`` [B] of the features."""
@@ -393,12 +438,26 @@ class Transformer(nn.Module):
             frames = (frames // self.reduction).maximum(frames.clamp(max=1))
             total = total + int(frames.sum()) * self.time_reduction.weight.numel()
         position_bias = self.position_block() is not None
-        for layer, source in zip(self.layers, self.attention_sources()):
+        for layer, source, alive_of, count in self._alike(alive):
             if layer.attention is not None and source is not None:
-                total = total + layer.attention.num_macs(frames, alive, source, position_bias)
+                total = total + _sum(layer.attention.num_macs(frames, alive_of, source, position_bias), count)
             if layer.feed_forward is not None:
-                total = total + layer.feed_forward.num_macs(frames, alive)
+                total = total + _sum(layer.feed_forward.num_macs(frames, alive_of), count)
         return total
+
+
+def _none(exists: Tensor | int, count: int) -> Tensor | int:
+    """The probability that none of so many layers exists, each of which does with this one, or with its own [count]."""
+    if isinstance(exists, Tensor) and exists.dim():
+        return probability_none(exists)
+    return (1 - exists) ** count
+
+
+def _sum(each: Tensor | int, count: int) -> Tensor | int:
+    """Of so many layers, what each of them gives [count], or all of them alike."""
+    if isinstance(each, Tensor):
+        return each.sum() if each.dim() else each * count
+    return each * count
 
 
 class Encoder(nn.Module):

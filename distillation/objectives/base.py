@@ -6,6 +6,7 @@ width, L layers. T are all frames of the audio but those at the end that a time-
 
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +187,7 @@ class Passes:
         batch, samples = self.waveforms.shape
         return torch.full((batch,), samples, device=self.waveforms.device)
 
-    @property
+    @cached_property
     def num_frames(self) -> int:
         """T."""
         return int(self._compared(torch.tensor([self.waveforms.shape[1]])))

@@ -6,11 +6,14 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.configs import TINY, first_layers
 from tests.latency import costs_of
-from wav2vec2 import prune
+from wav2vec2 import prune, wav2vec2_model
 from wav2vec2.counting import count_params
 from wav2vec2.hardconcrete import sample
+from wav2vec2.transformer import EncoderLayer
 
 ARCHITECTURES = ["hubert_base", "hubert_large", "wavlm_base", "wavlm_large"]
 UNITS = ["conv", "head", "interm", "attlayer", "ffnlayer"]
@@ -120,3 +123,78 @@ def test_blocks_with_nothing_left_cost_nothing(tiny, architecture):
             for name, mask in model.masks().items():
                 set_certain(mask, torch.full([len(mask)], not name.endswith(gone)))
             assert cost(model).item() == pytest.approx(cost(bare).item(), rel=1e-12), (cost.name, gone)
+
+
+def unequal(architecture: str, masks: dict) -> torch.nn.Module:
+    """Five layers: the first and the last two are alike, the second has fewer FFN units, the third fewer heads."""
+    config = first_layers(TINY, 4)
+    five = {
+        key: [*value, value[-1]]
+        for key, value in config.items()
+        if key.startswith("encoder") and isinstance(value, list)
+    }
+    config |= {**five, "encoder_num_layers": 5, "encoder_ff_interm_features": [40, 30, 40, 40, 40]}
+    if architecture == "wavlm":
+        del config["encoder_num_heads"], config["encoder_head_dim"]
+        remaining = [[0, 1, 2, 3], [0, 1, 2, 3], [1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+        config |= {"encoder_total_num_heads": [4] * 5, "encoder_remaining_heads": remaining, "encoder_num_buckets": 16,
+                   "encoder_max_distance": 40}  # fmt: skip
+    else:
+        config["encoder_num_heads"] = [4, 4, 2, 4, 4]
+    torch.manual_seed(0)
+    model = wav2vec2_model(**config, **dict.fromkeys(masks, True))
+    for mask in model.masks().values():
+        mask.log_alpha.data.normal_(0, 2)
+    return model
+
+
+HEADS, CHANNELS = "encoder_prune_attention_heads", "encoder_prune_attention_head_channels"
+OTHERS = ["extractor_prune_conv_channels", "encoder_prune_feed_forward_intermediate", "encoder_prune_attention_layer"]
+
+
+@pytest.mark.parametrize("masks", [[HEADS, *OTHERS], [CHANNELS, *OTHERS], [HEADS], OTHERS[:1], []])
+@pytest.mark.parametrize("architecture", ["hubert", "wavlm"])
+def test_layers_alike_are_counted_together(monkeypatch, architecture, masks):
+    model = unequal(architecture, masks)
+    logits = [mask.log_alpha for mask in model.masks().values()]
+
+    def counted() -> list[torch.Tensor]:
+        costs = [model.get_num_params(), model.get_num_macs([9000, 16000])]
+        return costs + (
+            [g for cost in costs for g in torch.autograd.grad(cost, logits, allow_unused=True)] if logits else []
+        )
+
+    groups = [count for *_, count in model.encoder.transformer._alike(lambda mask: mask.log_alpha)]
+    assert groups == [3, 1, 1]
+    found = counted()
+    monkeypatch.setattr(EncoderLayer, "sizes", property(lambda self: (object(),)))
+    assert [count for *_, count in model.encoder.transformer._alike(lambda mask: mask.log_alpha)] == [1] * 5
+    for ours, alone in zip(found, counted(), strict=True):
+        assert (ours is None) == (alone is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, alone, rtol=1e-12, atol=1e-12)
+
+
+class Operations(TorchDispatchMode):
+    """Counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("heads", [HEADS, CHANNELS])
+def test_deeper_models_take_no_more_operations_to_count(heads):
+    """On a GPU each is a launch for which the host works."""
+    counts = []
+    for depth in (2, 4):
+        model = wav2vec2_model(**first_layers(TINY, depth), **dict.fromkeys([heads, *OTHERS], True))
+        with Operations() as operations:
+            model.get_num_params().backward()
+        counts.append(operations.count)
+    # a view of each layer's masks and their gradients: no work
+    assert counts[1] - counts[0] <= 2 * 2 * 3 * 3

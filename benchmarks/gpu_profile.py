@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_profile [--out benchmarks/results/gpu_profile.json]
 
-At 70 % sparsity, in bfloat16: the kernels by the time that they take, how long the GPU has nothing to do, the calls
-in which the host waits or allocates, what a step of new sizes costs beyond one of the same sizes, and the step with one
-thing changed at a time. Then step 2, with sizes as they come and with multiples of 8 at the same number of parameters.
-OUT is written again after each part; no part is begun after SECONDS.
+At 70 % sparsity, in bfloat16: how many operations the host hands over, the kernels by the time that they take, how
+long the GPU has nothing to do, the calls in which the host waits or allocates, what a step of new sizes costs beyond
+one of the same sizes, and the step with one thing changed at a time. Then step 2, with sizes as they come and with
+multiples of 8 at the same number of parameters. OUT is written again after each part; none is begun after SECONDS.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import batch, same_waveforms, varied
 from benchmarks.steps import BF16, Ours, num_macs, set_sparsity
@@ -108,6 +109,42 @@ def seeded(step: Callable[[], object]) -> Callable[[], object]:
         step()
 
     return run
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations, without views: what a GPU's host launches, and what it works for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def operations(ours: Ours) -> Part:
+    """How many a step takes: the penalty alone, forth and back, is a part of all."""
+    training, found = ours.training, {}
+    assert training.lagrangian is not None
+
+    def update() -> None:
+        training.clip(ours.optimizer)
+        ours.optimizer.step()
+
+    with Operations() as counted:
+        training.lagrangian(training.lagrangian.cost(training.student), 0).backward()
+    found["expected size"] = counted.count
+    ours.optimizer.zero_grad(set_to_none=True)
+    with Operations() as counted:
+        loss = ours.forward(BF16)
+    found["forward"] = counted.count
+    for what, run in (("backward", loss.backward), ("update", update)):
+        with Operations() as counted:
+            run()
+        found[what] = counted.count
+    ours.optimizer.zero_grad(set_to_none=True)
+    return found
 
 
 def profiled(step: Callable[[], object], device: str) -> Part:
@@ -218,6 +255,7 @@ def run(
     step = varied(ours, waveforms, lambda: ours.step(BF16))
     same = seeded(same_waveforms(ours, waveforms, lambda: ours.step(BF16)))
     parts: dict[str, Callable[[], Part]] = {
+        "operations": lambda: operations(ours),
         "profile": lambda: profiled(step, device),
         "sizes": lambda: dict(in_turns({"new in every step": step, "the same in every step": same}, rounds, "sizes")),
         "changes": lambda: changed(ours, step, rounds, device),
@@ -244,6 +282,8 @@ def text(name: str, part: Part) -> str:
         table = [[key, f"{row['parameters']:,}", f"{row['macs'] / 1e9:.1f}", f"{row['seconds']:.4f}",
                   f"{row['seconds'] / row['macs'] * 1e12:.3f}"] for key, row in part.items()]  # fmt: skip
         return markdown_table(["step 2", "parameters", "GMACs", "s a step", "ms per GMAC"], table)
+    if name == "operations":
+        return markdown_table([name, "a step"], [[key, f"{count:,}"] for key, count in part.items()])
     first = next(iter(part.values()))
     table = [[key, f"{seconds:.4f}", f"{seconds / first:.3f}"] for key, seconds in part.items()]
     return markdown_table([name, "s a step", "of the first"], table)

@@ -108,6 +108,8 @@ def test_profile(tmp_path, capsys):
     out = tmp_path / "profile.json"
     gpu_profile.run(out, batch_seconds=2.0, rounds=1, device="cpu", size="small")
     found = json.loads(out.read_text())
+    operations = found["operations"]
+    assert 0 < operations["expected size"] < 0.2 * (operations["forward"] + operations["backward"])
     assert {row["name"] for row in found["profile"]["kernels"]} & {"aten::bmm", "aten::mm", "aten::addmm"}
     assert set(CHANGES) - set(found["changes"]) == {"matrix products by cuBLASLt"}
     assert set(found["sizes"]) == {"new in every step", "the same in every step"}

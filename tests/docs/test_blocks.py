@@ -119,6 +119,9 @@ def check_shell(script: str, words: list[str]) -> None:
     name = Path(script).name
     if name == "superb.sh":
         check_python(["-m", "evaluation.superb", *words])
+    if name == "gpu.sh":
+        for module in ("gpu_checks", "gpu", "gpu_profile"):
+            check_python(["-m", f"benchmarks.{module}", *words])
     if name == "sweep.sh":
         assert len(runs_of(["--config", f"conf/{words[1]}.yaml", *words[2:]])) > 1
     if not words or name not in (*TWO_STEPS, "run_students.sh"):

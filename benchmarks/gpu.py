@@ -40,6 +40,7 @@ from distillation.stopping import keeping
 from distillation.training.memory import largest_batch, runs_in_memory
 from distillation.training.processes import outlive_stop_signal
 from evaluation.conditions import conditions
+from evaluation.tables import markdown_table
 from evaluation.timing import in_turns
 from wav2vec2 import prune, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
@@ -109,6 +110,11 @@ def batch(seconds: float, device: str) -> torch.Tensor:
     return torch.randn(count, round(seconds / count * SAMPLE_RATE), device=device)
 
 
+def utterances(count: int, device: str) -> torch.Tensor:
+    """So many of 15 s."""
+    return batch(count * UTTERANCE, device)
+
+
 def loader_rate(folder: Path, seconds: float) -> float:
     """Seconds of audio per second that the training loader reads from FLAC files, for about so many seconds."""
     rng = np.random.default_rng(0)
@@ -138,104 +144,158 @@ def hours(points: dict[float, float]) -> float:
     return UPDATE_SECONDS * cost / 3600
 
 
-def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: int, known: Journal) -> dict[str, Any]:
-    """All but the loader, what is not known; the keys of the result are those of gpu.json."""
-    if "matmul peak" not in known:
-        known["matmul peak"] = matmul_peak(BF16, 8192 if device == "cuda" else 256, device)
-    peak = known["matmul peak"]
-    teacher = wav2vec2_model(**config).eval().to(device)
-    recipe, _ = parse_recipe(fitted("dphubert_base", config))
-    waveforms = batch(batch_seconds, device)
-    points: list[Point] = []
+class Costs:
+    """The steps of the recipe on one device; what is known is not measured again.
 
-    def timed(
-        what: str, steps: dict[str, Callable[[], object]], macs: dict[str, float], seconds: float
-    ) -> dict[str, float]:
-        if what not in known:
-            peaks = {name: step_memory(step) if device == "cuda" else None for name, step in steps.items()}
-            found = in_turns(steps, rounds, what)
-            known[what] = {
-                name: vars(Point(f"{what}, {name}", seconds, elapsed, peaks[name], macs[name] / elapsed / peak))
+    Args:
+        config: flat config of the teacher.
+        device: cuda, or cpu to try it.
+        batch_seconds: of audio per step.
+        rounds: timed steps of each variant.
+        known: points that are measured already; gets the others.
+    """
+
+    def __init__(self, config: dict[str, Any], device: str, batch_seconds: float, rounds: int, known: Journal) -> None:
+        self.device, self.batch_seconds, self.rounds, self.known = device, batch_seconds, rounds, known
+        if "matmul peak" not in known:
+            known["matmul peak"] = matmul_peak(BF16, 8192 if device == "cuda" else 256, device)
+        self.peak: float = known["matmul peak"]
+        recipe, _ = parse_recipe(fitted("dphubert_base", config))
+        self.teacher = wav2vec2_model(**config).eval().to(device)
+        self.masked = make_prunable(self.teacher, recipe.pruning).to(device)
+        self.waveforms = batch(batch_seconds, device)
+        self.full = num_macs(self.teacher, self.waveforms)
+        self.ours = Ours(self.masked, self.teacher, self.waveforms, recipe.objective)
+        self.has_peer = config is HUBERT_BASE
+        self.points: list[Point] = []
+
+    def timed(self, what: str, steps: dict[str, Step], macs: float, seconds: float) -> dict[str, float]:
+        """Seconds of each variant of a step.
+
+        Args:
+            what: of all of them.
+            steps: by their names; all but "ours" have the MACs of the dense step.
+            macs: of ours.
+            seconds: of audio.
+        """
+        if what not in self.known:
+            peaks = {name: step_memory(step) if self.device == "cuda" else None for name, step in steps.items()}
+            found = in_turns(steps, self.rounds, what)
+            work = {name: macs if name == "ours" else 4 * self.full for name in steps}
+            self.known[what] = {
+                name: vars(Point(f"{what}, {name}", seconds, elapsed, peaks[name], work[name] / elapsed / self.peak))
                 for name, elapsed in found.items()
             }
-        rows = {name: Point(**point) for name, point in known[what].items()}
-        points.extend(rows.values())
+        rows = {name: Point(**point) for name, point in self.known[what].items()}
+        self.points.extend(rows.values())
         return {name: point.seconds for name, point in rows.items()}
 
-    masked = make_prunable(teacher, recipe.pruning).to(device)
-    ours = Ours(masked, teacher, waveforms, recipe.objective)
-    dense = None
-    if config is HUBERT_BASE:
-        dense = Peer(torchaudio.models.hubert_base().to(device), torchaudio.models.hubert_base().to(device), waveforms)
+    def step_1(self) -> tuple[float, dict[str, float]]:
+        """GPU-hours, and by sparsity how many times as long the dense step takes."""
+        dense = self._dense() if self.has_peer else {}
+        rates: dict[float, float] = {}
+        ratios: dict[str, float] = {}
+        for sparsity in SPARSITIES:
+            set_sparsity(self.masked, sparsity)
+            macs = self.full + 3 * num_macs(prune(self.masked)[0], self.waveforms)
+            steps: dict[str, Step] = {"ours": varied(self.ours, self.waveforms, lambda: self.ours.step(BF16)), **dense}
+            found = self.timed(f"step 1, {sparsity:.0%} pruned", steps, macs, self.batch_seconds)
+            rates[sparsity] = self.batch_seconds / found["ours"]
+            ratios |= {f"step 1, {sparsity:.0%}, {name}": found[name] / found["ours"] for name in dense}
+        return hours(rates), ratios
 
-    def dense_step() -> None:
-        assert dense is not None
-        with autocast(BF16, device):
-            loss = dense.forward()
-        dense.finish(loss)
+    def _dense(self) -> dict[str, Step]:
+        """The same on torchaudio's models in its best case, and as in training: what plans for a shape pays for it."""
+        models = [torchaudio.models.hubert_base().to(self.device) for _ in range(2)]
+        peer = Peer(models[0], models[1], self.waveforms)
 
-    rates: dict[float, float] = {}
-    ratios: dict[str, float] = {}
-    full = num_macs(teacher, waveforms)
-    for sparsity in SPARSITIES:
-        set_sparsity(masked, sparsity)
-        steps: dict[str, Step] = {"ours": varied(ours, waveforms, lambda: ours.step(BF16))}
-        macs = {
-            "ours": full + 3 * num_macs(prune(masked)[0], waveforms),
-            "dense": 4 * full,
-            "dense, new sizes": 4 * full,
-        }
-        if dense is not None:
-            # its best case, and as in training: cuDNN's attention, torch's first choice on some GPUs, plans for a shape
-            steps["dense"] = same_waveforms(dense, waveforms, dense_step)
-            steps["dense, new sizes"] = varied(dense, waveforms, dense_step)
-        found = timed(f"step 1, {sparsity:.0%} pruned", steps, macs, batch_seconds)
-        rates[sparsity] = batch_seconds / found["ours"]
-        if dense is not None:
-            ratios[f"step 1, {sparsity:.0%}"] = found["dense"] / found["ours"]
-    dense, steps = None, {}  # frees the dense student
-    pruned = prune(masked)[0].to(device)
-    second = Ours(pruned, teacher, waveforms, recipe.objective)
-    macs = {"ours": full + 3 * num_macs(pruned, waveforms)}
-    found = timed("step 2", {"ours": varied(second, waveforms, lambda: second.step(BF16))}, macs, batch_seconds)
-    hours1, hours2 = hours(rates), UPDATE_SECONDS * STEP2 / (batch_seconds / found["ours"]) / 3600
+        def step() -> None:
+            with autocast(BF16, self.device):
+                loss = peer.forward()
+            peer.finish(loss)
 
-    def step_of(count: int) -> None:
-        try:
-            ours.waveforms = torch.randn(count, round(UTTERANCE * SAMPLE_RATE), device=device)
-            ours.step(BF16)
-        finally:
-            ours.optimizer.zero_grad(set_to_none=True)
-
-    def fill() -> dict[str, Any]:
-        set_sparsity(masked, 0.0)
-        if "largest batch" not in known:
-            most = MOST_UTTERANCES if device == "cuda" else 2
-            known["largest batch"] = largest_batch(lambda count: runs_in_memory(lambda: step_of(count)), most)
-        count = max(1, known["largest batch"] * 9 // 10)
-        waveforms, seconds = torch.randn(count, round(UTTERANCE * SAMPLE_RATE), device=device), count * UTTERANCE
-        largest: dict[float, float] = {}
-        for sparsity in (SPARSITIES[0], SPARSITIES[-1]):
-            set_sparsity(masked, sparsity)
-            macs = {"ours": num_macs(teacher, waveforms) + 3 * num_macs(prune(masked)[0], waveforms)}
-            steps = {"ours": varied(ours, waveforms, lambda: ours.step(BF16))}
-            found = timed(f"largest batch, {sparsity:.0%} pruned", steps, macs, seconds)
-            largest[sparsity] = seconds / found["ours"]
         return {
-            "largest_batch_seconds": known["largest batch"] * UTTERANCE,
-            "hours_step1_largest_batch": hours(largest),
+            "dense": same_waveforms(peer, self.waveforms, step),
+            "dense, new sizes": varied(peer, self.waveforms, step),
         }
 
+    def step_2(self) -> float:
+        """GPU-hours, on what the last sparsity of step 1 leaves."""
+        pruned = prune(self.masked)[0].to(self.device)
+        second = Ours(pruned, self.teacher, self.waveforms, self.ours.objective)
+        macs = self.full + 3 * num_macs(pruned, self.waveforms)
+        step = varied(second, self.waveforms, lambda: second.step(BF16))
+        seconds = self.timed("step 2", {"ours": step}, macs, self.batch_seconds)["ours"]
+        return UPDATE_SECONDS * STEP2 / (self.batch_seconds / seconds) / 3600
+
+    def largest(self) -> dict[str, Any]:
+        """The largest batch that fits while all units are there, and GPU-hours of step 1 with nine tenths of it."""
+        set_sparsity(self.masked, 0.0)
+        if "largest batch" not in self.known:
+            most = MOST_UTTERANCES if self.device == "cuda" else 2
+            self.known["largest batch"] = largest_batch(lambda count: runs_in_memory(lambda: self._try(count)), most)
+        count = max(1, self.known["largest batch"] * 9 // 10)
+        waveforms, seconds = utterances(count, self.device), count * UTTERANCE
+        rates: dict[float, float] = {}
+        for sparsity in (SPARSITIES[0], SPARSITIES[-1]):
+            set_sparsity(self.masked, sparsity)
+            macs = num_macs(self.teacher, waveforms) + 3 * num_macs(prune(self.masked)[0], waveforms)
+            step = varied(self.ours, waveforms, lambda: self.ours.step(BF16))
+            rates[sparsity] = (
+                seconds / self.timed(f"largest batch, {sparsity:.0%} pruned", {"ours": step}, macs, seconds)["ours"]
+            )
+        return {
+            "largest_batch_seconds": self.known["largest batch"] * UTTERANCE,
+            "hours_step1_largest_batch": hours(rates),
+        }
+
+    def _try(self, count: int) -> None:
+        try:
+            self.ours.waveforms = utterances(count, self.device)
+            self.ours.step(BF16)
+        finally:
+            self.ours.optimizer.zero_grad(set_to_none=True)
+
+
+def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: int, known: Journal) -> dict[str, Any]:
+    """All but the loader; arguments as of :class:`Costs`, the keys of the result are those of gpu.json."""
+    costs = Costs(config, device, batch_seconds, rounds, known)
+    hours_1, ratios = costs.step_1()
+    hours_2 = costs.step_2()
     try:
-        result = fill()
+        largest = costs.largest()
     except RuntimeError as error:  # tensors of over 2^31 elements: what is measured by now is not lost for it
-        result = {"largest_batch_seconds": None, "largest_batch_error": str(error).partition("\n")[0]}
-    return result | {
-        "peak_tflops_bf16": 2 * peak / 1e12,
-        "points": [{**vars(point), "audio_per_second": point.audio_per_second} for point in points],
+        largest = {"largest_batch_seconds": None, "largest_batch_error": str(error).partition("\n")[0]}
+    return largest | {
+        "peak_tflops_bf16": 2 * costs.peak / 1e12,
+        "points": [{**vars(point), "audio_per_second": point.audio_per_second} for point in costs.points],
         "dense_over_ours": ratios,
-        "hours": {"step 1": hours1, "step 2": hours2, "paper, A100": PAPER_HOURS},
+        "hours": {"step 1": hours_1, "step 2": hours_2, "paper, A100": PAPER_HOURS},
     }
+
+
+def page(result: dict[str, Any]) -> str:
+    """Tables of gpu.json for docs/benchmarks.md."""
+    rows = [
+        [point["what"], f"{point['batch_seconds']:g}", f"{point['seconds']:.4f}", f"{point['audio_per_second']:,.0f}",
+         f"{point['share_of_peak']:.0%}", "" if point["peak_gib"] is None else f"{point['peak_gib']:.1f}"]
+        for point in result["points"]
+    ]  # fmt: skip
+    steps = markdown_table(["what", "s of audio", "s a step", "s of audio per s", "of the peak", "GiB"], rows)
+    ratios = [f"{what}: {ratio:.2f} x as long as ours" for what, ratio in result["dense_over_ours"].items()]
+    found = result["hours"]
+    of_paper = "{:g} + {:g}".format(*found["paper, A100"])
+    totals = [
+        f"peak of matrix products in bfloat16: {result['peak_tflops_bf16']:.0f} TFLOP/s",
+        f"GPU-hours: {found['step 1']:.2f} + {found['step 2']:.2f}; of A100, as published: {of_paper}",
+        f"the loader gives {result['loader_audio_per_second']:,.0f} s of audio per second",
+    ]
+    if result["largest_batch_seconds"] is None:
+        totals.append(f"the largest batch was not found: {result['largest_batch_error']}")
+    else:
+        totals.append(f"largest batch: {result['largest_batch_seconds']:g} s; step 1 with nine tenths of it: "
+                      f"{result['hours_step1_largest_batch']:.2f} GPU-hours")  # fmt: skip
+    return "\n".join([steps, "", *ratios, *totals])
 
 
 def run(
@@ -270,16 +330,7 @@ def run(
         result = measure(SIZES[size], device, batch_seconds, rounds, known)
         result["loader_audio_per_second"] = loader_rate(Path(folder), 10.0)
     result |= {"date": str(date.today()), **of}
-    for point in result["points"]:
-        memory = "" if point["peak_gib"] is None else f", {point['peak_gib']:.1f} GiB"
-        print(f"{point['what']}: {point['seconds']:.3f} s for {point['batch_seconds']:g} s of audio, "
-              f"{point['share_of_peak']:.0%} of the peak{memory}")  # fmt: skip
-    for what, ratio in result["dense_over_ours"].items():
-        print(f"{what} pruned: {ratio:.2f} x as fast as the dense step")
-    if "largest_batch_error" in result:
-        print(f"the largest batch was not found: {result['largest_batch_error']}")
-    print(f"GPU-hours: {result['hours']}; largest batch {result['largest_batch_seconds']} s; the loader gives "
-          f"{result['loader_audio_per_second']:.0f} s of audio per second")  # fmt: skip
+    print(page(result))
     write_text(out, json.dumps(result, indent=1) + "\n")
     known.remove()
     print(f"{of['gpu'] or of['cpu']}, {time.perf_counter() - begin:.0f} s -> {out}")

@@ -222,6 +222,9 @@ def test_gpu_at_a_tiny_size_on_the_cpu(tmp_path):
         *(f"largest batch, {s} pruned, ours" for s in ("0%", "75%")),
     ]  # fmt: skip
     assert result["largest_batch_seconds"] == 30.0 and result["hours_step1_largest_batch"] > 0
+    page = gpu.page({**result, "loader_audio_per_second": 1234.0})
+    assert "| step 1, 25% pruned, ours | 1 | " in page and "\nlargest batch: 30 s; step 1 with nine tenths" in page
+    assert "; of A100, as published: 18 + 6\nthe loader gives 1,234 s" in page
     assert all(point["audio_per_second"] > 0 and point["share_of_peak"] > 0 for point in result["points"])
 
 
@@ -257,6 +260,8 @@ def test_a_batch_too_large_for_a_kernel_costs_nothing_else(tmp_path, monkeypatch
     monkeypatch.setattr(gpu, "largest_batch", breaks)
     result = gpu.measure(TINY, "cpu", 1.0, 1, Journal(tmp_path / "known.jsonl", {}, "points"))
     assert result["largest_batch_error"] == "integer out of range" and result["hours"]["step 1"] > 0
+    page = gpu.page({**result, "loader_audio_per_second": 1234.0})
+    assert page.endswith("the largest batch was not found: integer out of range")
 
 
 def test_loader_rate(tmp_path):

@@ -90,12 +90,12 @@ def export_all(model: Path, out: Path, known: Journal) -> dict[str, Path]:
 @torch.inference_mode()
 def largest_difference(extract: Extract, reference: Extract, waveforms: list[Tensor]) -> float:
     """Of any state on some utterances, each alone, as a share of the state's largest value."""
-    found = 0.0
+    found: list[Tensor] = []
     for waveform in waveforms:
         inputs = waveform[None], torch.tensor([len(waveform)])
         for ours, theirs in zip(extract(*inputs)[0], reference(*inputs)[0], strict=True):
-            found = max(found, ((ours - theirs).abs().max() / theirs.abs().max()).item())
-    return found
+            found.append((ours - theirs).abs().max() / theirs.abs().max())
+    return torch.stack(found).max().item()
 
 
 def probed(extract: Extract, data: Data, steps: int) -> dict[str, list[float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +40,11 @@ Size = Literal["small", "base"]
 SIZES: dict[Size, dict[str, Any]] = {"small": SMALL, "base": HUBERT_BASE}
 WAVLM = {"encoder_num_buckets": 320, "encoder_max_distance": 800}
 TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2, "16-mixed": 5e-3}  # of a loss, or of 1 where that is larger
+
+
+def worst(differences: Iterable[float]) -> float:
+    """The largest; not a number where any is none, which ``max`` would pass over."""
+    return torch.tensor(list(differences), dtype=torch.float64).max().item()
 
 
 def recipe_names() -> list[str]:

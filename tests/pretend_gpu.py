@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.trial import TOLERANCE, Trial, recipe_names
+from benchmarks.trial import TOLERANCE, Trial, recipe_names, worst
 from tests.configs import TINY
 from tests.helpers import ROOT
 from wav2vec2 import prune, wav2vec2_model
@@ -180,7 +180,7 @@ def inference() -> Iterator[dict[str, Any]]:
                 waits = list(gpu.waits)
                 found += model.embed(rows)
             differences = [(a - b.inner).abs().max().item() for a, b in zip(expected, found)]
-            yield {"model": kind, "masks": heads, "difference": max(differences), "waits": waits}
+            yield {"model": kind, "masks": heads, "difference": worst(differences), "waits": waits}
 
 
 def mistakes() -> Iterator[str]:

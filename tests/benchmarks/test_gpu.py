@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -69,6 +70,23 @@ def test_what_differs_is_told(tmp_path, monkeypatch, capsys):
     assert "'bf16-mixed'" not in row["error"] and "AssertionError" in row["traceback"]
     said = capsys.readouterr()
     assert said.out.count("FAILED") == 2 and said.err.count("Traceback") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_does_not_hold(tmp_path, monkeypatch, value):
+    losses, calls = Trial.losses, []
+
+    def broken(self: Trial, *args: object) -> list[float]:
+        calls.append(self)
+        found = losses(self, *args)
+        return found if len(calls) == 1 else [found[0], value, found[2]]
+
+    monkeypatch.setattr(Trial, "losses", broken)
+    with pytest.raises(Incomplete):
+        check(tmp_path, only="small: dphubert_plus")
+    _, row = json.loads((tmp_path / "out.json").read_text())["checks"].values()
+    assert "'bf16-mixed': " + str(value) in row["error"]
 
 
 def test_recipes_that_train_alike():

@@ -11,6 +11,7 @@ alone.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -50,10 +51,11 @@ def noise(size: Size) -> Tensor:
     return 0.1 * torch.randn(*SHAPES[size], generator=torch.Generator().manual_seed(0))
 
 
-def methods(names: list[str]) -> dict[str, list[str]]:
-    """The recipes by the first of those that train alike on the same teacher."""
+@functools.cache
+def methods() -> dict[str, list[str]]:
+    """All recipes by the first of those that train alike on the same teacher."""
     found: dict[str, list[str]] = {}
-    for name in names:
+    for name in recipe_names():
         found.setdefault(Trial.of(name, SMALL).method, []).append(name)
     return {same[0]: same for same in found.values()}
 
@@ -119,7 +121,7 @@ def inference(name: str, size: Size, device: str) -> Values:
 
 def checks(stages: Stages, sizes: Sequence[Size], device: str) -> dict[str, Callable[[], Values]]:
     """All of them, by name, the most telling first."""
-    same = methods(recipe_names())
+    same = methods()
     found: dict[str, Callable[[], Values]] = {}
 
     def of(size: Size) -> None:
@@ -185,10 +187,9 @@ def run(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no GPU is visible; --device cpu tries the checks without one")
-    logging.getLogger("distillation").setLevel(logging.ERROR)  # of every student that is built
     begin = time.perf_counter()
     result: Values = {"date": str(date.today()), **conditions(device=device), "checks": {}}
-    with tempfile.TemporaryDirectory() as folder, exact_convolutions():
+    with tempfile.TemporaryDirectory() as folder, exact_convolutions(), quiet():
         todo = checks(Stages(Path(folder), device), ["small"] if size == "small" else ["small", "base"], device)
         todo = {name: check for name, check in todo.items() if only is None or only in name}
         if not todo:
@@ -209,6 +210,18 @@ def run(
           f"{left_out} left out -> {out}")  # fmt: skip
     if failed:
         raise Incomplete(f"{len(failed)} of {len(rows)} checks do not hold: {', '.join(failed)}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing is told of every student that is built."""
+    logger = logging.getLogger("distillation")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

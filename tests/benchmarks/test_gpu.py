@@ -73,20 +73,19 @@ def test_what_differs_is_told(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_no_number_does_not_hold(tmp_path, monkeypatch, value):
+def test_what_is_no_number_does_not_hold(tmp_path, monkeypatch):
     losses, calls = Trial.losses, []
 
     def broken(self: Trial, *args: object) -> list[float]:
         calls.append(self)
         found = losses(self, *args)
-        return found if len(calls) == 1 else [found[0], value, found[2]]
+        return found if len(calls) == 1 else [found[0], math.nan, found[2]]
 
     monkeypatch.setattr(Trial, "losses", broken)
     with pytest.raises(Incomplete):
         check(tmp_path, only="small: dphubert_plus")
     _, row = json.loads((tmp_path / "out.json").read_text())["checks"].values()
-    assert "'bf16-mixed': " + str(value) in row["error"]
+    assert "'bf16-mixed': nan" in row["error"]
 
 
 def test_recipes_that_train_alike():

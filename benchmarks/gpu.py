@@ -15,7 +15,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -52,8 +52,9 @@ UPDATE_SECONDS = 640.0  # 4 GPUs x 160 s, as published
 STEP1, STEP2, WARMUP = 50_000, 25_000, 5_000  # updates, and those in which the target rises
 PAPER_HOURS = (18.0, 6.0)
 MOST_UTTERANCES = 256  # in the search for the largest batch
+SHORTEST = 1.0  # seconds of audio per step
 UTTERANCE = 15.0  # seconds; LibriSpeech's mode
-FRAME, FRAMES_CUT = 320, 8  # samples; 1 % of an utterance at most
+FRAME = 320  # samples
 
 
 @dataclass
@@ -72,15 +73,41 @@ class Point:
         return self.batch_seconds / self.seconds
 
 
-def varied(model: Ours | Peer, waveforms: torch.Tensor, step: Callable[[], object]) -> Callable[[], object]:
-    """The step of a model on these waveforms [B, N], cut by another few frames each time."""
-    turns = itertools.cycle(range(FRAMES_CUT))
+def varied(
+    model: Ours | Peer, waveforms: torch.Tensor, step: Callable[[], object], turns: Iterator[int]
+) -> Callable[[], object]:
+    """The step of a model on these waveforms [B, N], each time with a number of frames that it has not had.
+
+    A frame more, one less, two more, two less, ... than they have; kernels keep what they have planned for a size.
+
+    Args:
+        model: of the step.
+        waveforms: [B, N].
+        step: to run.
+        turns: 0, 1, ..., going on over all steps of a process.
+    """
+    num_samples = waveforms.shape[1]
 
     def run() -> None:
-        model.waveforms = waveforms[:, : waveforms.shape[1] - FRAME * next(turns)].contiguous()
+        turn = next(turns)
+        change = FRAME * (turn // 2 + 1) * (1 if turn % 2 == 0 else -1)
+        longer = torch.cat([waveforms, waveforms], dim=1)
+        model.waveforms = longer[:, : max(num_samples + change, num_samples // 2)].contiguous()
         step()
 
     return run
+
+
+def check_effort(batch_seconds: float, rounds: int) -> None:
+    """Look whether there is something to measure.
+
+    Raises:
+        UserError: there is not.
+    """
+    if rounds < 1:
+        raise UserError(f"--rounds is {rounds}: it must be at least 1")
+    if not batch_seconds >= SHORTEST:
+        raise UserError(f"--batch_seconds is {batch_seconds:g}: it must be at least {SHORTEST:g}")
 
 
 def same_waveforms(model: Ours | Peer, waveforms: torch.Tensor, step: Callable[[], object]) -> Callable[[], object]:
@@ -115,8 +142,13 @@ def utterances(count: int, device: str) -> torch.Tensor:
     return batch(count * UTTERANCE, device)
 
 
-def loader_rate(folder: Path, seconds: float) -> float:
+def loader_rate(seconds: float) -> float:
     """Seconds of audio per second that the training loader reads from FLAC files, for about so many seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _loader_rate(Path(folder), seconds)
+
+
+def _loader_rate(folder: Path, seconds: float) -> float:
     rng = np.random.default_rng(0)
     lines = [str(folder)]
     for i in range(40):
@@ -168,6 +200,7 @@ class Costs:
         self.ours = Ours(self.masked, self.teacher, self.waveforms, recipe.objective)
         self.has_peer = config is HUBERT_BASE
         self.points: list[Point] = []
+        self.turns, self.peer_turns = itertools.count(), itertools.count()
 
     def timed(self, what: str, steps: dict[str, Step], macs: float, seconds: float) -> dict[str, float]:
         """Seconds of each variant of a step.
@@ -198,7 +231,8 @@ class Costs:
         for sparsity in SPARSITIES:
             set_sparsity(self.masked, sparsity)
             macs = self.full + 3 * num_macs(prune(self.masked)[0], self.waveforms)
-            steps: dict[str, Step] = {"ours": varied(self.ours, self.waveforms, lambda: self.ours.step(BF16)), **dense}
+            step = varied(self.ours, self.waveforms, lambda: self.ours.step(BF16), self.turns)
+            steps: dict[str, Step] = {"ours": step, **dense}
             found = self.timed(f"step 1, {sparsity:.0%} pruned", steps, macs, self.batch_seconds)
             rates[sparsity] = self.batch_seconds / found["ours"]
             ratios |= {f"step 1, {sparsity:.0%}, {name}": found[name] / found["ours"] for name in dense}
@@ -216,7 +250,7 @@ class Costs:
 
         return {
             "dense": same_waveforms(peer, self.waveforms, step),
-            "dense, new sizes": varied(peer, self.waveforms, step),
+            "dense, new sizes": varied(peer, self.waveforms, step, self.peer_turns),
         }
 
     def step_2(self) -> float:
@@ -224,7 +258,7 @@ class Costs:
         pruned = prune(self.masked)[0].to(self.device)
         second = Ours(pruned, self.teacher, self.waveforms, self.ours.objective)
         macs = self.full + 3 * num_macs(pruned, self.waveforms)
-        step = varied(second, self.waveforms, lambda: second.step(BF16))
+        step = varied(second, self.waveforms, lambda: second.step(BF16), self.turns)
         seconds = self.timed("step 2", {"ours": step}, macs, self.batch_seconds)["ours"]
         return UPDATE_SECONDS * STEP2 / (self.batch_seconds / seconds) / 3600
 
@@ -240,14 +274,11 @@ class Costs:
         for sparsity in (SPARSITIES[0], SPARSITIES[-1]):
             set_sparsity(self.masked, sparsity)
             macs = num_macs(self.teacher, waveforms) + 3 * num_macs(prune(self.masked)[0], waveforms)
-            step = varied(self.ours, waveforms, lambda: self.ours.step(BF16))
+            step = varied(self.ours, waveforms, lambda: self.ours.step(BF16), self.turns)
             rates[sparsity] = (
                 seconds / self.timed(f"largest batch, {sparsity:.0%} pruned", {"ours": step}, macs, seconds)["ours"]
             )
-        return {
-            "largest_batch_seconds": self.known["largest batch"] * UTTERANCE,
-            "hours_step1_largest_batch": hours(rates),
-        }
+        return {"seconds": self.known["largest batch"] * UTTERANCE, "hours of step 1": hours(rates)}
 
     def _try(self, count: int) -> None:
         try:
@@ -257,21 +288,43 @@ class Costs:
             self.ours.optimizer.zero_grad(set_to_none=True)
 
 
-def measure(config: dict[str, Any], device: str, batch_seconds: float, rounds: int, known: Journal) -> dict[str, Any]:
-    """All but the loader; arguments as of :class:`Costs`, the keys of the result are those of gpu.json."""
+def measure(
+    config: dict[str, Any],
+    device: str,
+    batch_seconds: float,
+    rounds: int,
+    known: Journal,
+    late: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """All that gpu.json holds of the measurement.
+
+    Args:
+        config: as of :class:`Costs`, as are the next.
+        device: of the models.
+        batch_seconds: of audio per step.
+        rounds: timed steps of each variant.
+        known: points that are measured already; gets the others.
+        late: whether there is no time for another part; those after step 1 are then None.
+    """
     costs = Costs(config, device, batch_seconds, rounds, known)
     hours_1, ratios = costs.step_1()
-    hours_2 = costs.step_2()
-    try:
-        largest = costs.largest()
-    except RuntimeError as error:  # tensors of over 2^31 elements: what is measured by now is not lost for it
-        largest = {"largest_batch_seconds": None, "largest_batch_error": str(error).partition("\n")[0]}
-    return largest | {
+    result: dict[str, Any] = {
         "peak_tflops_bf16": 2 * costs.peak / 1e12,
-        "points": [{**vars(point), "audio_per_second": point.audio_per_second} for point in costs.points],
         "dense_over_ours": ratios,
-        "hours": {"step 1": hours_1, "step 2": hours_2, "paper, A100": PAPER_HOURS},
+        "hours": {"step 1": hours_1, "step 2": None if late() else costs.step_2(), "paper, A100": PAPER_HOURS},
+        "loader_audio_per_second": None if late() else loader_rate(10.0),
+        "largest_batch": None if late() else largest_or_error(costs),
     }
+    points = [{**vars(point), "audio_per_second": point.audio_per_second} for point in costs.points]
+    return result | {"points": points}
+
+
+def largest_or_error(costs: Costs) -> dict[str, Any]:
+    """The largest batch; tensors of over 2^31 elements may break a kernel, and what is measured is not lost for it."""
+    try:
+        return costs.largest()
+    except RuntimeError as error:
+        return {"error": str(error).partition("\n")[0]}
 
 
 def page(result: dict[str, Any]) -> str:
@@ -283,18 +336,20 @@ def page(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     steps = markdown_table(["what", "s of audio", "s a step", "s of audio per s", "of the peak", "GiB"], rows)
     ratios = [f"{what}: {ratio:.2f} x as long as ours" for what, ratio in result["dense_over_ours"].items()]
-    found = result["hours"]
+    found, largest = result["hours"], result["largest_batch"]
     of_paper = "{:g} + {:g}".format(*found["paper, A100"])
-    totals = [
-        f"peak of matrix products in bfloat16: {result['peak_tflops_bf16']:.0f} TFLOP/s",
-        f"GPU-hours: {found['step 1']:.2f} + {found['step 2']:.2f}; of A100, as published: {of_paper}",
-        f"the loader gives {result['loader_audio_per_second']:,.0f} s of audio per second",
-    ]
-    if result["largest_batch_seconds"] is None:
-        totals.append(f"the largest batch was not found: {result['largest_batch_error']}")
+    totals = [f"peak of matrix products in bfloat16: {result['peak_tflops_bf16']:.0f} TFLOP/s"]
+    if found["step 2"] is not None:
+        totals.append(f"GPU-hours: {found['step 1']:.2f} + {found['step 2']:.2f}; of A100, as published: {of_paper}")
+    if result["loader_audio_per_second"] is not None:
+        totals.append(f"the loader gives {result['loader_audio_per_second']:,.0f} s of audio per second")
+    if largest is None:
+        totals.append("no time for all")
+    elif "error" in largest:
+        totals.append(f"the largest batch was not found: {largest['error']}")
     else:
-        totals.append(f"largest batch: {result['largest_batch_seconds']:g} s; step 1 with nine tenths of it: "
-                      f"{result['hours_step1_largest_batch']:.2f} GPU-hours")  # fmt: skip
+        totals.append(f"largest batch: {largest['seconds']:g} s; step 1 with nine tenths of it: "
+                      f"{largest['hours of step 1']:.2f} GPU-hours")  # fmt: skip
     return "\n".join([steps, "", *ratios, *totals])
 
 
@@ -304,6 +359,7 @@ def run(
     rounds: int = 5,
     device: Literal["cuda", "cpu"] = "cuda",
     size: Size = "base",
+    seconds: float = 330.0,
 ) -> None:
     """Measure, print and write.
 
@@ -315,20 +371,23 @@ def run(
         rounds: timed steps of each variant.
         device: cuda; cpu takes hours at the published size.
         size: of the models, small or base; torchaudio's dense step is measured beside base alone.
+        seconds: no part after step 1 is begun after so many.
 
     Raises:
         Stopped: a signal asked for it.
-        UserError: there is no GPU.
+        UserError: there is no GPU, or nothing to measure.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no GPU is visible; this measures one (benchmarks.speed measures the CPU)")
+    check_effort(batch_seconds, rounds)
     begin = time.perf_counter()
     torch.manual_seed(0)
     of = conditions(device=device, batch_seconds=batch_seconds, rounds=rounds, size=size)
     known = Journal(out.with_name(f".{out.stem}.jsonl"), of, "points")
-    with keeping(f"the points measured so far are in {known.path}"), tempfile.TemporaryDirectory() as folder:
-        result = measure(SIZES[size], device, batch_seconds, rounds, known)
-        result["loader_audio_per_second"] = loader_rate(Path(folder), 10.0)
+    with keeping(f"the points measured so far are in {known.path}"):
+        result = measure(
+            SIZES[size], device, batch_seconds, rounds, known, lambda: time.perf_counter() - begin > seconds
+        )
     result |= {"date": str(date.today()), **of}
     print(page(result))
     write_text(out, json.dumps(result, indent=1) + "\n")

@@ -11,6 +11,7 @@ multiples of 8 at the same number of parameters. OUT is written again after each
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu import batch, same_waveforms, varied
+from benchmarks.gpu import batch, check_effort, same_waveforms, varied
 from benchmarks.steps import BF16, Ours, num_macs, set_sparsity
 from benchmarks.trial import SIZES, Size, fitted
 from distillation.commandline import command_of
@@ -150,19 +151,19 @@ def operations(ours: Ours) -> Part:
 def profiled(step: Callable[[], object], device: str) -> Part:
     """The kernels of a step, and where its host is."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    for _ in range(STEPS):
-        step()
-    begin = time.perf_counter()
-    for _ in range(STEPS):
-        step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - begin) / STEPS
-    with profile(activities=activities) as found:
+
+    def several() -> None:
         for _ in range(STEPS):
             step()
         if device == "cuda":
             torch.cuda.synchronize()
+
+    several()
+    begin = time.perf_counter()
+    several()
+    seconds = (time.perf_counter() - begin) / STEPS
+    with profile(activities=activities) as found:
+        several()
     events = [event for event in found.key_averages() if not event.is_user_annotation]
     if device == "cuda":
         times = {e.key: (e.count, e.self_device_time_total) for e in events if e.device_type == DeviceType.CUDA}
@@ -206,16 +207,17 @@ def changed(ours: Ours, step: Callable[[], object], rounds: int, device: str) ->
     return dict(in_turns(found, rounds, "changes"))
 
 
-def second_step(masked: Wav2Vec2Model, teacher: Wav2Vec2Model, ours: Ours, rounds: int) -> Part:
+def second_step(masked: Wav2Vec2Model, teacher: Wav2Vec2Model, ours: Ours, rounds: int, turns: Iterator[int]) -> Part:
     """Step 2 of models of one number of parameters, whose conv channels and FFN units come one by one or by eight."""
     budget = round((1 - SPARSITY) * count_params(teacher))
     steps: dict[int, Callable[[], object]] = {}
     sizes: dict[int, Part] = {}
+    waveforms = ours.waveforms
     for multiple in (1, 8):
-        student = prune(masked, survivors_for_size(masked, budget, multiple))[0].to(ours.waveforms.device)
-        sizes[multiple] = {"parameters": count_params(student), "macs": num_macs(student, ours.waveforms)}
-        second = Ours(student, teacher, ours.waveforms, ours.objective)
-        steps[multiple] = varied(second, ours.waveforms, lambda second=second: second.step(BF16))
+        student = prune(masked, survivors_for_size(masked, budget, multiple))[0].to(waveforms.device)
+        sizes[multiple] = {"parameters": count_params(student), "macs": num_macs(student, waveforms)}
+        second = Ours(student, teacher, waveforms, ours.objective)
+        steps[multiple] = varied(second, waveforms, lambda second=second: second.step(BF16), turns)
     times = in_turns(steps, rounds, "step 2")
     names = {1: "sizes as they come", 8: "multiples of 8"}
     return {names[multiple]: {**sizes[multiple], "seconds": times[multiple]} for multiple in steps}
@@ -240,10 +242,11 @@ def run(
         size: of the models, small or base.
 
     Raises:
-        UserError: there is no GPU.
+        UserError: there is no GPU, or nothing to measure.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no GPU is visible; --device cpu tries the parts without one")
+    check_effort(batch_seconds, rounds)
     begin = time.perf_counter()
     torch.manual_seed(0)
     recipe, _ = parse_recipe(fitted("dphubert_base", SIZES[size]))
@@ -252,22 +255,21 @@ def run(
     set_sparsity(masked, SPARSITY)
     waveforms = batch(batch_seconds, device)
     ours = Ours(masked, teacher, waveforms, recipe.objective)
-    step = varied(ours, waveforms, lambda: ours.step(BF16))
+    turns = itertools.count()
+    step = varied(ours, waveforms, lambda: ours.step(BF16), turns)
     same = seeded(same_waveforms(ours, waveforms, lambda: ours.step(BF16)))
     parts: dict[str, Callable[[], Part]] = {
         "operations": lambda: operations(ours),
         "profile": lambda: profiled(step, device),
         "sizes": lambda: dict(in_turns({"new in every step": step, "the same in every step": same}, rounds, "sizes")),
         "changes": lambda: changed(ours, step, rounds, device),
-        "step 2": lambda: second_step(masked, teacher, ours, rounds),
+        "step 2": lambda: second_step(masked, teacher, ours, rounds, turns),
     }
     result: Part = {"date": str(date.today()), **conditions(device=device, batch_seconds=batch_seconds, rounds=rounds)}
     for name, part in parts.items():
-        if time.perf_counter() - begin > seconds:
-            print(f"no time for: {name}")
-            continue
-        result[name] = part()
-        print(text(name, result[name]))
+        late = time.perf_counter() - begin > seconds
+        result[name] = None if late else part()
+        print(f"no time for: {name}" if late else text(name, result[name]))
         write_text(out, json.dumps(result, indent=1) + "\n")
     print(f"{result['gpu'] or result['cpu']}, {time.perf_counter() - begin:.0f} s -> {out}")
 

@@ -39,7 +39,10 @@ SMALL = HUBERT_BASE | {  # of widths that a GPU's kernels like
 Size = Literal["small", "base"]
 SIZES: dict[Size, dict[str, Any]] = {"small": SMALL, "base": HUBERT_BASE}
 WAVLM = {"encoder_num_buckets": 320, "encoder_max_distance": 800}
-TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2, "16-mixed": 5e-3}  # of a loss, or of 1 where that is larger
+# largest differences of a loss, as a share of it, and of the first gradient of a group of parameters, of its norm
+TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 1e-2, "16-mixed": 2e-3}
+GRADIENT = {"32-true": 1e-3, "bf16-mixed": 0.1, "16-mixed": 0.03}
+SMALLEST = 0.05  # a loss below it is compared as if it were that
 
 
 def worst(differences: Iterable[float]) -> float:
@@ -94,6 +97,20 @@ def random_teacher(recipe: Recipe, config: dict[str, Any]) -> Wav2Vec2Model:
 
 
 @dataclass
+class Updates:
+    """What a few updates gave: their losses, and the gradient of the first by group of parameters [n], on the CPU."""
+
+    losses: list[float]
+    gradients: dict[str, Tensor]
+
+    def difference(self, other: Updates) -> tuple[float, float]:
+        """Largest relative differences of another's losses and gradients from these."""
+        losses = worst(abs(a - b) / max(SMALLEST, abs(a)) for a, b in zip(self.losses, other.losses, strict=True))
+        pairs = [(g, other.gradients[name]) for name, g in self.gradients.items()]
+        return losses, worst(((b - a).norm() / a.norm().clamp(min=1e-30)).item() for a, b in pairs)
+
+
+@dataclass
 class Trial:
     """What a recipe trains, at random.
 
@@ -145,25 +162,30 @@ class Trial:
         with torch.autocast(waveforms.device.type, dtype, enabled=dtype != torch.float32):
             return probe_loss(self.step, waveforms, self.recipe.data, update)
 
-    def losses(self, waveforms: Tensor, count: int) -> list[float]:
-        """Of the first updates, all from the same micro-batch [B, N]."""
+    def updates(self, waveforms: Tensor, count: int) -> Updates:
+        """The first updates, all from the same micro-batch [B, N]."""
         optimizer = self.step.make_optimizer()
         for group in optimizer.param_groups:
             group["lr"] *= RATE
-        half, found = self.recipe.trainer.precision == "16-mixed", []
+        half, losses = self.recipe.trainer.precision == "16-mixed", []
+        gradients: dict[str, Tensor] = {}
         for update in range(count):
             loss = self.loss(waveforms, update)
-            found.append(loss.item())
-            scale = SCALE / max(1.0, abs(found[-1])) if half else 1.0
+            losses.append(loss.item())
+            scale = SCALE / max(1.0, abs(losses[-1])) if half else 1.0
             (scale * loss).backward()
             for p in self.step.trained.parameters():
                 if p.grad is not None:
                     p.grad /= scale
+            if update == 0:
+                for group in optimizer.param_groups:
+                    parts = [p.grad.flatten() for p in group["params"] if p.grad is not None]
+                    gradients[group["name"]] = torch.cat(parts).cpu()
             self.step.hold_back(optimizer, update)
             self.step.clip(optimizer)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return found
+        return Updates(losses, gradients)
 
 
 @contextlib.contextmanager

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_checks, gpu_profile, gpu_stages
+from benchmarks import gpu, gpu_checks, gpu_profile, gpu_stages
 from benchmarks.gpu_profile import CHANGES, conv1d_by_products
-from benchmarks.trial import SMALL, TOLERANCE, Trial, recipe_names
+from benchmarks.trial import SMALL, TOLERANCE, Trial, Updates, recipe_names
 from distillation.errors import Incomplete, UserError
+from distillation.stopping import Signalled
 from tests.helpers import ROOT
 from wav2vec2 import kernels
 from wav2vec2.kernels import conv1d
@@ -26,12 +29,15 @@ def check(folder: Path, **flags: object) -> dict:
 
 
 @pytest.mark.slow
-def test_every_recipe_is_checked(tmp_path):
+def test_every_recipe_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_stages.Stages, "killed_and_resumed", lambda self: time.sleep(1) or {})
     rows = check(tmp_path, seconds=0.0)
+    begun = rows.pop("killed and resumed")
+    assert begun["found"] == {} and begun["seconds"] > 0.9, "beside the others, before it was late"
     named = {name for row in rows for name in row.removeprefix("small: ").split(", ")}
     assert set(recipe_names()) <= named
     assert all(row == {"left_out": True} for row in rows.values())
-    assert {"small: dpwavlm_base_plus, eval", "killed and resumed", "extract_features.py", "export.py"} <= set(rows)
+    assert {"small: dpwavlm_base_plus, eval", "pruned, and step 2", "extract_features.py", "export.py"} <= set(rows)
 
 
 @pytest.mark.slow
@@ -39,53 +45,56 @@ def test_updates_and_masks_on_the_same_device(tmp_path, capsys):
     rows = check(tmp_path, only="small: dphubert_plus")
     assert list(rows) == ["small: dphubert_plus, eval", "small: dphubert_plus"]
     updates = rows["small: dphubert_plus"]["found"]
-    assert updates["32-true"] == 0.0 and 0 < updates["bf16-mixed"] < TOLERANCE["bf16-mixed"]
+    assert updates["32-true"] == updates["its gradient, 32-true"] == 0.0
+    assert 0 < updates["bf16-mixed"] < TOLERANCE["bf16-mixed"] and updates["its gradient, bf16-mixed"] > 0
     assert "2 checks hold, 0 do not, 0 left out" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_what_differs_is_told(tmp_path, monkeypatch, capsys):
-    """As if a device summed up something else, and pruning lost a weight; the checks after it still run."""
-    losses, cut = Trial.losses, gpu_checks.prune
+@pytest.mark.parametrize(
+    ("spoil", "precision"),
+    [
+        (lambda found: [1.0002 * loss for loss in found.losses], "32-true"),
+        (lambda found: [found.losses[0], math.nan, found.losses[2]], "bf16-mixed"),
+        (lambda found: found.gradients["weights"].zero_(), "its gradient, bf16-mixed"),
+        (lambda found: found.gradients["log_alpha"].mul_(1.002), "its gradient, 32-true"),
+    ],
+)
+def test_what_differs_is_told(tmp_path, monkeypatch, capsys, spoil, precision):
+    """As if a device summed up something else, or had no backward pass."""
+    updates, calls = Trial.updates, []
 
-    def off_after_the_first(self: Trial, *args: object) -> list[float]:
-        found = losses(self, *args)
-        return found if len(calls.append(0) or calls) == 1 else [1.0002 * value for value in found]
+    def off_after_the_first(self: Trial, *args: object) -> Updates:
+        found = updates(self, *args)
+        calls.append(found)
+        if len(calls) > 1:
+            spoilt = spoil(found)
+            found = Updates(spoilt, found.gradients) if isinstance(spoilt, list) else found
+        return found
+
+    monkeypatch.setattr(Trial, "updates", off_after_the_first)
+    with pytest.raises(Incomplete, match=r"1 of 2 checks do not hold: small: dphubert_plus$"):
+        check(tmp_path, only="small: dphubert_plus")
+    eval_row, row = json.loads((tmp_path / "out.json").read_text())["checks"].values()
+    assert row["error"].startswith("updates differ from the CPU's") and f"'{precision}': " in row["error"]
+    assert "found" in eval_row and "AssertionError" in row["traceback"]
+    assert capsys.readouterr().out.count("FAILED") == 1
+
+
+@pytest.mark.slow
+def test_a_model_that_lost_something_is_told(tmp_path, monkeypatch):
+    cut = gpu_checks.prune
 
     def lossy(model):
         left, config = cut(model)
         left.encoder.transformer.layers[-1].final_layer_norm.weight.data[0] += 0.01
         return left, config
 
-    calls: list[int] = []
-    monkeypatch.setattr(Trial, "losses", off_after_the_first)
     monkeypatch.setattr(gpu_checks, "prune", lossy)
-    with pytest.raises(
-        Incomplete, match=r"2 of 2 checks do not hold: small: dphubert_plus, eval, small: dphubert_plus$"
-    ):
-        check(tmp_path, only="small: dphubert_plus")
-    eval_row, row = json.loads((tmp_path / "out.json").read_text())["checks"].values()
-    assert "'from the CPU': 0.0, 'from the pruned model': 0.0" in eval_row["error"]
-    assert row["error"].startswith("losses differ from [") and "'32-true'" in row["error"]
-    assert "'bf16-mixed'" not in row["error"] and "AssertionError" in row["traceback"]
-    said = capsys.readouterr()
-    assert said.out.count("FAILED") == 2 and said.err.count("Traceback") == 2
-
-
-@pytest.mark.slow
-def test_what_is_no_number_does_not_hold(tmp_path, monkeypatch):
-    losses, calls = Trial.losses, []
-
-    def broken(self: Trial, *args: object) -> list[float]:
-        calls.append(self)
-        found = losses(self, *args)
-        return found if len(calls) == 1 else [found[0], math.nan, found[2]]
-
-    monkeypatch.setattr(Trial, "losses", broken)
-    with pytest.raises(Incomplete):
-        check(tmp_path, only="small: dphubert_plus")
-    _, row = json.loads((tmp_path / "out.json").read_text())["checks"].values()
-    assert "'bf16-mixed': nan" in row["error"]
+    with pytest.raises(Incomplete, match=r"1 of 1 checks do not hold: small: dphubert_plus, eval$"):
+        check(tmp_path, only="small: dphubert_plus, eval")
+    [row] = json.loads((tmp_path / "out.json").read_text())["checks"].values()
+    assert "'from the CPU': 0.0, 'from the pruned model': 0.0" in row["error"]
 
 
 def test_recipes_that_train_alike():
@@ -146,5 +155,27 @@ def test_mistakes(tmp_path, monkeypatch):
             module.run(tmp_path / "out.json")
     with pytest.raises(UserError, match="--only nothing: no check has this in its name"):
         check(tmp_path, only="nothing")
-    ran = subprocess.run([ROOT / "scripts" / "gpu.sh", tmp_path, "speedy"], capture_output=True, text=True)
-    assert ran.returncode == 2 and ran.stderr == "error: speedy: choose checks, speed, profile\n"
+    for words, said in (
+        ([tmp_path, "speedy"], "speedy: choose checks, speed, profile"),
+        (["checks", "speed"], "checks: name a folder for the results first"),
+        (["--size=small"], "--size=small: name a folder for the results first"),
+    ):
+        ran = subprocess.run([ROOT / "scripts" / "gpu.sh", *words], capture_output=True, text=True)
+        assert (ran.returncode, ran.stderr) == (2, f"error: {said}\n")
+    for effort, said in (({"rounds": 0}, "--rounds is 0: it must be at least 1"),
+                         ({"batch_seconds": 0.01}, "--batch_seconds is 0.01: it must be at least 1")):  # fmt: skip
+        for module in (gpu, gpu_profile):
+            with pytest.raises(UserError, match=said):
+                module.run(tmp_path / "out.json", device="cpu", **effort)
+
+
+def test_a_stopped_check_tells_what_was_found(tmp_path, monkeypatch, capsys):
+    def stop() -> dict:
+        raise Signalled(signal.SIGINT)
+
+    found = {"one": lambda: {"a": 1.0}, "two": stop, "three": stop}
+    monkeypatch.setattr(gpu_checks, "checks", lambda *args: found)
+    with pytest.raises(Signalled):
+        check(tmp_path)
+    assert "1 checks hold, 0 do not, 2 left out" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "out.json").read_text())["checks"]) == ["one"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,7 +215,8 @@ def test_phases_of_a_step():
 
 
 @pytest.mark.slow
-def test_gpu_at_a_tiny_size_on_the_cpu(tmp_path):
+def test_gpu_at_a_tiny_size_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "loader_rate", lambda seconds: 1234.0)
     known = Journal(tmp_path / "known.jsonl", {}, "points")
     result = gpu.measure(TINY, "cpu", 1.0, 1, known)
     assert json.loads(json.dumps(result))["hours"]["step 1"] > 0
@@ -221,8 +224,8 @@ def test_gpu_at_a_tiny_size_on_the_cpu(tmp_path):
         *(f"step 1, {s:.0%} pruned, ours" for s in gpu.SPARSITIES), "step 2, ours",
         *(f"largest batch, {s} pruned, ours" for s in ("0%", "75%")),
     ]  # fmt: skip
-    assert result["largest_batch_seconds"] == 30.0 and result["hours_step1_largest_batch"] > 0
-    page = gpu.page({**result, "loader_audio_per_second": 1234.0})
+    assert result["largest_batch"]["seconds"] == 30.0 and result["largest_batch"]["hours of step 1"] > 0
+    page = gpu.page(result)
     assert "| step 1, 25% pruned, ours | 1 | " in page and "\nlargest batch: 30 s; step 1 with nine tenths" in page
     assert "; of A100, as published: 18 + 6\nthe loader gives 1,234 s" in page
     assert all(point["audio_per_second"] > 0 and point["share_of_peak"] > 0 for point in result["points"])
@@ -239,7 +242,7 @@ def test_a_stopped_gpu_benchmark_goes_on(tmp_path, monkeypatch):
         return in_turns(steps, rounds, title)
 
     monkeypatch.setattr(gpu, "measure", lambda config, *rest: measure(TINY, *rest))
-    monkeypatch.setattr(gpu, "loader_rate", lambda folder, seconds: 100.0)
+    monkeypatch.setattr(gpu, "loader_rate", lambda seconds: 100.0)
     monkeypatch.setattr(gpu, "in_turns", stop_at_third)
     out = tmp_path / "gpu.json"
     with pytest.raises(Stopped, match="SIGUSR1: the points measured so far are in"):
@@ -258,14 +261,36 @@ def test_a_batch_too_large_for_a_kernel_costs_nothing_else(tmp_path, monkeypatch
         raise RuntimeError("integer out of range\nmore")
 
     monkeypatch.setattr(gpu, "largest_batch", breaks)
+    monkeypatch.setattr(gpu, "loader_rate", lambda seconds: 1234.0)
     result = gpu.measure(TINY, "cpu", 1.0, 1, Journal(tmp_path / "known.jsonl", {}, "points"))
-    assert result["largest_batch_error"] == "integer out of range" and result["hours"]["step 1"] > 0
-    page = gpu.page({**result, "loader_audio_per_second": 1234.0})
+    assert result["largest_batch"] == {"error": "integer out of range"} and result["hours"]["step 1"] > 0
+    page = gpu.page(result)
     assert page.endswith("the largest batch was not found: integer out of range")
 
 
-def test_loader_rate(tmp_path):
-    assert gpu.loader_rate(tmp_path, 0.2) > 1
+def test_loader_rate():
+    assert gpu.loader_rate(0.2) > 1
+
+
+@pytest.mark.slow
+def test_a_late_gpu_benchmark_leaves_parts_out(tmp_path):
+    known = Journal(tmp_path / "known.jsonl", {}, "points")
+    result = gpu.measure(TINY, "cpu", 1.0, 1, known, late=lambda: True)
+    assert result["hours"]["step 1"] > 0 and result["hours"]["step 2"] is result["largest_batch"] is None
+    assert gpu.page(result).endswith("\nno time for all")
+    gpu.run(tmp_path / "gpu.json", batch_seconds=1.0, rounds=1, device="cpu", size="small", seconds=0.0)
+    assert json.loads((tmp_path / "gpu.json").read_text())["loader_audio_per_second"] is None
+
+
+def test_new_sizes_stay_new():
+    lengths = []
+    model = SimpleNamespace(waveforms=None)
+    turns = itertools.count()
+    for _ in range(3):  # points of one run
+        step = gpu.varied(model, torch.zeros(1, 64_000), lambda: lengths.append(model.waveforms.shape[1]), turns)
+        for _ in range(8):
+            step()
+    assert len(set(lengths)) == 24 and abs(sum(lengths) / 24 - 64_000) < 320
 
 
 def test_mistakes(tmp_path, monkeypatch):

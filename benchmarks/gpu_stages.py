@@ -144,10 +144,10 @@ class Stages:
         return {"killed at update": done, "loss differs by": difference, "weights differ by": largest}
 
     def second_step(self) -> Values:
-        """Pruning, and distilling what is left; where there is no run yet, a short one is made."""
+        """Pruning, and distilling what is left; where there is no run yet, it is made."""
         checkpoint = self.run_folder / "ckpts" / "last.ckpt"
         if not checkpoint.exists():
-            self.run("distill.py", *self.flags(optim__max_steps=CHECKPOINT), "--exp_dir", self.run_folder)
+            self.run("distill.py", *self.flags(), "--exp_dir", self.run_folder)
         self.run("prune.py", "--distilled_ckpt", checkpoint)
         pruned, final = self.run_folder / "pruned.pth", self.run_folder / "final"
         self.run("final_distill.py", *self.flags(), "--student_ckpt", pruned, "--exp_dir", final)

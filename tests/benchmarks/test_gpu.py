@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import time
@@ -113,6 +114,8 @@ def test_stages(tmp_path, monkeypatch, script):
     assert killed["killed at update"] in (4, 8) and killed["weights differ by"] == 0.0
     assert stages.second_step()["parameters"] > 0
     assert stages.features()["differ from the CPU's by"] < 1e-5
+    shutil.rmtree(stages.run_folder)
+    assert stages.second_step()["parameters"] > 0  # alone, as --only has it
     monkeypatch.undo()
     with pytest.raises(AssertionError, match=r"prune\.py ended with 2: error: "):
         stages.run("prune.py", "--distilled_ckpt", tmp_path / "none.ckpt")

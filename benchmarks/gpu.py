@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import soundfile
 import torch
 import torchaudio
 
-from benchmarks.steps import BF16, Ours, Peer, Step, autocast, matmul_peak, num_macs, set_sparsity
-from benchmarks.trial import SIZES, Size, fitted
+from benchmarks.steps import BF16, Ours, Peer, Step, autocast, matmul_peak, num_macs, require_gpu, set_sparsity
+from benchmarks.trial import SIZES, Size, fitted, write_noise
 from distillation.commandline import command_of
 from distillation.config import parse_recipe
 from distillation.data.config import DataConfig
@@ -98,12 +97,13 @@ def varied(
     return run
 
 
-def check_effort(batch_seconds: float, rounds: int) -> None:
-    """Look whether there is something to measure.
+def check_effort(device: str, batch_seconds: float, rounds: int) -> None:
+    """Look whether there is something to measure, and something to measure it on.
 
     Raises:
         UserError: there is not.
     """
+    require_gpu(device)
     if rounds < 1:
         raise UserError(f"--rounds is {rounds}: it must be at least 1")
     if not batch_seconds >= SHORTEST:
@@ -144,27 +144,18 @@ def utterances(count: int, device: str) -> torch.Tensor:
 
 def loader_rate(seconds: float) -> float:
     """Seconds of audio per second that the training loader reads from FLAC files, for about so many seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        return _loader_rate(Path(folder), seconds)
-
-
-def _loader_rate(folder: Path, seconds: float) -> float:
-    rng = np.random.default_rng(0)
-    lines = [str(folder)]
-    for i in range(40):
-        noise = rng.normal(0, 0.1, round(UTTERANCE * SAMPLE_RATE)).clip(-1, 1)
-        soundfile.write(folder / f"{i}.flac", noise, SAMPLE_RATE)
-        lines.append(f"{i}.flac\t{len(noise)}")
-    (folder / "train.tsv").write_text("\n".join(lines) + "\n")
-    config = DataConfig(tsv_dir=folder, train="train.tsv", valid="train.tsv")
-    place = Place(worker_init_fn=outlive_stop_signal)
-    loader = iter(make_train_loader(read_tsv(folder / "train.tsv"), config, seed=0, place=place))
-    for _ in range(3):
-        next(loader)
-    begin, read = time.perf_counter(), 0.0
-    while time.perf_counter() - begin < seconds:
-        read += float(next(loader).seconds)
-    return read / (time.perf_counter() - begin)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_noise(folder, folder / "train.tsv", [UTTERANCE] * 40)
+        config = DataConfig(tsv_dir=folder, train="train.tsv", valid="train.tsv")
+        place = Place(worker_init_fn=outlive_stop_signal)
+        loader = iter(make_train_loader(read_tsv(folder / "train.tsv"), config, seed=0, place=place))
+        for _ in range(3):
+            next(loader)
+        begin, read = time.perf_counter(), 0.0
+        while time.perf_counter() - begin < seconds:
+            read += float(next(loader).seconds)
+        return read / (time.perf_counter() - begin)
 
 
 def hours(points: dict[float, float]) -> float:
@@ -377,9 +368,7 @@ def run(
         Stopped: a signal asked for it.
         UserError: there is no GPU, or nothing to measure.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no GPU is visible; this measures one (benchmarks.speed measures the CPU)")
-    check_effort(batch_seconds, rounds)
+    check_effort(device, batch_seconds, rounds)
     begin = time.perf_counter()
     torch.manual_seed(0)
     of = conditions(device=device, batch_seconds=batch_seconds, rounds=rounds, size=size)

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.gpu_stages import Stages, Values
+from benchmarks.steps import require_gpu
 from benchmarks.trial import (
     GRADIENT,
     SIZES,
@@ -228,8 +229,7 @@ def run(
         Incomplete: something does not hold.
         UserError: there is no GPU, or no such check.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no GPU is visible; --device cpu tries the checks without one")
+    require_gpu(device)
     begin = time.perf_counter()
     result: Values = {"date": str(date.today()), **conditions(device=device), "checks": {}}
     with tempfile.TemporaryDirectory() as folder, exact_convolutions(), quiet():

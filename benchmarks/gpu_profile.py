@@ -19,19 +19,18 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import batch, check_effort, same_waveforms, varied
-from benchmarks.steps import BF16, Ours, num_macs, set_sparsity
+from benchmarks.steps import BF16, Operations, Ours, num_macs, set_sparsity
 from benchmarks.trial import SIZES, Size, fitted
 from distillation.commandline import command_of
 from distillation.config import parse_recipe
-from distillation.errors import UserError
 from distillation.sparsity import make_prunable
 from evaluation.conditions import conditions
 from evaluation.tables import markdown_table
@@ -47,17 +46,6 @@ STEPS = 3  # that are profiled
 SHOWN = 15  # kernels
 LAUNCHES = ("cudaLaunch", "cuLaunch")  # calls of the driver that only hand over work
 Part = dict[str, Any]
-
-
-@contextlib.contextmanager
-def set_to(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute has another value for a while."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 @contextlib.contextmanager
@@ -91,13 +79,13 @@ def conv1d_by_products(x: Tensor, weight: Tensor, bias: Tensor | None, stride: i
 # what is changed, one at a time
 CHANGES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "as it is": nullcontext,
-    "convolutions as matrix products": lambda: set_to(feature_extractor, "conv1d", conv1d_by_products),
+    "convolutions as matrix products": lambda: patch.object(feature_extractor, "conv1d", conv1d_by_products),
     "convolutions with the channels first": lambda: usual_forms(["channels_last"]),
     "first norm apart from its convolution": lambda: usual_forms(["folded_norm"]),
-    "attention by cuDNN": lambda: set_to(kernels, "_without_cudnn_attention", nullcontext),
-    "live units not rounded up": lambda: set_to(hardconcrete, "GPU_MULTIPLE", 1),
-    "live units in multiples of 16": lambda: set_to(hardconcrete, "GPU_MULTIPLE", 16),
-    "live units in multiples of 64": lambda: set_to(hardconcrete, "GPU_MULTIPLE", 64),
+    "attention by cuDNN": lambda: patch.object(kernels, "_without_cudnn_attention", nullcontext),
+    "live units not rounded up": lambda: patch.object(hardconcrete, "GPU_MULTIPLE", 1),
+    "live units in multiples of 16": lambda: patch.object(hardconcrete, "GPU_MULTIPLE", 16),
+    "live units in multiples of 64": lambda: patch.object(hardconcrete, "GPU_MULTIPLE", 64),
     "matrix products by cuBLASLt": lambda: blas("cublaslt"),
 }
 
@@ -110,18 +98,6 @@ def seeded(step: Callable[[], object]) -> Callable[[], object]:
         step()
 
     return run
-
-
-class Operations(TorchDispatchMode):
-    """Counts torch's operations, without views: what a GPU's host launches, and what it works for itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 def operations(ours: Ours) -> Part:
@@ -244,9 +220,7 @@ def run(
     Raises:
         UserError: there is no GPU, or nothing to measure.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no GPU is visible; --device cpu tries the parts without one")
-    check_effort(batch_seconds, rounds)
+    check_effort(device, batch_seconds, rounds)
     begin = time.perf_counter()
     torch.manual_seed(0)
     recipe, _ = parse_recipe(fitted("dphubert_base", SIZES[size]))

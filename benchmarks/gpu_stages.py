@@ -15,12 +15,11 @@ import numpy as np
 import soundfile
 import torch
 
-from benchmarks.trial import SMALL, fitted, worst
+from benchmarks.trial import SMALL, fitted, worst, write_noise
 from exporting.formats import FORMATS
 from wav2vec2 import load_model, save_model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.counting import count_params
-from wav2vec2.feature_extractor import SAMPLE_RATE
 
 ROOT = Path(__file__).parents[1]
 UPDATES, CHECKPOINT = 40, 10
@@ -48,16 +47,9 @@ class Stages:
         self.lists, self.audio = folder / "lists", folder / "audio"
         self.audio.mkdir()
         self.lists.mkdir()
-        random = np.random.default_rng(0)
         self.seconds = 15.0 if device == "cuda" else 2.0  # of the longest recording; a CPU only tries the checks
-        for name, count, seconds in (("train", 14, self.seconds), ("valid", 3, self.seconds / 2)):
-            lines = [str(self.audio)]
-            for i in range(count):
-                samples = round(SAMPLE_RATE * seconds * (1 - i / 50))
-                noise = random.normal(0, 0.1, samples).clip(-1, 1)
-                soundfile.write(self.audio / f"{name}{i}.flac", noise, SAMPLE_RATE)
-                lines.append(f"{name}{i}.flac\t{samples}")
-            (self.lists / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+        for name, count, longest in (("train", 14, self.seconds), ("valid", 3, self.seconds / 2)):
+            write_noise(self.audio, self.lists / f"{name}.tsv", [longest * (1 - i / 50) for i in range(count)])
 
     def checks(self) -> dict[str, Callable[[], Values]]:
         """What to look at, in this order: later ones use what earlier ones leave."""

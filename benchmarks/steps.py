@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillation.build import build_step
 from distillation.config import RECIPES, parse_recipe
+from distillation.errors import UserError
 from distillation.objectives import ObjectiveConfig, Teacher
 from distillation.objectives.layer_to_layer import DistanceWeights, distances
 from evaluation.timing import Stopwatch
@@ -22,6 +24,28 @@ HEAD_WIDTH = 768
 SPREAD = 2.0  # of log_alpha around its mean: some units nearly certain, some undecided
 BF16 = torch.bfloat16
 Step = Callable[[], object]
+
+
+def require_gpu(device: str) -> None:
+    """Look whether the device is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no GPU is visible; --device cpu tries the command without one")
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations, without views: what a GPU's host launches, and what it works for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def autocast(dtype: torch.dtype | None, device: str = "cpu") -> Any:

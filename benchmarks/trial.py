@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
+import numpy as np
+import soundfile
 import torch
 from torch import Tensor
 
@@ -19,8 +23,9 @@ from distillation.sparsity import make_prunable
 from distillation.training.memory import probe_loss
 from distillation.training.step import TrainingStep, seed_micro_batch
 from wav2vec2 import Wav2Vec2Model, hardconcrete, wav2vec2_model
-from wav2vec2.architecture import HUBERT_BASE
+from wav2vec2.architecture import HUBERT_BASE, WAVLM_BASE
 from wav2vec2.checkpoint import with_output_layer
+from wav2vec2.feature_extractor import SAMPLE_RATE
 
 RATE = 0.1  # of the recipe's: three updates at the full one amplify what devices round in other ways
 SCALE = 64.0  # what a loss is multiplied to in float16; a scaler of torch's would leave out the first updates
@@ -38,7 +43,6 @@ SMALL = HUBERT_BASE | {  # of widths that a GPU's kernels like
 }
 Size = Literal["small", "base"]
 SIZES: dict[Size, dict[str, Any]] = {"small": SMALL, "base": HUBERT_BASE}
-WAVLM = {"encoder_num_buckets": 320, "encoder_max_distance": 800}
 # largest differences of a loss, as a share of it, and of the first gradient of a group of parameters, of its norm
 TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 1e-2, "16-mixed": 2e-3}
 GRADIENT = {"32-true": 1e-3, "bf16-mixed": 0.1, "16-mixed": 0.03}
@@ -71,7 +75,7 @@ def fitted(name: str, config: dict[str, Any]) -> list[str]:
     if recipe.objective.prediction_layer is not None:
         flags["objective.prediction_layer.layers"] = layers
     if (thin := recipe.student.thin) is not None and thin.width > width:
-        thinner = width if thin.channels[-1] == thin.width else width // 2
+        thinner = width if thin.channels[-1] == thin.width else width // 3 * 2 // 8 * 8
         values = {"num_layers": num_layers, "width": thinner, "heads": 2, "ffn": 20, "channels": [6, 8, width],
                   "pos_conv_kernel": 8, "pos_conv_groups": 4}  # fmt: skip
         flags |= {f"student.thin.{key}": value for key, value in values.items()}
@@ -90,10 +94,21 @@ def random_teacher(recipe: Recipe, config: dict[str, Any]) -> Wav2Vec2Model:
         heads = config.pop("encoder_num_heads")
         del config["encoder_head_dim"]
         remaining = [list(range(count)) for count in heads]
-        config |= {"encoder_total_num_heads": heads, "encoder_remaining_heads": remaining, **WAVLM}
+        config = WAVLM_BASE | config | {"encoder_total_num_heads": heads, "encoder_remaining_heads": remaining}
     model = wav2vec2_model(**config)
     model.mask_embedding = torch.rand(config["encoder_embed_dim"])
     return model if recipe.objective.ctc is None else with_output_layer(model, STAND_IN)
+
+
+def write_noise(audio: Path, tsv: Path, seconds: Sequence[float]) -> None:
+    """Recordings of noise in a folder, and their list."""
+    random = np.random.default_rng(0)
+    lines = [str(audio)]
+    for i, length in enumerate(seconds):
+        name, samples = f"{tsv.stem}{i}.flac", round(SAMPLE_RATE * length)
+        soundfile.write(audio / name, random.normal(0, 0.1, samples).clip(-1, 1), SAMPLE_RATE)
+        lines.append(f"{name}\t{samples}")
+    tsv.write_text("\n".join(lines) + "\n")
 
 
 @dataclass
@@ -192,12 +207,5 @@ class Trial:
 def drawn_on_the_cpu() -> Iterator[None]:
     """Gates are drawn from the CPU's random numbers, wherever the masks are: two devices draw the same."""
     usual = hardconcrete.sample
-
-    def sample(log_alpha: Tensor) -> Tensor:
-        return usual(log_alpha.cpu()).to(log_alpha.device)
-
-    hardconcrete.sample = sample
-    try:
+    with patch.object(hardconcrete, "sample", lambda log_alpha: usual(log_alpha.cpu()).to(log_alpha.device)):
         yield
-    finally:
-        hardconcrete.sample = usual

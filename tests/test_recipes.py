@@ -10,19 +10,21 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.trial import fitted, recipe_names
 from distillation.budget import SUPERB_SAMPLES
 from distillation.build import starting_student
 from distillation.config import parse_recipe, recipe_chain
 from distillation.objectives import Objectives
 from distillation.optimisation import lr_factor, param_groups
 from distillation.students import StudentConfig, ThinStudent, backbone_params, build_student
+from tests.configs import TINY
 from tests.helpers import ROOT
 from wav2vec2 import Wav2Vec2Model, load_model, save_model, wav2vec2_model
 from wav2vec2.architecture import HUBERT_BASE
 from wav2vec2.counting import count_params
 
 CONF = ROOT / "conf"
-RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
+RECIPES = recipe_names()
 # what SPEC's table of fixed students says: learning rate, epochs, utterances, GPUs x accumulation, mask probability
 PUBLISHED = {
     "fithubert": (5e-4, 100, 3, 2 * 4, None),
@@ -284,8 +286,6 @@ def scaled_down(name: str, teachers: dict[str, Path], tsv_dir: Path) -> list[obj
     recipe = parse(name)
     flags: dict[str, object] = {
         "teacher_ckpt": teachers["wavlm" if "wavlm" in name else "hubert"],
-        "teacher_layers": 4,
-        "teacher_width": 24,
         "data.tsv_dir": tsv_dir,
         "data.train": "train100.tsv",
         "data.min_frames": 8000,
@@ -302,20 +302,12 @@ def scaled_down(name: str, teachers: dict[str, Path], tsv_dir: Path) -> list[obj
         flags["data.utterances_per_batch"] = 3
     else:
         flags["data.seconds_per_batch"] = 5
-    if recipe.student.thin is not None:
-        width = 24 if recipe.student.thin.channels[-1] == recipe.student.thin.width else 16
-        flags |= {"student.thin.num_layers": 4, "student.thin.width": width, "student.thin.heads": 2,
-                  "student.thin.ffn": 20, "student.thin.channels": f"[6,8,{24}]", "student.thin.pos_conv_kernel": 8,
-                  "student.thin.pos_conv_groups": 4}  # fmt: skip
-    if recipe.objective.layer_to_layer is not None:
-        flags["objective.layer_to_layer.layers"] = "[[0],[2,4]]"
-    if recipe.objective.prediction_layer is not None:
-        flags["objective.prediction_layer.layers"] = "[2,4]"
     if recipe.pruning.units:
         flags |= {"pruning.target_sparsity": 0.3, "pruning.warmup_steps": 2}
     if recipe.final is not None:
         flags["final.max_steps"] = 2
-    return [word for key, value in flags.items() for word in (f"--{key}", value)]
+    of_teacher = fitted(name, TINY)[2:]  # without --config
+    return [*of_teacher, *(word for key, value in flags.items() for word in (f"--{key}", value))]
 
 
 @pytest.mark.slow
